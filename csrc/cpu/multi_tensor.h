@@ -1,0 +1,216 @@
+// The CPU driver: runs one functor of csrc/math over lists of tensors.
+//
+// It owns everything that a formula should not know: chunks, threads, vectorisation, conversion of
+// storage types and the fixed-order reduction. A family file (penalty.cpp, path.cpp, ...) only
+// instantiates apply_cpu for its functors.
+//
+// Same bits whatever the number of threads: a chunk is computed by one thread, its partial result
+// is stored at the chunk's index, and partial results are folded in index order. Within a chunk
+// the order of additions is written out below and does not depend on the vector width either.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "cpu/instruction_set.h"
+#include "launch.h"
+#include "math/element.h"
+#include "math/storage.h"
+#include "tensor_lists.h"
+
+namespace clext {
+namespace cpu {
+
+// The reduction works on blocks that fit in the first-level cache: element results are written to a
+// block, then folded over `kLanes` independent sums that any vector width divides.
+static constexpr int64_t kBlockSize = 1024;
+static constexpr int64_t kLanes = 16;
+
+// Below this many elements a parallel region costs more than it saves.
+static constexpr int64_t kSerialElements = 32 * 1024;
+
+using ChunkPointers = std::array<char*, 8>;
+
+// List k of an op, for storage type T: its element type, its load and its store.
+template <class L, class T>
+struct Stream {
+  using A = accumulate_t<T>;
+  using Element = std::conditional_t<L::storage == Storage::Parameter, T, A>;
+
+  static CLEXT_HOST_DEVICE A load(const char* base, int64_t, int64_t i) {
+    if constexpr (L::access == Access::Write) return A(0);
+    return A(to_accumulate(reinterpret_cast<const Element*>(base)[i]));
+  }
+
+  static CLEXT_HOST_DEVICE void store(char* base, int64_t i, const A& value) {
+    if constexpr (L::access != Access::Read) {
+      reinterpret_cast<Element*>(base)[i] = from_accumulate<Element>(value);
+    }
+  }
+};
+
+template <class T>
+struct Stream<ReadRows, T> {
+  using A = accumulate_t<T>;
+  using Element = A;
+
+  static CLEXT_HOST_DEVICE Rows<A> load(const char* base, int64_t row_stride, int64_t i) {
+    return {reinterpret_cast<const A*>(base) + i, row_stride};
+  }
+
+  static CLEXT_HOST_DEVICE void store(char*, int64_t, const Rows<A>&) {}
+};
+
+// One element: load every list, apply the formula, store what it may have changed. The values
+// are locals, so after inlining they live in registers.
+template <class Op, class T, size_t... K>
+CLEXT_HOST_DEVICE auto apply_element(const Op& op, const ChunkPointers& at, int64_t row_stride,
+                                     int64_t i, std::index_sequence<K...>) {
+  auto run = [&](auto... value) __attribute__((always_inline)) {
+    if constexpr (Op::reduction == Reduction::None) {
+      op(value...);
+      (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
+    } else {
+      const auto result = op(value...);
+      (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
+      return result;
+    }
+  };
+  return run(Stream<typename ListAt<K, typename Op::lists>::type, T>::load(at[K], row_stride, i)...);
+}
+
+template <Reduction R, class A>
+CLEXT_HOST_DEVICE A fold(A a, A b) {
+  if constexpr (R == Reduction::Max) return maximum(a, b);
+  return a + b;
+}
+
+// Folds a block of element results: element i goes to lane i % kLanes, lanes are folded at the end.
+template <Reduction R, class A>
+CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t n) {
+  A lanes[kLanes] = {};
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = fold<R>(lanes[lane], results[i + lane]);
+    }
+  }
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] = fold<R>(lanes[i - whole], results[i]);
+  double total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    total = fold<R>(total, static_cast<double>(lanes[lane]));
+  }
+  return total;
+}
+
+template <class Op, class T>
+CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int64_t row_stride,
+                                     int64_t n) {
+  constexpr auto kLists = std::make_index_sequence<Op::lists::count>{};
+  if constexpr (Op::reduction == Reduction::None) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) apply_element<Op, T>(op, at, row_stride, i, kLists);
+    return 0;
+  } else {
+    alignas(64) accumulate_t<T> results[kBlockSize];
+    double total = 0;
+    for (int64_t start = 0; start < n; start += kBlockSize) {
+      const int64_t size = std::min(kBlockSize, n - start);
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        results[i] = apply_element<Op, T>(op, at, row_stride, start + i, kLists);
+      }
+      total = fold<Op::reduction>(total, fold_block<Op::reduction>(results, size));
+    }
+    return total;
+  }
+}
+
+// The same chunk loop for each instruction set. Everything above is force-inlined into these.
+template <class Op, class T>
+double apply_chunk_baseline(const Op& op, const ChunkPointers& at, int64_t row_stride, int64_t n) {
+  return apply_chunk<Op, T>(op, at, row_stride, n);
+}
+
+#if defined(CLEXT_X86_DISPATCH)
+template <class Op, class T>
+CLEXT_TARGET_AVX2 double apply_chunk_avx2(const Op& op, const ChunkPointers& at,
+                                          int64_t row_stride, int64_t n) {
+  return apply_chunk<Op, T>(op, at, row_stride, n);
+}
+
+template <class Op, class T>
+CLEXT_TARGET_AVX512 double apply_chunk_avx512(const Op& op, const ChunkPointers& at,
+                                              int64_t row_stride, int64_t n) {
+  return apply_chunk<Op, T>(op, at, row_stride, n);
+}
+#endif
+
+template <class Op, class T>
+auto select_apply_chunk() {
+#if defined(CLEXT_X86_DISPATCH)
+  switch (instruction_set()) {
+    case InstructionSet::Avx512:
+      return &apply_chunk_avx512<Op, T>;
+    case InstructionSet::Avx2:
+      return &apply_chunk_avx2<Op, T>;
+    case InstructionSet::Baseline:
+      break;
+  }
+#endif
+  return &apply_chunk_baseline<Op, T>;
+}
+
+template <class Op, class T, size_t... K>
+ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk, std::index_sequence<K...>) {
+  return {(static_cast<char*>(lists.pointer(K, chunk.tensor)) +
+           chunk.offset * static_cast<int64_t>(sizeof(
+                              typename Stream<typename ListAt<K, typename Op::lists>::type,
+                                              T>::Element)))...};
+}
+
+template <class Op, class T>
+void apply(const TensorLists& lists, Op op, double* partials, int threads) {
+  prepare(op);
+  const auto apply_chunk = select_apply_chunk<Op, T>();
+  const auto run_chunk = [&](int64_t c) {
+    const Chunk& chunk = lists.chunks[static_cast<size_t>(c)];
+    const int64_t row_stride =
+        lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(chunk.tensor)];
+    const auto at = pointers_of<Op, T>(lists, chunk, std::make_index_sequence<Op::lists::count>{});
+    const double partial = apply_chunk(op, at, row_stride, chunk.size);
+    if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
+  };
+  const auto count = static_cast<int64_t>(lists.chunks.size());
+#if defined(_OPENMP)
+  if (threads > 1 && lists.element_count() > kSerialElements) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t c = 0; c < count; ++c) run_chunk(c);
+    return;
+  }
+#else
+  static_cast<void>(threads);
+#endif
+  for (int64_t c = 0; c < count; ++c) run_chunk(c);
+}
+
+}  // namespace cpu
+
+template <class Op>
+void apply_cpu(const TensorLists& lists, const Op& op, double* partials, int threads) {
+  switch (lists.type) {
+    case StorageType::Float32:
+      return cpu::apply<Op, float>(lists, op, partials, threads);
+    case StorageType::Float64:
+      return cpu::apply<Op, double>(lists, op, partials, threads);
+    case StorageType::BFloat16:
+      return cpu::apply<Op, BFloat16>(lists, op, partials, threads);
+    case StorageType::Float16:
+      return cpu::apply<Op, Float16>(lists, op, partials, threads);
+  }
+}
+
+}  // namespace clext

@@ -1,0 +1,11 @@
+#include "math/penalty.h"
+
+#include "cpu/multi_tensor.h"
+
+namespace clext {
+
+template void apply_cpu(const TensorLists&, const QuadraticPenalty&, double*, int);
+template void apply_cpu(const TensorLists&, const QuadraticPenaltyBackward&, double*, int);
+template void apply_cpu(const TensorLists&, const AddQuadraticPenaltyGrad&, double*, int);
+
+}  // namespace clext

@@ -1,0 +1,68 @@
+// Importance estimates: sums of squared or absolute gradients, and how a task's estimate joins the
+// old ones. EWC (Kirkpatrick et al. 2017, arXiv:1612.00796), MAS (Aljundi et al. 2018,
+// arXiv:1711.09601).
+#pragma once
+
+#include "math/element.h"
+
+namespace clext {
+
+struct AccumulateSquare {
+  using lists = Lists<UpdateState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double scale;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& acc, A grad) const {
+    acc += A(scale) * grad * grad;
+  }
+};
+
+struct AccumulateAbs {
+  using lists = Lists<UpdateState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double scale;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& acc, A grad) const {
+    acc += A(scale) * absolute(grad);
+  }
+};
+
+struct ConsolidateImportance {
+  using lists = Lists<UpdateState, WriteState, ReadState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double gamma;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& importance, A& anchor, A estimate, A param) const {
+    importance = A(gamma) * importance + estimate;
+    anchor = param;
+  }
+};
+
+// Keeps  sum_k F_k (theta - theta_k)^2  of all tasks k exactly, as one quadratic
+// A (theta - B/A)^2 + constant: A = sum F_k is the importance, B/A = sum F_k theta_k / A the anchor.
+// Returns the element's share of the constant's increase.
+struct ConsolidateAllAnchors {
+  using lists = Lists<UpdateState, UpdateState, ReadState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::Sum;
+
+  double gamma;
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A& importance, A& anchor, A estimate, A param) const {
+    const A old_importance = A(gamma) * importance;
+    const A difference = param - anchor;
+    importance = old_importance + estimate;
+    // Where no task has asked for anything the anchor is free: take the newest parameter.
+    const A weight = importance > A(0) ? estimate / importance : A(1);
+    anchor += weight * difference;
+    return old_importance * weight * difference * difference;
+  }
+};
+
+}  // namespace clext

@@ -1,0 +1,141 @@
+// Path integrals: SI (Zenke et al. 2017, arXiv:1703.04200) and RWalk (Chaudhry et al. 2018,
+// arXiv:1801.10112).
+#pragma once
+
+#include "math/element.h"
+
+namespace clext {
+
+// The gradient of the task loss alone. `.grad` holds the gradient of loss + penalty at the parameter
+// before the step, so the penalty's share at that point is taken out again.
+template <class A>
+CLEXT_HOST_DEVICE A task_gradient(A grad, A previous, A anchor, A importance, A strength) {
+  return grad - A(2) * strength * importance * (previous - anchor);
+}
+
+// path_i -= g_i (theta_i(t+1) - theta_i(t)): the loss decrease that parameter i is credited with.
+struct AccumulatePathIntegral {
+  using lists =
+      Lists<UpdateState, UpdateState, ReadParameter, ReadParameter, ReadState, ReadState>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double strength;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& path, A& previous, A param, A grad, A anchor,
+                                    A importance) const {
+    const A task_grad = task_gradient(grad, previous, anchor, importance, A(strength));
+    path -= task_grad * (param - previous);
+    previous = param;
+  }
+};
+
+// SI's step and, from the same gradient, RWalk's moving average of the squared gradient.
+struct RiemannianWalkStep {
+  using lists = Lists<UpdateState, UpdateState, UpdateState, ReadParameter, ReadParameter,
+                      ReadState, ReadState>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double strength;
+  double decay;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& path, A& previous, A& fisher, A param, A grad, A anchor,
+                                    A importance) const {
+    const A task_grad = task_gradient(grad, previous, anchor, importance, A(strength));
+    path -= task_grad * (param - previous);
+    previous = param;
+    fisher = A(decay) * fisher + (A(1) - A(decay)) * task_grad * task_grad;
+  }
+};
+
+// The end of an interval: loss decrease per distance travelled, measured in the KL divergence
+// F d^2 / 2 that the step caused (equation 9 of the paper).
+struct AccumulateRiemannianWalkScore {
+  using lists = Lists<UpdateState, UpdateState, UpdateState, ReadState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double eps;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& task_score, A& path, A& interval_start, A fisher,
+                                    A param) const {
+    const A distance = param - interval_start;
+    task_score += positive_part(path) / (A(0.5) * fisher * distance * distance + A(eps));
+    path = A(0);
+    interval_start = param;
+  }
+};
+
+// SI's end of a task. The anchor still holds theta at the start of the task.
+struct ConsolidatePathIntegral {
+  using lists = Lists<UpdateState, UpdateState, UpdateState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double xi;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& importance, A& anchor, A& path, A param) const {
+    const A distance = param - anchor;
+    importance += positive_part(path) / (distance * distance + A(xi));
+    anchor = param;
+    path = A(0);
+  }
+};
+
+// RWalk's end of a task, first pass: merge the scores and find their maximum.
+struct MergeRiemannianWalkScore {
+  using lists = Lists<UpdateState, UpdateState>;
+  static constexpr Reduction reduction = Reduction::Max;
+
+  double mix;
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A& score, A& task_score) const {
+    score = (A(1) - A(mix)) * score + A(mix) * task_score;
+    task_score = A(0);
+    return score;
+  }
+};
+
+struct Maximum {
+  using lists = Lists<ReadState>;
+  static constexpr Reduction reduction = Reduction::Max;
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A value) const {
+    return value;
+  }
+};
+
+// RWalk's end of a task, second pass: Fisher and score, each scaled to [0, 1], add up.
+struct ConsolidateRiemannianWalk {
+  using lists = Lists<WriteState, WriteState, ReadState, ReadState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  // Results of the first pass; they stay on the device, like every reduction.
+  const double* max_fisher;
+  const double* max_score;
+  double fisher_scale = 0;
+  double score_scale = 0;
+
+  CLEXT_HOST_DEVICE void prepare() {
+    fisher_scale = *max_fisher;
+    score_scale = *max_score;
+  }
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& importance, A& anchor, A fisher, A score, A param) const {
+    importance = normalised(fisher, A(fisher_scale)) + normalised(score, A(score_scale));
+    anchor = param;
+  }
+
+ private:
+  // A maximum of zero means that nothing was learned: no importance, rather than 0 / 0.
+  template <class A>
+  CLEXT_HOST_DEVICE static A normalised(A value, A scale) {
+    return scale == A(0) ? A(0) : value / scale;
+  }
+};
+
+}  // namespace clext

@@ -1,0 +1,51 @@
+// The quadratic penalty  sum_i Omega_i (theta_i - theta*_i)^2  and its gradient.
+#pragma once
+
+#include "math/element.h"
+
+namespace clext {
+
+struct QuadraticPenalty {
+  using lists = Lists<ReadParameter, ReadState, ReadState>;
+  static constexpr Reduction reduction = Reduction::Sum;
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A param, A anchor, A importance) const {
+    const A difference = param - anchor;
+    return importance * difference * difference;
+  }
+};
+
+struct QuadraticPenaltyBackward {
+  using lists = Lists<WriteParameter, ReadParameter, ReadState, ReadState>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  // The incoming gradient stays on the device: reading it on the host would stall the stream.
+  const double* grad_output;
+  double factor = 0;
+
+  CLEXT_HOST_DEVICE void prepare() { factor = 2 * *grad_output; }
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& grad, A param, A anchor, A importance) const {
+    grad = A(factor) * importance * (param - anchor);
+  }
+};
+
+// Value and gradient in one pass: every list is read once, the gradient is written once.
+struct AddQuadraticPenaltyGrad {
+  using lists = Lists<UpdateParameter, ReadParameter, ReadState, ReadState>;
+  static constexpr Reduction reduction = Reduction::Sum;
+
+  double strength;
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A& grad, A param, A anchor, A importance) const {
+    const A difference = param - anchor;
+    const A pull = A(strength) * importance * difference;
+    grad += A(2) * pull;
+    return pull * difference;
+  }
+};
+
+}  // namespace clext

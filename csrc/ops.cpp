@@ -1,0 +1,304 @@
+// Every op of clext: schema, checks, launch. The formulas are in math/, one functor per op.
+#include "ops.h"
+
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include "math/importance.h"
+#include "math/path.h"
+#include "math/penalty.h"
+#include "math/sliced.h"
+#include "run.h"
+
+namespace clext {
+
+namespace {
+
+// Custom in-place ops have to tell autograd themselves that a tensor has changed.
+void mark_changed(std::initializer_list<at::TensorList> lists) {
+  for (const at::TensorList list : lists) {
+    for (const at::Tensor& tensor : list) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+}  // namespace
+
+at::Tensor quadratic_penalty(at::TensorList params, at::TensorList anchors,
+                             at::TensorList importances) {
+  const auto prepared = check_lists<QuadraticPenalty>(
+      "quadratic_penalty",
+      {{{"params", params}, {"anchors", anchors}, {"importances", importances}}}, 0);
+  return run(prepared, QuadraticPenalty{});
+}
+
+std::vector<at::Tensor> quadratic_penalty_backward(const at::Tensor& grad, at::TensorList params,
+                                                   at::TensorList anchors,
+                                                   at::TensorList importances) {
+  TORCH_CHECK_VALUE(grad.dim() == 0, "quadratic_penalty_backward: grad has shape ", grad.sizes(),
+                    ", expected a 0-dim tensor");
+  std::vector<at::Tensor> grads;
+  for (const at::Tensor& param : params) grads.push_back(at::empty_like(param));
+  const auto prepared =
+      check_lists<QuadraticPenaltyBackward>("quadratic_penalty_backward",
+                                            {{{"grads", grads},
+                                              {"params", params},
+                                              {"anchors", anchors},
+                                              {"importances", importances}}},
+                                            1);
+  TORCH_CHECK_VALUE(!prepared.device || grad.device() == *prepared.device,
+                    "quadratic_penalty_backward: grad is on ", grad.device(), ", expected ",
+                    *prepared.device);
+  const at::Tensor grad_output = grad.to(at::kDouble);
+  run(prepared, QuadraticPenaltyBackward{grad_output.const_data_ptr<double>()});
+  return grads;
+}
+
+at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList params,
+                                       at::TensorList anchors, at::TensorList importances,
+                                       double strength) {
+  check_scalar("add_quadratic_penalty_grad_", "strength", strength);
+  const auto prepared =
+      check_lists<AddQuadraticPenaltyGrad>("add_quadratic_penalty_grad_",
+                                           {{{"grads", grads},
+                                             {"params", params},
+                                             {"anchors", anchors},
+                                             {"importances", importances}}},
+                                           1);
+  at::Tensor value = run(prepared, AddQuadraticPenaltyGrad{strength});
+  mark_changed({grads});
+  return value;
+}
+
+void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
+                               at::TensorList grads, at::TensorList anchors,
+                               at::TensorList importances, double strength) {
+  check_scalar("accumulate_path_integral_", "strength", strength);
+  const auto prepared = check_lists<AccumulatePathIntegral>("accumulate_path_integral_",
+                                                            {{{"path", path},
+                                                              {"previous", previous},
+                                                              {"params", params},
+                                                              {"grads", grads},
+                                                              {"anchors", anchors},
+                                                              {"importances", importances}}},
+                                                            2);
+  run(prepared, AccumulatePathIntegral{strength});
+  mark_changed({path, previous});
+}
+
+void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
+                           at::TensorList params, at::TensorList grads, at::TensorList anchors,
+                           at::TensorList importances, double strength, double decay) {
+  check_scalar("riemannian_walk_step_", "strength", strength);
+  check_fraction("riemannian_walk_step_", "decay", decay);
+  const auto prepared = check_lists<RiemannianWalkStep>("riemannian_walk_step_",
+                                                        {{{"path", path},
+                                                          {"previous", previous},
+                                                          {"fisher", fisher},
+                                                          {"params", params},
+                                                          {"grads", grads},
+                                                          {"anchors", anchors},
+                                                          {"importances", importances}}},
+                                                        3);
+  run(prepared, RiemannianWalkStep{strength, decay});
+  mark_changed({path, previous, fisher});
+}
+
+void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList path,
+                                       at::TensorList interval_start, at::TensorList fisher,
+                                       at::TensorList params, double eps) {
+  check_scalar("accumulate_riemannian_walk_score_", "eps", eps, /*positive=*/true);
+  const auto prepared =
+      check_lists<AccumulateRiemannianWalkScore>("accumulate_riemannian_walk_score_",
+                                                 {{{"task_score", task_score},
+                                                   {"path", path},
+                                                   {"interval_start", interval_start},
+                                                   {"fisher", fisher},
+                                                   {"params", params}}},
+                                                 4);
+  run(prepared, AccumulateRiemannianWalkScore{eps});
+  mark_changed({task_score, path, interval_start});
+}
+
+void accumulate_square_(at::TensorList acc, at::TensorList grads, double scale) {
+  check_scalar("accumulate_square_", "scale", scale);
+  const auto prepared = check_lists<AccumulateSquare>("accumulate_square_",
+                                                      {{{"acc", acc}, {"grads", grads}}}, 0);
+  run(prepared, AccumulateSquare{scale});
+  mark_changed({acc});
+}
+
+void accumulate_abs_(at::TensorList acc, at::TensorList grads, double scale) {
+  check_scalar("accumulate_abs_", "scale", scale);
+  const auto prepared =
+      check_lists<AccumulateAbs>("accumulate_abs_", {{{"acc", acc}, {"grads", grads}}}, 0);
+  run(prepared, AccumulateAbs{scale});
+  mark_changed({acc});
+}
+
+void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::Tensor& slices,
+                        double scale) {
+  check_scalar("sliced_importance_", "scale", scale);
+  TORCH_CHECK_VALUE(slices.dim() == 2, "sliced_importance_: slices has shape ", slices.sizes(),
+                    ", expected [slices, outputs]");
+  const auto prepared = check_lists<SlicedImportance>(
+      "sliced_importance_", {{{"acc", acc}, {"jacobian", jacobian}}}, 0);
+  const int64_t outputs = slices.size(1);
+  for (size_t i = 0; i < jacobian.size(); ++i) {
+    TORCH_CHECK_VALUE(jacobian[i].size(0) == outputs, "sliced_importance_: jacobian[", i, "] has ",
+                      jacobian[i].size(0), " rows, expected ", outputs,
+                      " (the columns of slices)");
+  }
+  TORCH_CHECK_VALUE(!prepared.device || slices.device() == *prepared.device,
+                    "sliced_importance_: slices is on ", slices.device(), ", expected ",
+                    *prepared.device);
+  TORCH_CHECK_VALUE(prepared.groups.size() <= 1,
+                    "sliced_importance_: acc mixes float32 and float64, expected one dtype");
+  const at::Tensor directions = slices.detach().to(prepared.state_dtype);
+  const at::Tensor gram = at::mm(directions.t(), directions).contiguous();
+  run(prepared, SlicedImportance{gram.const_data_ptr(), outputs, scale});
+  mark_changed({acc});
+}
+
+void consolidate_importance_(at::TensorList importances, at::TensorList anchors,
+                             at::TensorList estimate, at::TensorList params, double gamma) {
+  check_fraction("consolidate_importance_", "gamma", gamma);
+  const auto prepared = check_lists<ConsolidateImportance>("consolidate_importance_",
+                                                           {{{"importances", importances},
+                                                             {"anchors", anchors},
+                                                             {"estimate", estimate},
+                                                             {"params", params}}},
+                                                           3);
+  run(prepared, ConsolidateImportance{gamma});
+  mark_changed({importances, anchors});
+}
+
+at::Tensor consolidate_all_anchors_(at::TensorList importances, at::TensorList anchors,
+                                    at::TensorList estimate, at::TensorList params, double gamma) {
+  check_fraction("consolidate_all_anchors_", "gamma", gamma);
+  const auto prepared = check_lists<ConsolidateAllAnchors>("consolidate_all_anchors_",
+                                                           {{{"importances", importances},
+                                                             {"anchors", anchors},
+                                                             {"estimate", estimate},
+                                                             {"params", params}}},
+                                                           3);
+  at::Tensor constant = run(prepared, ConsolidateAllAnchors{gamma});
+  mark_changed({importances, anchors});
+  return constant;
+}
+
+void consolidate_path_integral_(at::TensorList importances, at::TensorList anchors,
+                                at::TensorList path, at::TensorList params, double xi) {
+  check_scalar("consolidate_path_integral_", "xi", xi, /*positive=*/true);
+  const auto prepared = check_lists<ConsolidatePathIntegral>("consolidate_path_integral_",
+                                                             {{{"importances", importances},
+                                                               {"anchors", anchors},
+                                                               {"path", path},
+                                                               {"params", params}}},
+                                                             3);
+  run(prepared, ConsolidatePathIntegral{xi});
+  mark_changed({importances, anchors, path});
+}
+
+void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anchors,
+                                  at::TensorList score, at::TensorList task_score,
+                                  at::TensorList fisher, at::TensorList params, double mix) {
+  constexpr const char* kName = "consolidate_riemannian_walk_";
+  check_fraction(kName, "mix", mix);
+  // All three passes are checked before the first one changes anything.
+  const auto consolidate = check_lists<ConsolidateRiemannianWalk>(kName,
+                                                                  {{{"importances", importances},
+                                                                    {"anchors", anchors},
+                                                                    {"fisher", fisher},
+                                                                    {"score", score},
+                                                                    {"params", params}}},
+                                                                  4);
+  const auto merge = check_lists<MergeRiemannianWalkScore>(
+      kName, {{{"score", score}, {"task_score", task_score}}}, 0);
+  const auto maximum = check_lists<Maximum>(kName, {{{"fisher", fisher}}}, 0);
+  const at::Tensor max_score = run(merge, MergeRiemannianWalkScore{mix}, at::kDouble);
+  const at::Tensor max_fisher = run(maximum, Maximum{}, at::kDouble);
+  run(consolidate, ConsolidateRiemannianWalk{max_fisher.const_data_ptr<double>(),
+                                             max_score.const_data_ptr<double>()});
+  mark_changed({importances, anchors, score, task_score});
+}
+
+}  // namespace clext
+
+TORCH_LIBRARY(clext, m) {
+  // Shape functions and autograd formulas live there.
+  m.set_python_module("clext.ops");
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("quadratic_penalty(Tensor[] params, Tensor[] anchors, Tensor[] importances) -> Tensor",
+        tags);
+  m.def(
+      "quadratic_penalty_backward(Tensor grad, Tensor[] params, Tensor[] anchors, "
+      "Tensor[] importances) -> Tensor[]",
+      tags);
+  m.def(
+      "add_quadratic_penalty_grad_(Tensor(a!)[] grads, Tensor[] params, Tensor[] anchors, "
+      "Tensor[] importances, float strength) -> Tensor",
+      tags);
+  m.def(
+      "accumulate_path_integral_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor[] params, "
+      "Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength) -> ()",
+      tags);
+  m.def(
+      "riemannian_walk_step_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor(c!)[] fisher, "
+      "Tensor[] params, Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength, "
+      "float decay) -> ()",
+      tags);
+  m.def(
+      "accumulate_riemannian_walk_score_(Tensor(a!)[] task_score, Tensor(b!)[] path, "
+      "Tensor(c!)[] interval_start, Tensor[] fisher, Tensor[] params, float eps) -> ()",
+      tags);
+  m.def("accumulate_square_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
+  m.def("accumulate_abs_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
+  m.def(
+      "sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
+      tags);
+  m.def(
+      "consolidate_importance_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
+      "Tensor[] estimate, Tensor[] params, float gamma) -> ()",
+      tags);
+  m.def(
+      "consolidate_all_anchors_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
+      "Tensor[] estimate, Tensor[] params, float gamma) -> Tensor",
+      tags);
+  m.def(
+      "consolidate_path_integral_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
+      "Tensor(c!)[] path, Tensor[] params, float xi) -> ()",
+      tags);
+  m.def(
+      "consolidate_riemannian_walk_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
+      "Tensor(c!)[] score, Tensor(d!)[] task_score, Tensor[] fisher, Tensor[] params, "
+      "float mix) -> ()",
+      tags);
+}
+
+namespace {
+
+// The functions find the device themselves, so both dispatch keys get the same ones.
+void register_kernels(torch::Library& m) {
+  m.impl("quadratic_penalty", TORCH_FN(clext::quadratic_penalty));
+  m.impl("quadratic_penalty_backward", TORCH_FN(clext::quadratic_penalty_backward));
+  m.impl("add_quadratic_penalty_grad_", TORCH_FN(clext::add_quadratic_penalty_grad_));
+  m.impl("accumulate_path_integral_", TORCH_FN(clext::accumulate_path_integral_));
+  m.impl("riemannian_walk_step_", TORCH_FN(clext::riemannian_walk_step_));
+  m.impl("accumulate_riemannian_walk_score_", TORCH_FN(clext::accumulate_riemannian_walk_score_));
+  m.impl("accumulate_square_", TORCH_FN(clext::accumulate_square_));
+  m.impl("accumulate_abs_", TORCH_FN(clext::accumulate_abs_));
+  m.impl("sliced_importance_", TORCH_FN(clext::sliced_importance_));
+  m.impl("consolidate_importance_", TORCH_FN(clext::consolidate_importance_));
+  m.impl("consolidate_all_anchors_", TORCH_FN(clext::consolidate_all_anchors_));
+  m.impl("consolidate_path_integral_", TORCH_FN(clext::consolidate_path_integral_));
+  m.impl("consolidate_riemannian_walk_", TORCH_FN(clext::consolidate_riemannian_walk_));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(clext, CPU, m) { register_kernels(m); }
+
+#if defined(CLEXT_WITH_CUDA)
+TORCH_LIBRARY_IMPL(clext, CUDA, m) { register_kernels(m); }
+#endif

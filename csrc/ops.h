@@ -1,0 +1,43 @@
+// The ops of clext as C++ functions; ops.cpp holds their schemas and what each one means.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "check.h"
+
+namespace clext {
+
+at::Tensor quadratic_penalty(at::TensorList params, at::TensorList anchors,
+                             at::TensorList importances);
+std::vector<at::Tensor> quadratic_penalty_backward(const at::Tensor& grad, at::TensorList params,
+                                                   at::TensorList anchors,
+                                                   at::TensorList importances);
+at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList params,
+                                       at::TensorList anchors, at::TensorList importances,
+                                       double strength);
+void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
+                               at::TensorList grads, at::TensorList anchors,
+                               at::TensorList importances, double strength);
+void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
+                           at::TensorList params, at::TensorList grads, at::TensorList anchors,
+                           at::TensorList importances, double strength, double decay);
+void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList path,
+                                       at::TensorList interval_start, at::TensorList fisher,
+                                       at::TensorList params, double eps);
+void accumulate_square_(at::TensorList acc, at::TensorList grads, double scale);
+void accumulate_abs_(at::TensorList acc, at::TensorList grads, double scale);
+void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::Tensor& slices,
+                        double scale);
+void consolidate_importance_(at::TensorList importances, at::TensorList anchors,
+                             at::TensorList estimate, at::TensorList params, double gamma);
+at::Tensor consolidate_all_anchors_(at::TensorList importances, at::TensorList anchors,
+                                    at::TensorList estimate, at::TensorList params, double gamma);
+void consolidate_path_integral_(at::TensorList importances, at::TensorList anchors,
+                                at::TensorList path, at::TensorList params, double xi);
+void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anchors,
+                                  at::TensorList score, at::TensorList task_score,
+                                  at::TensorList fisher, at::TensorList params, double mix);
+
+}  // namespace clext

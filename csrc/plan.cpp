@@ -1,0 +1,221 @@
+#include "plan.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "math/path.h"
+#include "math/penalty.h"
+#include "ops.h"
+#include "run.h"
+
+namespace clext {
+
+namespace {
+
+// A gradient that takes another's place in a launch without a new round of checks.
+bool fits(const at::Tensor& grad, const at::Tensor& param) {
+  return grad.scalar_type() == param.scalar_type() && grad.layout() == at::kStrided &&
+         grad.device() == param.device() && grad.sizes() == param.sizes() &&
+         same_layout(grad.sizes(), grad.strides(), param.strides());
+}
+
+}  // namespace
+
+ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params,
+                             State state)
+    : names_(std::move(names)), params_(std::move(params)), state_(std::move(state)) {
+  TORCH_CHECK_VALUE(!params_.empty(), "ParameterPlan: params is empty, expected at least one tensor");
+  TORCH_CHECK_VALUE(names_.size() == params_.size(), "ParameterPlan: names has ", names_.size(),
+                    " entries, expected ", params_.size(), " (as many as params)");
+  std::vector<ListArgument> lists = {{"params", params_, Storage::Parameter, Access::Read}};
+  for (const auto& [name, tensors] : state_) {
+    lists.push_back({name.c_str(), tensors, Storage::State, Access::Update});
+  }
+  check_lists("ParameterPlan", lists, 0, names_);
+}
+
+const std::vector<at::Tensor>& ParameterPlan::state(const char* op_name, const char* name) const {
+  const auto found = state_.find(name);
+  TORCH_CHECK_VALUE(found != state_.end(), "ParameterPlan.", op_name, ": state has no list '", name,
+                    "'; pass it to the constructor");
+  return found->second;
+}
+
+std::vector<size_t> ParameterPlan::active_parameters(bool need_gradient) const {
+  std::vector<size_t> active;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (!need_gradient || params_[i].grad().defined()) active.push_back(i);
+  }
+  return active;
+}
+
+template <class Op>
+void ParameterPlan::rebuild(const char* op_name, Launch& launch,
+                            const std::vector<Source>& sources) {
+  launch.valid = false;
+  launch.cells.clear();
+  const bool need_gradient = std::any_of(sources.begin(), sources.end(), [](const Source& s) {
+    return s.kind == Source::kGradient;
+  });
+  launch.active = active_parameters(need_gradient);
+  std::vector<std::string> names;
+  for (const size_t i : launch.active) names.push_back(names_[i]);
+
+  std::vector<std::vector<at::Tensor>> tensors(sources.size());
+  std::array<std::pair<const char*, at::TensorList>, Op::lists::count> lists;
+  size_t layout = 0;
+  for (size_t a = 0; a < sources.size(); ++a) {
+    if (sources[a].kind == Source::kParameter) layout = a;
+    for (const size_t i : launch.active) {
+      tensors[a].push_back(sources[a].kind == Source::kParameter  ? params_[i]
+                           : sources[a].kind == Source::kGradient ? params_[i].grad()
+                                                                  : state(op_name, sources[a].state)[i]);
+    }
+    lists[a] = {sources[a].name, tensors[a]};
+  }
+  launch.prepared = check_lists<Op>(op_name, lists, layout, names);
+
+  const auto arguments = arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{});
+  for (size_t a = 0; a < sources.size(); ++a) {
+    if (sources[a].kind == Source::kState) continue;
+    for (size_t k = 0; k < launch.active.size(); ++k) {
+      const auto [group, index] = launch.prepared.positions[k];
+      const size_t tensor_count = launch.prepared.groups[group].sizes.size();
+      launch.cells.push_back({launch.active[k], sources[a].kind, arguments[a].access, group,
+                              a * tensor_count + index});
+    }
+  }
+  // A gradient that had to be copied for this launch is stale at the next one.
+  launch.valid = launch.prepared.copies.empty();
+}
+
+// Brings the pointers of parameters and gradients up to date; false if only a new check can tell
+// whether they still fit.
+bool ParameterPlan::refresh(Launch& launch) const {
+  for (const Cell& cell : launch.cells) {
+    const at::Tensor& param = params_[cell.parameter];
+    const at::Tensor& tensor = cell.kind == Source::kGradient ? param.grad() : param;
+    if (!tensor.defined()) return false;
+    void* pointer = cell.access == Access::Read ? const_cast<void*>(tensor.const_data_ptr())
+                                                : tensor.mutable_data_ptr();
+    void*& known = launch.prepared.groups[cell.group].pointers[cell.position];
+    if (pointer == known) continue;
+    if (cell.kind == Source::kParameter || !fits(tensor, param)) return false;
+    known = pointer;
+  }
+  return true;
+}
+
+template <class Op>
+at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
+                               const std::vector<Source>& sources, const Op& op) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const bool need_gradient = std::any_of(sources.begin(), sources.end(), [](const Source& s) {
+    return s.kind == Source::kGradient;
+  });
+  const auto active_count = [&] {
+    return std::count_if(params_.begin(), params_.end(),
+                         [](const at::Tensor& p) { return p.grad().defined(); });
+  };
+  const bool same_parameters =
+      !need_gradient || static_cast<size_t>(active_count()) == launch.active.size();
+  if (!launch.valid || !same_parameters || !refresh(launch)) {
+    rebuild<Op>(op_name, launch, sources);
+  }
+  return run(launch.prepared, op);
+}
+
+at::Tensor ParameterPlan::quadratic_penalty() {
+  static const std::vector<Source> sources = {{Source::kParameter, "params"},
+                                              {Source::kState, "anchors", "anchor"},
+                                              {Source::kState, "importances", "importance"}};
+  return call("quadratic_penalty", penalty_, sources, QuadraticPenalty{});
+}
+
+at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
+  static const std::vector<Source> sources = {{Source::kGradient, "grads"},
+                                              {Source::kParameter, "params"},
+                                              {Source::kState, "anchors", "anchor"},
+                                              {Source::kState, "importances", "importance"}};
+  check_scalar("add_quadratic_penalty_grad_", "strength", strength);
+  for (at::Tensor& param : params_) {
+    if (!param.grad().defined() && param.requires_grad()) {
+      param.mutable_grad() = at::zeros_like(param.detach());
+    }
+  }
+  return call("add_quadratic_penalty_grad_", penalty_grad_, sources,
+              AddQuadraticPenaltyGrad{strength});
+}
+
+void ParameterPlan::accumulate_path_integral_(double strength) {
+  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
+                                              {Source::kState, "previous", "previous"},
+                                              {Source::kParameter, "params"},
+                                              {Source::kGradient, "grads"},
+                                              {Source::kState, "anchors", "anchor"},
+                                              {Source::kState, "importances", "importance"}};
+  check_scalar("accumulate_path_integral_", "strength", strength);
+  call("accumulate_path_integral_", path_, sources, AccumulatePathIntegral{strength});
+}
+
+void ParameterPlan::riemannian_walk_step_(double strength, double decay) {
+  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
+                                              {Source::kState, "previous", "previous"},
+                                              {Source::kState, "fisher", "fisher"},
+                                              {Source::kParameter, "params"},
+                                              {Source::kGradient, "grads"},
+                                              {Source::kState, "anchors", "anchor"},
+                                              {Source::kState, "importances", "importance"}};
+  check_scalar("riemannian_walk_step_", "strength", strength);
+  check_fraction("riemannian_walk_step_", "decay", decay);
+  call("riemannian_walk_step_", walk_, sources, RiemannianWalkStep{strength, decay});
+}
+
+void ParameterPlan::accumulate_riemannian_walk_score_(double eps) {
+  static const std::vector<Source> sources = {{Source::kState, "task_score", "task_score"},
+                                              {Source::kState, "path", "path"},
+                                              {Source::kState, "interval_start", "interval_start"},
+                                              {Source::kState, "fisher", "fisher"},
+                                              {Source::kParameter, "params"}};
+  check_scalar("accumulate_riemannian_walk_score_", "eps", eps, /*positive=*/true);
+  call("accumulate_riemannian_walk_score_", score_, sources, AccumulateRiemannianWalkScore{eps});
+}
+
+// Once a task: the dispatcher ops' own functions, with their full checks.
+
+void ParameterPlan::consolidate_importance_(const std::vector<at::Tensor>& estimate,
+                                            double gamma) {
+  constexpr const char* kName = "consolidate_importance_";
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  clext::consolidate_importance_(state(kName, "importance"), state(kName, "anchor"), estimate,
+                                 params_, gamma);
+}
+
+at::Tensor ParameterPlan::consolidate_all_anchors_(const std::vector<at::Tensor>& estimate,
+                                                   double gamma) {
+  constexpr const char* kName = "consolidate_all_anchors_";
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return clext::consolidate_all_anchors_(state(kName, "importance"), state(kName, "anchor"),
+                                         estimate, params_, gamma);
+}
+
+void ParameterPlan::consolidate_path_integral_(double xi) {
+  constexpr const char* kName = "consolidate_path_integral_";
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  clext::consolidate_path_integral_(state(kName, "importance"), state(kName, "anchor"),
+                                    state(kName, "path"), params_, xi);
+}
+
+void ParameterPlan::consolidate_riemannian_walk_(double mix) {
+  constexpr const char* kName = "consolidate_riemannian_walk_";
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  clext::consolidate_riemannian_walk_(state(kName, "importance"), state(kName, "anchor"),
+                                      state(kName, "score"), state(kName, "task_score"),
+                                      state(kName, "fisher"), params_, mix);
+}
+
+}  // namespace clext

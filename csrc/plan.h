@@ -1,0 +1,80 @@
+// ParameterPlan: the parameters of a model and a method's state, held as handles in C++.
+//
+// Why: a training step calls the same ops with the same lists again and again. Passing hundreds of
+// tensors from Python and checking them each time costs more than the arithmetic of a small model.
+// The plan checks everything once, reads `.grad` in C++ at each call and keeps the launch (pointers
+// and chunks) while the pointers stay the same.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "check.h"
+
+namespace clext {
+
+class ParameterPlan {
+ public:
+  using State = std::map<std::string, std::vector<at::Tensor>>;
+
+  // `names`: one per parameter, for messages. `state`: lists as long as `params`, each entry laid
+  // out like its parameter; float32, or float64 for float64 parameters.
+  ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params, State state);
+
+  // The value alone, without autograd; strength not included.
+  at::Tensor quadratic_penalty();
+  // Creates `.grad` where there is none. Frozen parameters without gradient are left out.
+  at::Tensor add_quadratic_penalty_grad_(double strength);
+  // Parameters without gradient are left out: no optimizer has moved them.
+  void accumulate_path_integral_(double strength);
+  void riemannian_walk_step_(double strength, double decay);
+  void accumulate_riemannian_walk_score_(double eps);
+
+  void consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma);
+  at::Tensor consolidate_all_anchors_(const std::vector<at::Tensor>& estimate, double gamma);
+  void consolidate_path_integral_(double xi);
+  void consolidate_riemannian_walk_(double mix);
+
+ private:
+  // Where an op finds a list: the parameters, their gradients, or a list of the state.
+  struct Source {
+    enum Kind { kParameter, kGradient, kState } kind;
+    const char* name;
+    const char* state = nullptr;
+  };
+
+  // A pointer that may change between calls, and where it stands in the launch.
+  struct Cell {
+    size_t parameter;
+    Source::Kind kind;
+    Access access;
+    size_t group;
+    size_t position;  // in the group's pointers
+  };
+
+  struct Launch {
+    bool valid = false;
+    Prepared prepared;
+    std::vector<size_t> active;  // the parameters that take part
+    std::vector<Cell> cells;
+  };
+
+  template <class Op>
+  at::Tensor call(const char* op_name, Launch& launch, const std::vector<Source>& sources,
+                  const Op& op);
+  template <class Op>
+  void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources);
+  bool refresh(Launch& launch) const;
+  std::vector<size_t> active_parameters(bool need_gradient) const;
+  const std::vector<at::Tensor>& state(const char* op_name, const char* name) const;
+
+  std::vector<std::string> names_;
+  std::vector<at::Tensor> params_;
+  State state_;
+  Launch penalty_, penalty_grad_, path_, walk_, score_;
+};
+
+}  // namespace clext
