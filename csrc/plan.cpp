@@ -4,7 +4,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
 
-#include <algorithm>
 #include <utility>
 
 #include "math/path.h"
@@ -45,12 +44,9 @@ const std::vector<at::Tensor>& ParameterPlan::state(const char* op_name, const c
   return found->second;
 }
 
-std::vector<size_t> ParameterPlan::active_parameters(bool need_gradient) const {
-  std::vector<size_t> active;
-  for (size_t i = 0; i < params_.size(); ++i) {
-    if (!need_gradient || params_[i].grad().defined()) active.push_back(i);
-  }
-  return active;
+bool ParameterPlan::takes_part(const at::Tensor& param, Missing missing) const {
+  if (missing == Missing::Irrelevant || param.grad().defined()) return true;
+  return missing == Missing::Created && param.requires_grad();
 }
 
 template <class Op>
@@ -58,26 +54,41 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
                             const std::vector<Source>& sources) {
   launch.valid = false;
   launch.cells.clear();
-  const bool need_gradient = std::any_of(sources.begin(), sources.end(), [](const Source& s) {
-    return s.kind == Source::kGradient;
-  });
-  launch.active = active_parameters(need_gradient);
+  launch.active.clear();
+  launch.left_out.clear();
   std::vector<std::string> names;
-  for (const size_t i : launch.active) names.push_back(names_[i]);
+  std::vector<at::Tensor> params, grads;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const at::Tensor& param = params_[i];
+    if (!takes_part(param, launch.missing)) {
+      launch.left_out.push_back(i);
+      continue;
+    }
+    launch.active.push_back(i);
+    names.push_back(names_[i]);
+    params.push_back(param);
+    const bool create = launch.missing == Missing::Created && !param.grad().defined();
+    grads.push_back(create ? at::zeros_like(param.detach()) : param.grad());
+  }
 
   std::vector<std::vector<at::Tensor>> tensors(sources.size());
   std::array<std::pair<const char*, at::TensorList>, Op::lists::count> lists;
   size_t layout = 0;
   for (size_t a = 0; a < sources.size(); ++a) {
     if (sources[a].kind == Source::kParameter) layout = a;
-    for (const size_t i : launch.active) {
-      tensors[a].push_back(sources[a].kind == Source::kParameter  ? params_[i]
-                           : sources[a].kind == Source::kGradient ? params_[i].grad()
-                                                                  : state(op_name, sources[a].state)[i]);
+    if (sources[a].kind == Source::kState) {
+      for (const size_t i : launch.active) {
+        tensors[a].push_back(state(op_name, sources[a].state)[i]);
+      }
+    } else {
+      tensors[a] = sources[a].kind == Source::kParameter ? params : grads;
     }
     lists[a] = {sources[a].name, tensors[a]};
   }
   launch.prepared = check_lists<Op>(op_name, lists, layout, names);
+  if (launch.missing == Missing::Created) {
+    for (size_t k = 0; k < grads.size(); ++k) params[k].mutable_grad() = grads[k];
+  }
 
   const auto arguments = arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{});
   for (size_t a = 0; a < sources.size(); ++a) {
@@ -96,6 +107,9 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
 // Brings the pointers of parameters and gradients up to date; false if only a new check can tell
 // whether they still fit.
 bool ParameterPlan::refresh(Launch& launch) const {
+  for (const size_t i : launch.left_out) {
+    if (takes_part(params_[i], launch.missing)) return false;
+  }
   for (const Cell& cell : launch.cells) {
     const at::Tensor& param = params_[cell.parameter];
     const at::Tensor& tensor = cell.kind == Source::kGradient ? param.grad() : param;
@@ -114,18 +128,7 @@ template <class Op>
 at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
                                const std::vector<Source>& sources, const Op& op) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const bool need_gradient = std::any_of(sources.begin(), sources.end(), [](const Source& s) {
-    return s.kind == Source::kGradient;
-  });
-  const auto active_count = [&] {
-    return std::count_if(params_.begin(), params_.end(),
-                         [](const at::Tensor& p) { return p.grad().defined(); });
-  };
-  const bool same_parameters =
-      !need_gradient || static_cast<size_t>(active_count()) == launch.active.size();
-  if (!launch.valid || !same_parameters || !refresh(launch)) {
-    rebuild<Op>(op_name, launch, sources);
-  }
+  if (!launch.valid || !refresh(launch)) rebuild<Op>(op_name, launch, sources);
   return run(launch.prepared, op);
 }
 
@@ -142,11 +145,6 @@ at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
                                               {Source::kState, "anchors", "anchor"},
                                               {Source::kState, "importances", "importance"}};
   check_scalar("add_quadratic_penalty_grad_", "strength", strength);
-  for (at::Tensor& param : params_) {
-    if (!param.grad().defined() && param.requires_grad()) {
-      param.mutable_grad() = at::zeros_like(param.detach());
-    }
-  }
   return call("add_quadratic_penalty_grad_", penalty_grad_, sources,
               AddQuadraticPenaltyGrad{strength});
 }

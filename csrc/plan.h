@@ -55,11 +55,16 @@ class ParameterPlan {
     size_t position;  // in the group's pointers
   };
 
+  // What happens to a parameter that has no gradient.
+  enum class Missing { Irrelevant, LeftOut, Created };
+
   struct Launch {
+    Missing missing;
     bool valid = false;
-    Prepared prepared;
-    std::vector<size_t> active;  // the parameters that take part
-    std::vector<Cell> cells;
+    Prepared prepared = {};
+    std::vector<size_t> active = {};    // the parameters that take part
+    std::vector<size_t> left_out = {};  // the others
+    std::vector<Cell> cells = {};
   };
 
   template <class Op>
@@ -68,13 +73,17 @@ class ParameterPlan {
   template <class Op>
   void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources);
   bool refresh(Launch& launch) const;
-  std::vector<size_t> active_parameters(bool need_gradient) const;
+  bool takes_part(const at::Tensor& param, Missing missing) const;
   const std::vector<at::Tensor>& state(const char* op_name, const char* name) const;
 
   std::vector<std::string> names_;
   std::vector<at::Tensor> params_;
   State state_;
-  Launch penalty_, penalty_grad_, path_, walk_, score_;
+  Launch penalty_{Missing::Irrelevant};
+  Launch penalty_grad_{Missing::Created};
+  Launch path_{Missing::LeftOut};
+  Launch walk_{Missing::LeftOut};
+  Launch score_{Missing::Irrelevant};
 };
 
 }  // namespace clext

@@ -1,0 +1,47 @@
+"""Host time of a call with many small tensors: handles held in C++ against lists passed each time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import STRENGTH, Lists
+from timing import Stopwatch, machine, record
+
+from clext import ops
+
+CALLS = 200
+
+
+@pytest.mark.parametrize("tensors", [8, 100, 600])
+def test_call_overhead(tensors: int, benchmark: Any, capsys: Any) -> None:
+    lists = Lists.make([(16,)] * tensors, "cpu", ("anchor", "importance", "path", "previous"))
+    plan = lists.plan()
+    contestants = {
+        "plan": partial(plan.add_quadratic_penalty_grad_, STRENGTH),
+        "plan_path": partial(plan.accumulate_path_integral_, STRENGTH),
+        "op": partial(
+            ops.add_quadratic_penalty_grad_,
+            lists.grads,
+            lists.params,
+            lists["anchor"],
+            lists["importance"],
+            STRENGTH,
+        ),
+    }
+    watch = Stopwatch("cpu")
+
+    def all_of_them() -> None:
+        for name, contestant in contestants.items():
+            watch.time(name, contestant, CALLS)
+
+    with torch.no_grad():
+        benchmark.pedantic(contestants["plan"], setup=all_of_them, rounds=20)
+
+    micros = {name: round(1e6 * s, 2) for name, s in watch.medians().items()}
+    entry = {"tensors": tensors, "us": micros, "machine": machine("cpu")}
+    record("plan", entry)
+    with capsys.disabled():
+        print(f"\n{tensors} tensors, microseconds a call: {micros}")

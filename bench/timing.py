@@ -1,0 +1,81 @@
+"""Interleaved timing: every round runs every contestant, so that a busy machine hits all alike."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from clext._extension import build_info
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Stopwatch:
+    """Seconds of single calls, by contestant."""
+
+    def __init__(self, device: str) -> None:
+        self._synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, name: str, function: Callable[[], object], calls: int = 1) -> None:
+        """Times `calls` calls after one that is not counted, which warms the caches."""
+        function()
+        self._synchronize()
+        for _ in range(calls):
+            start = time.perf_counter()
+            function()
+            self._synchronize()
+            self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def medians(self) -> dict[str, float]:
+        return {name: median(seconds) for name, seconds in self.seconds.items()}
+
+
+def machine(device: str) -> dict[str, object]:
+    """Where and with what a result was made."""
+    info = build_info()
+    processor = _processor_name()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git_commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": info["torch"],
+        "clext": info["clext"],
+        "cpu_path": info["cpu_path"],
+        "openmp": info["openmp"],
+    }
+
+
+def record(file: str, entry: dict[str, Any]) -> None:
+    """Appends one line to bench/results/<file>.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{file}.jsonl").open("a") as lines:
+        lines.write(json.dumps(entry) + "\n")
+
+
+def _git_commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

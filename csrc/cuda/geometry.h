@@ -1,0 +1,92 @@
+// Which thread works on which elements. Plain C++, tested on the host.
+//
+// A block walks over its chunk in tiles; in a tile each thread has `kVectors` vectors of `kWidth`
+// neighbouring elements, a block's width apart. The mapping is the same whether a vector is moved
+// in 16-byte pieces or element by element (unaligned tensors, the end of a chunk), so alignment
+// never changes the order of additions, and with it the bits of a result.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "math/element.h"
+#include "math/storage.h"
+#include "tensor_lists.h"
+
+namespace clext {
+namespace cuda {
+
+static constexpr int kThreads = 256;
+static constexpr int kVectorBytes = 16;  // the widest access of one thread on all architectures
+
+// Loads in flight per thread, and the blocks that must fit on a multiprocessor: together some 100 KB
+// in flight, a few times latency x bandwidth of an H200, within 80 registers a thread. Without the
+// minimum ptxas aims at full occupancy instead and sinks loads behind the first arithmetic, which
+// starves small models that give a multiprocessor little more than one block.
+static constexpr int kBytesInFlight = 128;
+static constexpr int kMaxVectors = 4;
+static constexpr int kBlocksPerMultiprocessor = 3;
+
+template <class Op, class T>
+struct Geometry {
+  using A = accumulate_t<T>;
+  static constexpr int kLists = Op::lists::count;
+  using Indices = std::make_integer_sequence<int, kLists>;
+
+  template <int K>
+  using List = typename ListAt<K, typename Op::lists>::type;
+  template <int K>
+  using Element = std::conditional_t<List<K>::storage == Storage::Parameter, T, A>;
+  template <int K>
+  static constexpr bool kIsRows = List<K>::storage == Storage::Rows;
+  template <int K>
+  static constexpr bool kIsLoaded = !kIsRows<K> && List<K>::access != Access::Write;
+  template <int K>
+  static constexpr bool kIsStored = !kIsRows<K> && List<K>::access != Access::Read;
+
+ private:
+  template <int... K>
+  static constexpr bool any_list(Storage storage, std::integer_sequence<int, K...>) {
+    return ((List<K>::storage == storage) || ...);
+  }
+  template <int... K>
+  static constexpr int loaded_bytes(std::integer_sequence<int, K...>) {
+    return ((kIsLoaded<K> ? static_cast<int>(sizeof(Element<K>)) : 0) + ...);
+  }
+  static constexpr int choose_vectors(int bytes_per_vector) {
+    // Double formulas need two registers per value, and long divisions more: half as much for them.
+    const int budget = std::is_same_v<A, double> ? kBytesInFlight / 2 : kBytesInFlight;
+    int vectors = 1;
+    while (vectors < kMaxVectors && 2 * vectors * bytes_per_vector <= budget) vectors *= 2;
+    return vectors;
+  }
+
+ public:
+  static constexpr bool kHasRows = any_list(Storage::Rows, Indices{});
+  static constexpr bool kHasParameters = any_list(Storage::Parameter, Indices{});
+  // One 16-byte access of the smallest type, several of a wider one. With rows a thread reads many
+  // values per element anyway, each next to its neighbour's: single elements will do.
+  static constexpr int kWidth =
+      kHasRows ? 1 : kVectorBytes / static_cast<int>(kHasParameters ? sizeof(T) : sizeof(A));
+  static constexpr int kVectors = kHasRows ? 1 : choose_vectors(kWidth * loaded_bytes(Indices{}));
+  static constexpr int64_t kVectorStride = int64_t{kThreads} * kWidth;
+  static constexpr int64_t kTile = kVectorStride * kVectors;
+
+  static_assert(kLists >= 1 && kLists <= 8, "a functor has 1 to 8 lists");
+  static_assert(kCudaChunkSize % kTile == 0, "only the last chunk of a tensor may end inside a tile");
+
+  // First element, within the chunk, of a thread's vector.
+  CLEXT_HOST_DEVICE static constexpr int64_t first_element(int64_t tile, int vector, int thread) {
+    return tile * kTile + vector * kVectorStride + int64_t{thread} * kWidth;
+  }
+
+  // How many elements of a vector at `first` lie inside a chunk of `size` elements.
+  CLEXT_HOST_DEVICE static constexpr int elements_left(int64_t size, int64_t first) {
+    const int64_t left = size - first;
+    return left <= 0 ? 0 : left < kWidth ? static_cast<int>(left) : kWidth;
+  }
+};
+
+}  // namespace cuda
+}  // namespace clext

@@ -1,0 +1,219 @@
+// The CUDA driver: runs one functor of csrc/math over lists of tensors.
+//
+// It owns everything that a formula should not know: launches (packing.h), which thread works on
+// which elements (geometry.h), 16-byte accesses, tails and conversions (access.cuh), and the
+// fixed-order reduction (block_reduce.cuh). A family file (penalty.cu, path.cu, ...) only
+// instantiates apply_cuda for its functors.
+//
+// Same bits every time: a block computes one chunk, a thread adds up its elements in ascending
+// order, block_reduce folds the threads as a fixed tree, and the result is stored at the chunk's
+// index. No atomics; the order depends neither on the packing nor on the alignment of a tensor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cuda/access.cuh"
+#include "cuda/block_reduce.cuh"
+#include "cuda/check.cuh"
+#include "cuda/geometry.h"
+#include "cuda/packing.h"
+#include "launch.h"
+#include "math/element.h"
+#include "math/storage.h"
+#include "tensor_lists.h"
+
+namespace clext {
+namespace cuda {
+
+static_assert(CUDART_VERSION >= 12010, "clext needs CUDA 12.1 or newer (32 KB kernel parameters)");
+
+// One chunk, as seen by one block.
+template <class Op, class T>
+struct ChunkView {
+  using G = Geometry<Op, T>;
+
+  void* pointers[G::kLists];  // at the first element of the chunk
+  int64_t size;
+  int64_t row_stride;
+
+  template <int K>
+  __device__ __forceinline__ typename G::template Element<K>* at(int64_t element) const {
+    return static_cast<typename G::template Element<K>*>(pointers[K]) + element;
+  }
+
+  template <Path P, int K, int Width>
+  __device__ __forceinline__ void load_list(int64_t first, int left,
+                                            accumulate_t<T> (&values)[Width]) const {
+    if constexpr (G::template kIsLoaded<K>) load<P>(at<K>(first), left, values);
+  }
+
+  template <Path P, int K, int Width>
+  __device__ __forceinline__ void store_list(int64_t first, int left,
+                                             const accumulate_t<T> (&values)[Width]) const {
+    if constexpr (G::template kIsStored<K>) store<P>(at<K>(first), left, values);
+  }
+
+  template <int... K>
+  __device__ __forceinline__ void init(const LaunchTable<G::kLists>& table, int32_t block,
+                                       std::integer_sequence<int, K...>) {
+    const int index = find_entry(table, block);
+    const TableEntry<G::kLists>& entry = table.entries[index];
+    const int64_t begin = (block - table.first_blocks[index]) * entry.chunk_size;
+    size = entry.size - begin < entry.chunk_size ? entry.size - begin : entry.chunk_size;
+    row_stride = entry.row_stride;
+    ((pointers[K] = entry.pointers[K]), ...);
+    ((pointers[K] = at<K>(begin)), ...);
+  }
+
+  __device__ __forceinline__ bool is_aligned() const {
+    uintptr_t bits = 0;
+#pragma unroll
+    for (int k = 0; k < G::kLists; ++k) bits |= reinterpret_cast<uintptr_t>(pointers[k]);
+    return bits % kVectorBytes == 0;
+  }
+};
+
+// Argument K of the functor for one element: a register, or a view of the element's rows.
+template <int K, class Op, class T, int Width>
+__device__ __forceinline__ decltype(auto) argument(
+    const ChunkView<Op, T>& chunk, int64_t element,
+    accumulate_t<T> (&values)[Geometry<Op, T>::kLists][Width], int i) {
+  if constexpr (Geometry<Op, T>::template kIsRows<K>) {
+    return Rows<accumulate_t<T>>{chunk.template at<K>(element), chunk.row_stride};
+  } else {
+    return (values[K][i]);
+  }
+}
+
+// A thread's `Vectors` vectors from element `first` on: all loads, then all arithmetic, then all
+// stores, so that the loads are in flight together.
+template <Path P, int Vectors, class Op, class T, int... K>
+__device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& chunk, int64_t first,
+                                        int left, accumulate_t<T>& result,
+                                        std::integer_sequence<int, K...>) {
+  using G = Geometry<Op, T>;
+  accumulate_t<T> values[Vectors][G::kLists][G::kWidth];
+#pragma unroll
+  for (int v = 0; v < Vectors; ++v) {
+    (chunk.template load_list<P, K>(first + v * G::kVectorStride, left, values[v][K]), ...);
+  }
+#pragma unroll
+  for (int v = 0; v < Vectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < G::kWidth; ++i) {
+      if (P == Path::Partial && i >= left) continue;
+      const int64_t element = first + v * G::kVectorStride + i;
+      if constexpr (Op::reduction == Reduction::None) {
+        op(argument<K>(chunk, element, values[v], i)...);
+      } else {
+        result = fold<Op::reduction>(result, op(argument<K>(chunk, element, values[v], i)...));
+      }
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < Vectors; ++v) {
+    (chunk.template store_list<P, K>(first + v * G::kVectorStride, left, values[v][K]), ...);
+  }
+}
+
+template <Path P, class Op, class T>
+__device__ __forceinline__ void process_tiles(const Op& op, const ChunkView<Op, T>& chunk,
+                                              int64_t whole_tiles, int thread,
+                                              accumulate_t<T>& result) {
+  using G = Geometry<Op, T>;
+#pragma unroll 1
+  for (int64_t tile = 0; tile < whole_tiles; ++tile) {
+    process<P, G::kVectors>(op, chunk, G::first_element(tile, 0, thread), G::kWidth, result,
+                            typename G::Indices{});
+  }
+}
+
+template <class Op, class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    apply_kernel(const __grid_constant__ LaunchTable<Op::lists::count> table, Op op,
+                 double* partials) {
+  using G = Geometry<Op, T>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int32_t block = static_cast<int32_t>(blockIdx.x);
+
+  prepare(op);
+  ChunkView<Op, T> chunk;
+  chunk.init(table, block, typename G::Indices{});
+  const int64_t whole_tiles = chunk.size / G::kTile;
+  accumulate_t<T> result = 0;
+  if constexpr (G::kHasRows) {
+    process_tiles<Path::Element>(op, chunk, whole_tiles, thread, result);
+  } else if (chunk.is_aligned()) {
+    process_tiles<Path::Vector>(op, chunk, whole_tiles, thread, result);
+  } else {
+    process_tiles<Path::Element>(op, chunk, whole_tiles, thread, result);
+  }
+#pragma unroll 1
+  for (int v = 0; v < G::kVectors; ++v) {
+    const int64_t first = G::first_element(whole_tiles, v, thread);
+    const int left = G::elements_left(chunk.size, first);
+    if (left > 0) {
+      process<Path::Partial, 1>(op, chunk, first, left, result, typename G::Indices{});
+    }
+  }
+
+  if constexpr (Op::reduction != Reduction::None) {
+    const double total = block_reduce<Op::reduction, kThreads>(static_cast<double>(result));
+    if (thread == 0) partials[block] = total;
+  }
+}
+
+template <class Op, class T>
+void launch(const TensorLists& lists, Op op, double* partials, cudaStream_t stream,
+            const char* name) {
+  using Table = LaunchTable<Op::lists::count>;
+  static_assert(sizeof(Table) + sizeof(Op) + sizeof(double*) + 16 <= kParameterBytes,
+                "table, functor and pointer must fit in the kernel parameters");
+  static_assert(std::is_trivially_copyable_v<Op>, "a functor is copied to the device as bytes");
+  if (lists.list_count != Op::lists::count ||
+      (Geometry<Op, T>::kHasRows && lists.row_strides.size() != lists.sizes.size())) {
+    throw std::logic_error(std::string("clext: the lists do not fit the functor of ") + name);
+  }
+  Table table;  // 32 KB of which only the entries in use are written
+  const auto chunk_count = static_cast<int64_t>(lists.chunks.size());
+  for (int64_t first = 0; first < chunk_count;) {
+    const int64_t next = pack(lists, first, table);
+    double* results = Op::reduction == Reduction::None ? nullptr : partials + first;
+    void* arguments[] = {&table, &op, &results};
+    // By pointer, not <<<>>>, which would copy the table once more.
+    check(cudaLaunchKernel(&apply_kernel<Op, T>, dim3(static_cast<unsigned>(next - first)),
+                           dim3(kThreads), arguments, 0, stream),
+          name);
+    first = next;
+  }
+}
+
+}  // namespace cuda
+
+template <class Op>
+void apply_cuda(const TensorLists& lists, const Op& op, double* partials, void* stream) {
+  const char* name = __PRETTY_FUNCTION__;
+  const auto run = [&](auto storage) {
+    using T = decltype(storage);
+    // A functor over state alone sees only the accumulate type: no kernel per storage type.
+    using Seen = std::conditional_t<cuda::Geometry<Op, T>::kHasParameters, T, accumulate_t<T>>;
+    cuda::launch<Op, Seen>(lists, op, partials, static_cast<cudaStream_t>(stream), name);
+  };
+  switch (lists.type) {
+    case StorageType::Float32:
+      return run(float{});
+    case StorageType::Float64:
+      return run(double{});
+    case StorageType::BFloat16:
+      return run(BFloat16{});
+    case StorageType::Float16:
+      return run(Float16{});
+  }
+}
+
+}  // namespace clext
