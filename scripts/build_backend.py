@@ -108,7 +108,8 @@ def installed_packages() -> list[str]:
     An isolated build by pip runs the interpreter of the target environment with a sys.path of its
     own; sysconfig and site still know where that environment keeps its packages.
     """
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders += site.getsitepackages()
     if sys.prefix == sys.base_prefix:
         # Outside a virtual environment, a user's own packages are imported as well.
         folders.append(site.getusersitepackages())

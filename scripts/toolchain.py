@@ -1,7 +1,7 @@
 """What this machine can build with: a CUDA toolkit, GPU architectures, OpenMP.
 
-Imports neither torch nor setuptools, so that setup.py can use it before either matters and tests can
-use it without a build.
+Imports neither torch nor setuptools, so that setup.py can use it before either matters and tests
+can use it without a build.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, PTX of the last one is compiled
-# by the driver for whatever is newer. More entries only cost compile time.
+# One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, PTX of the last one is
+# compiled by the driver for whatever is newer. More entries only cost compile time.
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0")
 
 
@@ -91,7 +91,8 @@ def _has_cuda_runtime(root: Path) -> bool:
 
 
 def _supported_archs(nvcc: Path) -> tuple[str, ...]:
-    numbers = re.findall(r"compute_(\d+)$", _output_of([str(nvcc), "--list-gpu-arch"]), re.MULTILINE)
+    listed = _output_of([str(nvcc), "--list-gpu-arch"])
+    numbers = re.findall(r"compute_(\d+)$", listed, re.MULTILINE)
     return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers)
 
 
@@ -108,8 +109,8 @@ def choose_cuda(
 ) -> tuple[bool, str]:
     """Decides whether the CUDA sources are compiled, and says why.
 
-    `switch` is CLEXT_CUDA, `torch_cuda` is torch.version.cuda. Whether a GPU is visible now plays no
-    part: the machine that compiles need not be the one that computes.
+    `switch` is CLEXT_CUDA, `torch_cuda` is torch.version.cuda. Whether a GPU is visible now plays
+    no part: the machine that compiles need not be the one that computes.
     """
     if switch == "0":
         return False, "CLEXT_CUDA=0"
@@ -139,8 +140,8 @@ def choose_archs(
 ) -> str:
     """Returns the architectures to compile for, as torch wants them in TORCH_CUDA_ARCH_LIST.
 
-    The variable itself wins; else the visible GPUs; else `DEFAULT_ARCHS`, less what the toolkit does
-    not know. torch alone would fail on a machine without a GPU, where a list is needed most.
+    The variable itself wins; else the visible GPUs; else `DEFAULT_ARCHS`, less what the toolkit
+    does not know. torch alone would fail on a machine without a GPU, where a list is needed most.
     """
     chosen = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if chosen and chosen != "native":
@@ -179,11 +180,12 @@ def openmp_flags(switch: str, torch_has_openmp: bool, compiler: str) -> list[str
 def _compiles_openmp(compiler: str) -> bool:
     program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(program)
-        command = [*shlex.split(compiler), "-fopenmp", str(source), "-o", str(Path(folder, "probe"))]
+        Path(folder, "probe.cpp").write_text(program)
+        command = [*shlex.split(compiler), "-fopenmp", "probe.cpp", "-o", "probe"]
         try:
-            done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, timeout=120, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return False
         return done.returncode == 0

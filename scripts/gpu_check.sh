@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Evidence from a machine with a GPU: builds in place, runs the whole test suite with skips turned
+# into failures, small cases under compute-sanitizer, and the benchmarks. Needs torch with CUDA, a
+# CUDA toolkit, pytest, pytest-benchmark and hypothesis; no network.
+#
+#   scripts/gpu_check.sh            everything
+#   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench
+#
+# PYTHON chooses the interpreter. Summaries go to bench/results/gpu_check.txt, full logs to build/.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+parts=${*:-tests sanitizer bench}
+logs=build/gpu_check
+report=bench/results/gpu_check.txt
+mkdir -p "$logs" bench/results
+
+export CLEXT_CUDA=1 CLEXT_REQUIRE_CUDA=1
+# The checkout is what is tested: its clext/ comes first, in child processes as well.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+status=0
+lines=()
+note() {
+  lines+=("$1")
+  echo "$1"
+}
+
+# step NAME COMMAND...: runs it, keeps its log, notes how it ended.
+step() {
+  local name=$1 start=$SECONDS outcome=passed
+  shift
+  echo "=== $name: $*"
+  "$@" >"$logs/$name.log" 2>&1 || outcome=FAILED
+  tail -n 15 "$logs/$name.log"
+  local summary
+  summary=$(grep -E '^(=+ .*(passed|failed|error|no tests).*=+|[0-9]+ passed.*|========= .*SUMMARY.*)$' \
+    "$logs/$name.log" | tail -n 2 | tr -d '=' | tr '\n' ';')
+  note "$name: $outcome in $((SECONDS - start)) s; ${summary:-see $logs/$name.log}"
+  [ "$outcome" = passed ] || status=1
+}
+
+find_sanitizer() {
+  command -v compute-sanitizer && return
+  local home
+  home=$("$python" -c 'import os, sys; sys.path.insert(0, "scripts"); import toolchain
+found = toolchain.find_cuda_toolkit(os.environ)
+print(found.root if found else "")')
+  [ -x "$home/bin/compute-sanitizer" ] && echo "$home/bin/compute-sanitizer"
+}
+
+step build "$python" setup.py build_ext --inplace
+if [ $status -ne 0 ]; then
+  grep -n -m 20 -E 'error|clext:' "$logs/build.log"
+  exit 1
+fi
+
+for part in $parts; do
+  case $part in
+    tests) step tests "$python" -m pytest -q -rfE tests ;;
+    sanitizer)
+      if sanitizer=$(find_sanitizer); then
+        # torch's caching allocator would hide accesses beyond a tensor in its large blocks.
+        export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+        for tool in memcheck racecheck initcheck; do
+          step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 86 \
+            "$python" -m pytest -q -m sanitize tests
+        done
+        unset PYTORCH_NO_CUDA_MEMORY_CACHING
+      else
+        note "sanitizer: NOT RUN, compute-sanitizer was not found"
+      fi
+      ;;
+    bench) step bench "$python" -m pytest -q bench ;;
+    *)
+      echo "unknown part '$part': expected tests, sanitizer or bench" >&2
+      exit 2
+      ;;
+  esac
+done
+
+{
+  echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ' with local changes')"
+  echo "date: $(date -u +%Y-%m-%dT%H:%MZ)"
+  "$python" -c 'import torch, clext
+print("gpu:", torch.cuda.get_device_name())
+for key, value in clext.build_info().items(): print(f"{key}: {value}")'
+  printf '%s\n' "${lines[@]}"
+} >"$report"
+echo "=== $report"
+cat "$report"
+exit $status

@@ -1,0 +1,102 @@
+"""What every test shares: which clext is tested, on which devices, and what a skip means."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRE_CUDA = os.environ.get("CLEXT_REQUIRE_CUDA") == "1"
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def _has_built_module(folder: Path) -> bool:
+    return any(folder.glob("clext/_C.*")) and (folder / "clext" / "_build.py").is_file()
+
+
+# `python -m pytest` puts the checkout on sys.path, where clext/ has no compiled module unless it
+# was built in place; the installed package is meant then, as it is with plain `pytest`.
+if not _has_built_module(ROOT):
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def pytest_configure() -> None:
+    try:
+        import clext
+    except ModuleNotFoundError as error:
+        if error.name != "clext":
+            raise
+        raise pytest.UsageError('clext is not installed: run `pip install ".[test]"`') from None
+    except ImportError as error:
+        raise pytest.UsageError(str(error)) from None
+    if REQUIRE_CUDA and (problem := cuda_problem()):
+        raise pytest.UsageError(f"CLEXT_REQUIRE_CUDA=1 cannot be met: {problem}")
+    del clext
+
+
+def pytest_report_header() -> list[str]:
+    import clext
+
+    facts = ", ".join(f"{key} {value}" for key, value in clext.build_info().items())
+    return [f"clext: {Path(clext.__file__).parent}", f"build: {facts}"]
+
+
+def cuda_problem() -> str | None:
+    """Why kernels cannot run on CUDA here, or None if they can."""
+    import torch
+
+    from clext import build_info
+
+    if build_info()["cuda"] is None:
+        return "clext was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return None
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs the test on each device that has kernels."""
+    if request.param == "cuda" and (problem := cuda_problem()):
+        pytest.skip(problem)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+# With CLEXT_REQUIRE_CUDA=1 the run is evidence that everything works on this machine: what did not
+# run cannot count as passed.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail"):
+        _fail_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if REQUIRE_CUDA and report.skipped:
+        _fail_skipped(report)
+    return report
+
+
+def _fail_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"CLEXT_REQUIRE_CUDA=1 allows no skip, but: {reason}"

@@ -1,0 +1,214 @@
+// Chunks, and the CPU driver on raw memory: every storage type, odd sizes, tails, several tensors,
+// rows, and the same bits for any number of threads.
+#include <algorithm>
+
+#include "check.h"
+#include "launch.h"
+#include "math/importance.h"
+#include "math/path.h"
+#include "math/penalty.h"
+#include "math/sliced.h"
+#include "math/storage.h"
+
+using namespace clext;
+using namespace clext::test;
+
+namespace {
+
+void chunks_cover_every_element_once() {
+  const std::vector<int64_t> sizes = {0, 1, 9, 10, 11, 0, 25};
+  constexpr int64_t kChunk = 10;
+  std::vector<int64_t> next(sizes.size(), 0);
+  int64_t last_tensor = 0;
+  for (const Chunk& chunk : make_chunks(sizes, kChunk)) {
+    check(chunk.tensor >= last_tensor, "chunks follow the order of the tensors");
+    last_tensor = chunk.tensor;
+    check(chunk.offset == next[static_cast<size_t>(chunk.tensor)], "chunks leave no gap");
+    check(chunk.size > 0 && chunk.size <= kChunk, "a chunk is neither empty nor too large");
+    next[static_cast<size_t>(chunk.tensor)] += chunk.size;
+  }
+  check(next == sizes, "chunks cover every tensor");
+  check(make_chunks({}, kChunk).empty() && make_chunks({0, 0}, kChunk).empty(), "nothing to do");
+  check(make_chunks({int64_t(3) << 32}, int64_t(1) << 31).size() == 6, "sizes beyond 32 bits");
+}
+
+template <class T>
+StorageType storage_type();
+template <>
+StorageType storage_type<float>() {
+  return StorageType::Float32;
+}
+template <>
+StorageType storage_type<double>() {
+  return StorageType::Float64;
+}
+template <>
+StorageType storage_type<BFloat16>() {
+  return StorageType::BFloat16;
+}
+template <>
+StorageType storage_type<Float16>() {
+  return StorageType::Float16;
+}
+
+const std::vector<int64_t> kSizes = {1, 0, 7, 1023, 1024, 1025, 2 * kCpuChunkSize + 3, 16};
+
+// One list: a vector per tensor, filled with values that T can hold.
+template <class T>
+using Tensors = std::vector<std::vector<T>>;
+
+template <class T>
+Tensors<T> make_tensors(unsigned seed, bool positive = false) {
+  Tensors<T> tensors;
+  for (const int64_t size : kSizes) {
+    std::vector<T> tensor;
+    for (const double value : normal_values(static_cast<size_t>(size), seed++)) {
+      const double signed_value = positive ? std::abs(value) : value;
+      tensor.push_back(from_accumulate<T>(static_cast<accumulate_t<T>>(signed_value)));
+    }
+    tensors.push_back(std::move(tensor));
+  }
+  return tensors;
+}
+
+TensorLists launch_of(StorageType type, const std::vector<std::vector<void*>>& lists) {
+  TensorLists launch{type, static_cast<int>(lists.size()), kSizes, {}, {}, {}};
+  for (const auto& list : lists) {
+    launch.pointers.insert(launch.pointers.end(), list.begin(), list.end());
+  }
+  launch.chunks = make_chunks(kSizes, kCpuChunkSize);
+  return launch;
+}
+
+template <class T>
+std::vector<void*> pointers(Tensors<T>& tensors) {
+  std::vector<void*> result;
+  for (auto& tensor : tensors) result.push_back(tensor.data());
+  return result;
+}
+
+template <class A>
+double reduce(const std::vector<double>& partials, Reduction reduction, StorageType type) {
+  A result;
+  reduce_partials_cpu(partials.data(), static_cast<int64_t>(partials.size()), reduction, &result,
+                      type);
+  return static_cast<double>(result);
+}
+
+// A value and a gradient, the gradient stored in T: Update, Read, both storages, Sum.
+template <class T>
+void penalty_and_gradient(double value_tolerance, double grad_tolerance) {
+  using A = accumulate_t<T>;
+  constexpr StorageType kStateType =
+      std::is_same_v<A, double> ? StorageType::Float64 : StorageType::Float32;
+  auto params = make_tensors<T>(1);
+  auto anchors = make_tensors<A>(2);
+  auto importances = make_tensors<A>(3, true);
+  const auto grads_before = make_tensors<T>(4);
+  Tensors<T> first_grads;
+  std::vector<double> first_partials;
+  for (const int threads : {1, 2, 3, 8}) {
+    auto grads = grads_before;
+    const TensorLists lists =
+        launch_of(storage_type<T>(),
+                  {pointers(grads), pointers(params), pointers(anchors), pointers(importances)});
+    std::vector<double> partials(lists.chunks.size(), -1);
+    apply_cpu(lists, AddQuadraticPenaltyGrad{0.5}, partials.data(), threads);
+    if (threads == 1) {
+      first_grads = grads;
+      first_partials = partials;
+    }
+    check(partials == first_partials, "the value does not depend on the number of threads");
+    double expected = 0;
+    for (size_t t = 0; t < params.size(); ++t) {
+      check(grads[t].empty() || std::memcmp(grads[t].data(), first_grads[t].data(),
+                                            grads[t].size() * sizeof(T)) == 0,
+            "the gradient does not depend on the number of threads");
+      for (size_t i = 0; i < params[t].size(); ++i) {
+        const double difference = to_accumulate(params[t][i]) - double(anchors[t][i]);
+        expected += 0.5 * importances[t][i] * difference * difference;
+        check_near(to_accumulate(grads[t][i]),
+                   to_accumulate(grads_before[t][i]) + importances[t][i] * difference,
+                   grad_tolerance, "gradient");
+      }
+    }
+    check_near(reduce<A>(partials, Reduction::Sum, kStateType), expected, value_tolerance, "value");
+  }
+}
+
+void maximum_over_all_tensors() {
+  auto values = make_tensors<float>(5, true);
+  values.back().back() = 100;
+  const TensorLists lists = launch_of(StorageType::Float32, {pointers(values)});
+  std::vector<double> partials(lists.chunks.size());
+  apply_cpu(lists, Maximum{}, partials.data(), 2);
+  check(reduce<float>(partials, Reduction::Max, StorageType::Float32) == 100, "maximum");
+  values[3][5] = NAN;
+  apply_cpu(lists, Maximum{}, partials.data(), 2);
+  check(std::isnan(reduce<float>(partials, Reduction::Max, StorageType::Float32)),
+        "a NaN anywhere is the maximum");
+  check(reduce<double>({}, Reduction::Max, StorageType::Float64) == 0, "maximum of nothing");
+  check(reduce<double>({}, Reduction::Sum, StorageType::Float64) == 0, "sum of nothing");
+}
+
+// A Jacobian with several rows per tensor, whose rows are further apart than a tensor is long.
+void rows() {
+  constexpr int64_t kOutputs = 3;
+  auto acc = make_tensors<float>(6, true);
+  const auto before = acc;
+  std::vector<float> gram(kOutputs * kOutputs, 0);
+  for (int64_t k = 0; k < kOutputs; ++k) gram[static_cast<size_t>(k * kOutputs + k)] = 1;
+  Tensors<float> jacobian;
+  TensorLists lists = launch_of(StorageType::Float32, {pointers(acc)});
+  for (const int64_t size : kSizes) {
+    lists.row_strides.push_back(size + 5);
+    jacobian.push_back(cast_to<float>(
+        normal_values(static_cast<size_t>(kOutputs * (size + 5)), static_cast<unsigned>(size))));
+  }
+  for (void* pointer : pointers(jacobian)) lists.pointers.push_back(pointer);
+  lists.list_count = 2;
+  apply_cpu(lists, SlicedImportance{gram.data(), kOutputs, 2.0}, nullptr, 2);
+  for (size_t t = 0; t < acc.size(); ++t) {
+    for (size_t i = 0; i < acc[t].size(); ++i) {
+      double expected = before[t][i];
+      for (int64_t k = 0; k < kOutputs; ++k) {
+        const double value = jacobian[t][static_cast<size_t>(k * lists.row_strides[t]) + i];
+        expected += 2 * value * value;
+      }
+      check_near(acc[t][i], expected, 1e-5, "squared rows");
+    }
+  }
+}
+
+// Write lists are not read: rubbish in them must not matter.
+void written_lists_are_not_read() {
+  auto importance = make_tensors<float>(7, true);
+  auto anchor = make_tensors<float>(8);
+  for (auto& tensor : anchor) std::fill(tensor.begin(), tensor.end(), NAN);
+  auto estimate = make_tensors<float>(9, true);
+  auto params = make_tensors<float>(10);
+  const auto before = importance;
+  const TensorLists lists = launch_of(StorageType::Float32, {pointers(importance), pointers(anchor),
+                                                             pointers(estimate), pointers(params)});
+  apply_cpu(lists, ConsolidateImportance{0.5}, nullptr, 2);
+  for (size_t t = 0; t < params.size(); ++t) {
+    check(anchor[t] == params[t], "the anchor is the parameter");
+    for (size_t i = 0; i < params[t].size(); ++i) {
+      check_near(importance[t][i], 0.5 * before[t][i] + estimate[t][i], 1e-6, "decayed sum");
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  chunks_cover_every_element_once();
+  penalty_and_gradient<float>(1e-5, 1e-5);
+  penalty_and_gradient<double>(1e-12, 1e-14);
+  penalty_and_gradient<BFloat16>(1e-5, 8e-3);
+  penalty_and_gradient<Float16>(1e-5, 1e-3);
+  maximum_over_all_tensors();
+  rows();
+  written_lists_are_not_read();
+  return report("cpu_driver");
+}

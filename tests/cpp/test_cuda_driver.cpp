@@ -1,0 +1,192 @@
+// The CUDA driver's kernels, run on the host (cuda_on_host/cuda_runtime.h), against the CPU driver:
+// same memory afterwards, bit for bit, canaries between the tensors included; same reductions.
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "check.h"
+#include "cuda/importance.cu"
+#include "cuda/path.cu"
+#include "cuda/penalty.cu"
+#include "cuda/reduce.cu"
+#include "cuda/sliced.cu"
+
+using namespace clext;
+using namespace clext::test;
+
+namespace {
+
+constexpr int64_t kRows = 3;
+constexpr size_t kCanary = 64;  // bytes before and after each tensor; keeps the alignment
+
+// Sizes below, at and above a vector, a tile and a chunk.
+const std::vector<int64_t> kSizes = {1,    0,    7,    8, 255, 2048, 4099, kCudaChunkSize, 5, 16,
+                                     2 * kCudaChunkSize + 4096 + 9};
+
+template <class T>
+constexpr StorageType kStorageType = std::is_same_v<T, float>      ? StorageType::Float32
+                                     : std::is_same_v<T, double>   ? StorageType::Float64
+                                     : std::is_same_v<T, BFloat16> ? StorageType::BFloat16
+                                                                   : StorageType::Float16;
+
+// All tensors of all lists of one op in one allocation, each `shift` elements off alignment.
+template <class Op, class T>
+struct Case {
+  using G = cuda::Geometry<Op, T>;
+
+  std::vector<uint4> storage;
+  TensorLists lists{kStorageType<T>, G::kLists, {}, {}, {}, {}};
+
+  Case(const std::vector<int64_t>& sizes, int64_t shift) {
+    lists.sizes = sizes;
+    std::vector<size_t> offsets;
+    size_t used = 0;
+    lay_out(offsets, used, shift, typename G::Indices{});
+    storage.resize(used / sizeof(uint4) + 1);
+    char* base = reinterpret_cast<char*>(storage.data());
+    std::memset(base, 0x5a, storage.size() * sizeof(uint4));
+    for (const size_t offset : offsets) lists.pointers.push_back(base + offset);
+    fill(typename G::Indices{});
+    if (G::kHasRows) lists.row_strides = sizes;
+  }
+
+  template <int... K>
+  void lay_out(std::vector<size_t>& offsets, size_t& used, int64_t shift,
+               std::integer_sequence<int, K...>) {
+    const auto one_list = [&](size_t element_bytes, int64_t rows) {
+      for (const int64_t size : lists.sizes) {
+        offsets.push_back(used + kCanary + static_cast<size_t>(shift) * element_bytes);
+        used = offsets.back() + static_cast<size_t>(rows * size) * element_bytes;
+        used = (used + 2 * kCanary) / kCanary * kCanary;
+      }
+    };
+    (one_list(sizeof(typename G::template Element<K>), G::template kIsRows<K> ? kRows : 1), ...);
+  }
+
+  template <int... K>
+  void fill(std::integer_sequence<int, K...>) {
+    (fill_list<K>(), ...);
+  }
+
+  // Values do not depend on the layout. State is positive, as importances are.
+  template <int K>
+  void fill_list() {
+    using E = typename G::template Element<K>;
+    for (int64_t t = 0; t < lists.tensor_count(); ++t) {
+      const int64_t size = lists.sizes[static_cast<size_t>(t)] * (G::template kIsRows<K> ? kRows : 1);
+      const auto seed = static_cast<unsigned>(1000 * K + t);
+      E* to = static_cast<E*>(lists.pointer(K, t));
+      for (const double value : normal_values(static_cast<size_t>(size), seed)) {
+        const bool is_state = G::template List<K>::storage == Storage::State;
+        *to++ = from_accumulate<E>(static_cast<typename G::A>(is_state ? std::abs(value) : value));
+      }
+    }
+  }
+};
+
+template <class Op, class T>
+std::vector<double> run_cuda(Case<Op, T>& c, const Op& op) {
+  c.lists.chunks = make_chunks(c.lists.sizes, kCudaChunkSize);
+  std::vector<double> partials(c.lists.chunks.size());
+  apply_cuda(c.lists, op, partials.data(), nullptr);
+  return partials;
+}
+
+template <class Op, class T>
+void compare_with_cpu(const Op& op, const std::vector<int64_t>& sizes, int64_t shift) {
+  Case<Op, T> on_cuda(sizes, shift);
+  Case<Op, T> on_cpu(sizes, shift);
+  const std::vector<double> partials = run_cuda(on_cuda, op);
+  on_cpu.lists.chunks = make_chunks(sizes, kCpuChunkSize);
+  std::vector<double> cpu_partials(on_cpu.lists.chunks.size());
+  apply_cpu(on_cpu.lists, op, cpu_partials.data(), 1);
+  check(std::memcmp(on_cuda.storage.data(), on_cpu.storage.data(),
+                    on_cpu.storage.size() * sizeof(uint4)) == 0,
+        "the same memory as the CPU driver leaves");
+  if (Op::reduction == Reduction::None) return;
+
+  typename Case<Op, T>::G::A result = -1, expected = -2;
+  const StorageType type =
+      sizeof(result) == sizeof(double) ? StorageType::Float64 : StorageType::Float32;
+  reduce_partials_cuda(partials.data(), static_cast<int64_t>(partials.size()), Op::reduction,
+                       &result, type, nullptr);
+  reduce_partials_cpu(cpu_partials.data(), static_cast<int64_t>(cpu_partials.size()),
+                      Op::reduction, &expected, type);
+  check_near(result, expected, std::is_same_v<T, double> ? 1e-14 : 1e-5, "the same reduction");
+
+  Case<Op, T> shifted(sizes, shift + 1);
+  check(run_cuda(shifted, op) == partials, "alignment does not change a bit of the result");
+}
+
+template <class Op, class... T>
+void compare_in_types(const Op& op) {
+  for (const int64_t shift : {0, 1, 4}) (compare_with_cpu<Op, T>(op, kSizes, shift), ...);
+  (compare_with_cpu<Op, T>(op, {}, 0), ...);
+  (compare_with_cpu<Op, T>(op, {0, 0}, 0), ...);
+}
+
+template <class Op>
+void compare(const Op& op) {
+  compare_in_types<Op, float, double, BFloat16, Float16>(op);
+}
+
+void more_tensors_than_a_launch_holds() {
+  const int launches = cuda_on_host::launches;
+  const std::vector<int64_t> sizes(cuda::LaunchTable<4>::kCapacity + 10, 5);
+  compare_with_cpu<AddQuadraticPenaltyGrad, float>({0.3}, sizes, 0);
+  check(cuda_on_host::launches == launches + 2 + 1 + 2, "two launches, a reduction, two launches");
+}
+
+void a_maximum_keeps_nan() {
+  Case<Maximum, float> c({kCudaChunkSize + 77, 12}, 0);
+  static_cast<float*>(c.lists.pointer(0, 0))[kCudaChunkSize + 5] =
+      std::numeric_limits<float>::quiet_NaN();
+  const std::vector<double> partials = run_cuda(c, Maximum{});
+  float result = 0;
+  reduce_partials_cuda(partials.data(), static_cast<int64_t>(partials.size()), Reduction::Max,
+                       &result, StorageType::Float32, nullptr);
+  check(std::isnan(result), "NaN in any chunk is the result");
+}
+
+void partials_are_folded_in_all_counts() {
+  for (const int64_t count : {0, 1, 31, 511, 512, 513, 5000}) {
+    std::vector<double> partials(static_cast<size_t>(count));
+    for (size_t i = 0; i < partials.size(); ++i) partials[i] = static_cast<double>(i % 700);
+    double expected = 0, largest = 0;
+    for (const double p : partials) expected += p, largest = std::fmax(largest, p);
+    double sum = -1, maximum = -1;
+    reduce_partials_cuda(partials.data(), count, Reduction::Sum, &sum, StorageType::Float64, nullptr);
+    reduce_partials_cuda(partials.data(), count, Reduction::Max, &maximum, StorageType::Float64,
+                         nullptr);
+    check(sum == expected && maximum == largest, "sum and maximum of the partial results");
+  }
+}
+
+}  // namespace
+
+int main() {
+  const double scalar = 0.75, fisher_max = 2.5, score_max = 3.5;
+  compare(QuadraticPenalty{});
+  compare(QuadraticPenaltyBackward{&scalar});
+  compare(AddQuadraticPenaltyGrad{0.3});
+  compare(AccumulatePathIntegral{0.3});
+  compare(RiemannianWalkStep{0.3, 0.9});
+  compare(AccumulateRiemannianWalkScore{1e-3});
+  compare(ConsolidatePathIntegral{0.1});
+  compare(MergeRiemannianWalkScore{0.5});
+  compare(ConsolidateRiemannianWalk{&fisher_max, &score_max});
+  compare(AccumulateSquare{0.5});
+  compare(AccumulateAbs{0.5});
+  compare(ConsolidateImportance{0.9});
+  compare(ConsolidateAllAnchors{0.9});
+  compare_in_types<Maximum, float, double>(Maximum{});
+  const double gram[] = {1, 0.2, 0.1, 0.2, 1, 0.3, 0.1, 0.3, 1};
+  const float gram_float[] = {1, 0.2f, 0.1f, 0.2f, 1, 0.3f, 0.1f, 0.3f, 1};
+  compare_in_types<SlicedImportance, float>(SlicedImportance{gram_float, kRows, 0.5});
+  compare_in_types<SlicedImportance, double>(SlicedImportance{gram, kRows, 0.5});
+  more_tensors_than_a_launch_holds();
+  a_maximum_keeps_nan();
+  partials_are_folded_in_all_counts();
+  return report("cuda_driver");
+}
