@@ -19,8 +19,8 @@
 
 #include "cuda/access.cuh"
 #include "cuda/block_reduce.cuh"
-#include "cuda/check.cuh"
 #include "cuda/geometry.h"
+#include "cuda/launch_kernel.cuh"
 #include "cuda/packing.h"
 #include "launch.h"
 #include "math/element.h"
@@ -63,11 +63,11 @@ struct ChunkView {
                                        std::integer_sequence<int, K...>) {
     const int index = find_entry(table, block);
     const TableEntry<G::kLists>& entry = table.entries[index];
-    const int64_t begin = (block - table.first_blocks[index]) * entry.chunk_size;
-    size = entry.size - begin < entry.chunk_size ? entry.size - begin : entry.chunk_size;
+    const ChunkRange range = chunk_range(entry, block - table.first_blocks[index]);
+    size = range.size;
     row_stride = entry.row_stride;
     ((pointers[K] = entry.pointers[K]), ...);
-    ((pointers[K] = at<K>(begin)), ...);
+    ((pointers[K] = at<K>(range.begin)), ...);
   }
 
   __device__ __forceinline__ bool is_aligned() const {
@@ -184,11 +184,7 @@ void launch(const TensorLists& lists, Op op, double* partials, cudaStream_t stre
   for (int64_t first = 0; first < chunk_count;) {
     const int64_t next = pack(lists, first, table);
     double* results = Op::reduction == Reduction::None ? nullptr : partials + first;
-    void* arguments[] = {&table, &op, &results};
-    // By pointer, not <<<>>>, which would copy the table once more.
-    check(cudaLaunchKernel(&apply_kernel<Op, T>, dim3(static_cast<unsigned>(next - first)),
-                           dim3(kThreads), arguments, 0, stream),
-          name);
+    launch_kernel(&apply_kernel<Op, T>, next - first, kThreads, stream, name, table, op, results);
     first = next;
   }
 }

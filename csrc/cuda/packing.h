@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "math/element.h"
 #include "tensor_lists.h"
@@ -63,32 +64,55 @@ CLEXT_HOST_DEVICE int find_entry(const LaunchTable<ListCount>& table, int32_t bl
   return low;
 }
 
+struct ChunkRange {
+  int64_t begin;
+  int64_t size;
+};
+
+// The elements of chunk number `chunk` of a tensor.
+template <int ListCount>
+CLEXT_HOST_DEVICE ChunkRange chunk_range(const TableEntry<ListCount>& entry, int64_t chunk) {
+  const int64_t begin = chunk * entry.chunk_size;
+  const int64_t left = entry.size - begin;
+  return {begin, left < entry.chunk_size ? left : entry.chunk_size};
+}
+
+// The chunk after the last one of the tensor that begins at chunk `first`. Chunks between the two
+// are taken on trust: looking at each would cost the host more than the launch.
+inline int64_t end_of_tensor(const TensorLists& lists, int64_t first) {
+  const Chunk& begin = lists.chunks[static_cast<size_t>(first)];
+  const int64_t size = lists.sizes[static_cast<size_t>(begin.tensor)];
+  const int64_t last = begin.size > 0 ? first + (size - 1) / begin.size : first;
+  if (begin.offset == 0 && last < static_cast<int64_t>(lists.chunks.size())) {
+    const Chunk& end = lists.chunks[static_cast<size_t>(last)];
+    if (end.tensor == begin.tensor && end.offset == (last - first) * begin.size &&
+        end.offset + end.size == size) {
+      return last + 1;
+    }
+  }
+  throw std::logic_error("clext: chunk " + std::to_string(first) + " was not made by make_chunks");
+}
+
 // Fills `table` with the tensors from chunk `first` on, as many as fit, and returns the first chunk
 // that is left for the next launch. Block b of the launch works on chunk `first + b`, so that the
 // place of a partial result does not depend on the packing.
 template <int ListCount>
 int64_t pack(const TensorLists& lists, int64_t first, LaunchTable<ListCount>& table) {
   const auto chunk_count = static_cast<int64_t>(lists.chunks.size());
-  const auto chunk = [&](int64_t c) -> const Chunk& { return lists.chunks[static_cast<size_t>(c)]; };
   int64_t next = first;
   table.count = 0;
   while (next < chunk_count && table.count < LaunchTable<ListCount>::kCapacity) {
-    const int64_t tensor = chunk(next).tensor;
-    const int64_t size = lists.sizes[static_cast<size_t>(tensor)];
-    const int64_t chunk_size = chunk(next).size;
-    // Chunks between the two ends are taken on trust: looking at each would cost more than the launch.
-    if (chunk_size < 1 || chunk(next).offset != 0 || last >= chunk_count || chunk(last).tensor != tensor ||
-        chunk(last).offset + chunk(last).size != size) {
-      throw std::logic_error("clext: chunks must come from make_chunks");
+    const Chunk& chunk = lists.chunks[static_cast<size_t>(next)];
+    const auto tensor = static_cast<size_t>(chunk.tensor);
+    TableEntry<ListCount>& entry = table.entries[table.count];
+    for (int list = 0; list < ListCount; ++list) {
+      entry.pointers[list] = lists.pointer(list, chunk.tensor);
     }
-    table.first_blocks[table.count] = static_cast<int32_t>(next - first);
-    TableEntry<ListCount>& entry = table.entries[table.count++];
-    for (int list = 0; list < ListCount; ++list) entry.pointers[list] = lists.pointer(list, tensor);
-    entry.size = size;
-    entry.chunk_size = chunk_size;
-    entry.row_stride =
-        lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(tensor)];
-    next = last + 1;
+    entry.size = lists.sizes[tensor];
+    entry.chunk_size = chunk.size;
+    entry.row_stride = lists.row_strides.empty() ? 0 : lists.row_strides[tensor];
+    table.first_blocks[table.count++] = static_cast<int32_t>(next - first);
+    next = end_of_tensor(lists, next);
   }
   return next;
 }

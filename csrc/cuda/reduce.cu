@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/block_reduce.cuh"
-#include "cuda/check.cuh"
+#include "cuda/launch_kernel.cuh"
 #include "launch.h"
 
 namespace clext {
@@ -26,35 +26,30 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x == 0) *out = static_cast<Out>(result);
 }
 
-template <Reduction R>
-void launch_reduce(const double* partials, int64_t count, void* out, StorageType type,
-                   cudaStream_t stream) {
-  if (type == StorageType::Float64) {
-    reduce_partials_kernel<R>
-        <<<1, kReduceThreads, 0, stream>>>(partials, count, static_cast<double*>(out));
-  } else if (type == StorageType::Float32) {
-    reduce_partials_kernel<R>
-        <<<1, kReduceThreads, 0, stream>>>(partials, count, static_cast<float*>(out));
-  } else {
-    throw std::invalid_argument("clext: reduce_partials_cuda writes float32 or float64");
-  }
-  check(cudaGetLastError(), "reduce_partials_cuda");
+template <Reduction R, class Out>
+void launch_reduce(const double* partials, int64_t count, void* out, void* stream) {
+  Out* typed_out = static_cast<Out*>(out);
+  launch_kernel(&reduce_partials_kernel<R, Out>, 1, kReduceThreads,
+                static_cast<cudaStream_t>(stream), "reduce_partials_cuda", partials, count,
+                typed_out);
 }
 
 }  // namespace cuda
 
 void reduce_partials_cuda(const double* partials, int64_t count, Reduction reduction, void* out,
                           StorageType type, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (reduction) {
-    case Reduction::Sum:
-      return cuda::launch_reduce<Reduction::Sum>(partials, count, out, type, cuda_stream);
-    case Reduction::Max:
-      return cuda::launch_reduce<Reduction::Max>(partials, count, out, type, cuda_stream);
-    case Reduction::None:
-      break;
+  const bool is_double = type == StorageType::Float64;
+  if (reduction == Reduction::None || (!is_double && type != StorageType::Float32)) {
+    throw std::invalid_argument(
+        "clext: reduce_partials_cuda takes Sum or Max and writes float32 or float64");
   }
-  throw std::invalid_argument("clext: reduce_partials_cuda needs a reduction");
+  if (reduction == Reduction::Sum) {
+    is_double ? cuda::launch_reduce<Reduction::Sum, double>(partials, count, out, stream)
+              : cuda::launch_reduce<Reduction::Sum, float>(partials, count, out, stream);
+  } else {
+    is_double ? cuda::launch_reduce<Reduction::Max, double>(partials, count, out, stream)
+              : cuda::launch_reduce<Reduction::Max, float>(partials, count, out, stream);
+  }
 }
 
 }  // namespace clext
