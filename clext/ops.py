@@ -1,0 +1,299 @@
+"""The ops of `torch.ops.clext`: typed wrappers, shape functions, autograd, other devices.
+
+Formulas and arguments of each op are those of its namesake in `clext.reference`. Kernels for CPU
+and CUDA are compiled in csrc/; on any other device the functions of `clext.reference` run.
+Bad arguments raise ValueError (TypeError for dtypes and sparse tensors) and change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+import clext._extension  # noqa: F401  (loading it defines the ops)
+from clext import reference
+from clext.reference.arithmetic import total, wide
+from clext.tensor_lists import TensorList, widest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.autograd.function import BackwardCFunction, FunctionCtx
+
+_ops: Any = torch.ops.clext
+# Registrations last as long as this object.
+_library: Any = torch.library.Library("clext", "IMPL")  # type: ignore[no-untyped-call]
+
+
+# ----------------------------------------------------------------------------- the ops
+
+
+def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
+    """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`."""
+    return cast("Tensor", _ops.quadratic_penalty.default(params, anchors, importances))
+
+
+def quadratic_penalty_backward(
+    grad: Tensor, params: TensorList, anchors: TensorList, importances: TensorList
+) -> list[Tensor]:
+    """2 * grad * importance * (parameter - anchor), in the dtype of `params`; `grad` is 0-dim."""
+    op = _ops.quadratic_penalty_backward.default
+    return cast("list[Tensor]", op(grad, params, anchors, importances))
+
+
+def add_quadratic_penalty_grad_(
+    grads: TensorList,
+    params: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+) -> Tensor:
+    """Add the gradient of strength * `quadratic_penalty` to `grads`; returns its value."""
+    op = _ops.add_quadratic_penalty_grad_.default
+    return cast("Tensor", op(grads, params, anchors, importances, strength))
+
+
+def accumulate_path_integral_(
+    path: TensorList,
+    previous: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+) -> None:
+    """Subtract task gradient * step from `path`; `previous` becomes the parameters (SI)."""
+    _ops.accumulate_path_integral_.default(
+        path, previous, params, grads, anchors, importances, strength
+    )
+
+
+def riemannian_walk_step_(
+    path: TensorList,
+    previous: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+    decay: float,
+) -> None:
+    """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
+    _ops.riemannian_walk_step_.default(
+        path, previous, fisher, params, grads, anchors, importances, strength, decay
+    )
+
+
+def accumulate_riemannian_walk_score_(
+    task_score: TensorList,
+    path: TensorList,
+    interval_start: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    eps: float,
+) -> None:
+    """Close an interval: task_score += max(0, path) / (fisher * step^2 / 2 + eps) (RWalk)."""
+    _ops.accumulate_riemannian_walk_score_.default(
+        task_score, path, interval_start, fisher, params, eps
+    )
+
+
+def accumulate_square_(acc: TensorList, grads: TensorList, scale: float) -> None:
+    """Add scale * grads^2 to `acc`, which is in the state dtype of `grads`."""
+    _ops.accumulate_square_.default(acc, grads, scale)
+
+
+def accumulate_abs_(acc: TensorList, grads: TensorList, scale: float) -> None:
+    """Add scale * |grads| to `acc`, which is in the state dtype of `grads`."""
+    _ops.accumulate_abs_.default(acc, grads, scale)
+
+
+def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, scale: float) -> None:
+    """Add scale * sum over l of (sum over k of slices[l, k] * jacobian[i][k])^2 to `acc` (SCP).
+
+    `jacobian[i]`: [K, *acc[i].shape] in the dtype of acc[i]; `slices`: [L, K].
+    """
+    _ops.sliced_importance_.default(acc, jacobian, slices, scale)
+
+
+def consolidate_importance_(
+    importances: TensorList,
+    anchors: TensorList,
+    estimate: TensorList,
+    params: TensorList,
+    gamma: float,
+) -> None:
+    """Set importance to gamma * importance + estimate, anchor to the parameter."""
+    _ops.consolidate_importance_.default(importances, anchors, estimate, params, gamma)
+
+
+def consolidate_all_anchors_(
+    importances: TensorList,
+    anchors: TensorList,
+    estimate: TensorList,
+    params: TensorList,
+    gamma: float,
+) -> Tensor:
+    """Merge gamma * (A, anchor) with (F, parameter) into one quadratic; returns the constant."""
+    op = _ops.consolidate_all_anchors_.default
+    return cast("Tensor", op(importances, anchors, estimate, params, gamma))
+
+
+def consolidate_path_integral_(
+    importances: TensorList,
+    anchors: TensorList,
+    path: TensorList,
+    params: TensorList,
+    xi: float,
+) -> None:
+    """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0 (SI)."""
+    _ops.consolidate_path_integral_.default(importances, anchors, path, params, xi)
+
+
+def consolidate_riemannian_walk_(
+    importances: TensorList,
+    anchors: TensorList,
+    score: TensorList,
+    task_score: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    mix: float,
+) -> None:
+    """Merge the scores; importance = fisher / max(fisher) + score / max(score) (RWalk)."""
+    _ops.consolidate_riemannian_walk_.default(
+        importances, anchors, score, task_score, fisher, params, mix
+    )
+
+
+# ---------------------------------------------------- registration: one table, in schema order
+
+_REFERENCES: dict[str, Callable[..., object]] = {
+    function.__name__: function
+    for function in (
+        reference.quadratic_penalty,
+        reference.quadratic_penalty_backward,
+        reference.add_quadratic_penalty_grad_,
+        reference.accumulate_path_integral_,
+        reference.riemannian_walk_step_,
+        reference.accumulate_riemannian_walk_score_,
+        reference.accumulate_square_,
+        reference.accumulate_abs_,
+        reference.sliced_importance_,
+        reference.consolidate_importance_,
+        reference.consolidate_all_anchors_,
+        reference.consolidate_path_integral_,
+        reference.consolidate_riemannian_walk_,
+    )
+}
+
+
+def _fake_sum(tensors: TensorList) -> Tensor:
+    if not tensors:
+        return torch.empty(())
+    return tensors[0].new_empty((), dtype=widest(tensors))
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "quadratic_penalty": lambda params, _anchors, _importances: _fake_sum(params),
+    "quadratic_penalty_backward": lambda _grad, params, _anchors, _importances: [
+        torch.empty_like(entry) for entry in params
+    ],
+    "add_quadratic_penalty_grad_": lambda _grads, params, *_others: _fake_sum(params),
+    "consolidate_all_anchors_": lambda importances, *_others: _fake_sum(importances),
+}
+
+
+def _register() -> None:
+    for name, function in _REFERENCES.items():
+        # Any device, and lists without any tensor; the kernels of CPU and CUDA come first.
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        # In-place ops return nothing unless said otherwise.
+        fake = _FAKES.get(name, lambda *_arguments: None)
+        torch.library.register_fake(f"clext::{name}", fake, lib=_library)
+        if name.endswith("_"):
+            # Not differentiable, though parameters require gradients: nothing is to be recorded.
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+# ----------------------------------------------------------------------------- autograd
+
+
+def _setup_penalty(
+    ctx: FunctionCtx,
+    inputs: tuple[TensorList, ...],
+    output: Tensor,  # noqa: ARG001
+) -> None:
+    params, anchors, importances = inputs
+    _refuse_gradients("quadratic_penalty", anchors, importances)
+    ctx.save_for_backward(*params, *anchors, *importances)
+
+
+def _penalty_backward(
+    ctx: BackwardCFunction, grad: Tensor
+) -> tuple[list[Tensor], list[None], list[None]]:
+    params, anchors, importances = _thirds(ctx.saved_tensors)
+    nothing = [None] * len(params)
+    return quadratic_penalty_backward(grad, params, anchors, importances), nothing, nothing
+
+
+def _setup_penalty_backward(
+    ctx: FunctionCtx,
+    inputs: tuple[Any, ...],
+    output: list[Tensor],  # noqa: ARG001
+) -> None:
+    grad, params, anchors, importances = inputs
+    _refuse_gradients("quadratic_penalty_backward", anchors, importances)
+    ctx.save_for_backward(grad, *params, *anchors, *importances)
+
+
+def _penalty_double_backward(
+    ctx: BackwardCFunction, outer: list[Tensor]
+) -> tuple[Tensor, list[Tensor], list[None], list[None]]:
+    """In plain torch, so that it can be differentiated again."""
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    grad, lists = saved[0], saved[1:]
+    params, anchors, importances = _thirds(lists)
+    to_grad = [
+        (2 * omega * (wide(theta) - anchor) * wide(direction)).sum()
+        for theta, anchor, omega, direction in zip(params, anchors, importances, outer, strict=True)
+    ]
+    to_params = [
+        (2 * grad * omega * wide(direction)).to(direction.dtype)
+        for omega, direction in zip(importances, outer, strict=True)
+    ]
+    nothing = [None] * len(params)
+    return total(to_grad).to(grad.dtype), to_params, nothing, nothing
+
+
+def _refuse_gradients(op: str, anchors: TensorList, importances: TensorList) -> None:
+    for name, tensors in {"anchors": anchors, "importances": importances}.items():
+        for index, entry in enumerate(tensors):
+            if entry.requires_grad:
+                raise ValueError(
+                    f"{op}: {name}[{index}] requires grad, expected a constant (the op is "
+                    "differentiable in params only); detach() it"
+                )
+
+
+def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    count = len(tensors) // 3
+    return (
+        list(tensors[:count]),
+        list(tensors[count : 2 * count]),
+        list(tensors[2 * count :]),
+    )
+
+
+_register()
+torch.library.register_autograd(
+    "clext::quadratic_penalty", _penalty_backward, setup_context=_setup_penalty, lib=_library
+)
+torch.library.register_autograd(
+    "clext::quadratic_penalty_backward",
+    _penalty_double_backward,
+    setup_context=_setup_penalty_backward,
+    lib=_library,
+)

@@ -1,0 +1,44 @@
+"""Every op in plain torch: the tests' oracle, the fallback for other devices, the bench baseline.
+
+The functions have the signatures of the ops in `clext.ops`. State (importance, anchor, path, ...)
+is float32, or float64 for float64 parameters; lower precisions are widened before any arithmetic,
+as the kernels do. Everything is checked before anything is written.
+"""
+
+from clext.reference.importance import (
+    accumulate_abs_,
+    accumulate_square_,
+    consolidate_all_anchors_,
+    consolidate_importance_,
+    sliced_importance_,
+)
+from clext.reference.path import (
+    accumulate_path_integral_,
+    accumulate_riemannian_walk_score_,
+    consolidate_path_integral_,
+    consolidate_riemannian_walk_,
+    riemannian_walk_step_,
+)
+from clext.reference.penalty import (
+    add_quadratic_penalty_grad_,
+    quadratic_penalty,
+    quadratic_penalty_backward,
+)
+from clext.reference.plan import ReferencePlan
+
+__all__ = [
+    "ReferencePlan",
+    "accumulate_abs_",
+    "accumulate_path_integral_",
+    "accumulate_riemannian_walk_score_",
+    "accumulate_square_",
+    "add_quadratic_penalty_grad_",
+    "consolidate_all_anchors_",
+    "consolidate_importance_",
+    "consolidate_path_integral_",
+    "consolidate_riemannian_walk_",
+    "quadratic_penalty",
+    "quadratic_penalty_backward",
+    "riemannian_walk_step_",
+    "sliced_importance_",
+]

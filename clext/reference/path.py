@@ -1,0 +1,198 @@
+"""Path integrals.
+
+SI: Zenke et al. 2017, arXiv:1703.04200. RWalk: Chaudhry et al. 2018, arXiv:1801.10112.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clext.reference.arithmetic import maximum, wide
+from clext.tensor_lists import (
+    Argument,
+    TensorList,
+    check_fraction,
+    check_lists,
+    check_scalar,
+    state,
+)
+
+
+@torch.no_grad()
+def accumulate_path_integral_(
+    path: TensorList,
+    previous: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+) -> None:
+    """Subtract task gradient * step from `path`; `previous` becomes the parameters.
+
+    The penalty's gradient at `previous` is taken out of `grads` first, so that `path` holds the
+    decrease of the task loss alone (Zenke et al. 2017, equation 3).
+    """
+    check_scalar("accumulate_path_integral_", "strength", strength)
+    check_lists(
+        "accumulate_path_integral_",
+        Argument("params", params),
+        Argument("grads", grads),
+        state("path", path, written=True),
+        state("previous", previous, written=True),
+        state("anchors", anchors),
+        state("importances", importances),
+    )
+    for gain, before, theta, grad, anchor, omega in zip(
+        path, previous, params, grads, anchors, importances, strict=True
+    ):
+        _advance_path(gain, before, theta, grad, anchor, omega, strength)
+
+
+@torch.no_grad()
+def riemannian_walk_step_(
+    path: TensorList,
+    previous: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+    decay: float,
+) -> None:
+    """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
+    check_scalar("riemannian_walk_step_", "strength", strength)
+    check_fraction("riemannian_walk_step_", "decay", decay)
+    check_lists(
+        "riemannian_walk_step_",
+        Argument("params", params),
+        Argument("grads", grads),
+        state("path", path, written=True),
+        state("previous", previous, written=True),
+        state("fisher", fisher, written=True),
+        state("anchors", anchors),
+        state("importances", importances),
+    )
+    for gain, before, average, theta, grad, anchor, omega in zip(
+        path, previous, fisher, params, grads, anchors, importances, strict=True
+    ):
+        task_grad = _advance_path(gain, before, theta, grad, anchor, omega, strength)
+        average.mul_(decay).add_(task_grad.square(), alpha=1 - decay)
+
+
+@torch.no_grad()
+def accumulate_riemannian_walk_score_(
+    task_score: TensorList,
+    path: TensorList,
+    interval_start: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    eps: float,
+) -> None:
+    """Close an interval: task_score += max(0, path) / (fisher * step^2 / 2 + eps).
+
+    `step` is the way since `interval_start`; then path = 0 and interval_start = parameters.
+    The loss decrease per distance in the KL divergence (Chaudhry et al. 2018, section 4.2).
+    """
+    check_scalar("accumulate_riemannian_walk_score_", "eps", eps, positive=True)
+    check_lists(
+        "accumulate_riemannian_walk_score_",
+        Argument("params", params),
+        state("task_score", task_score, written=True),
+        state("path", path, written=True),
+        state("interval_start", interval_start, written=True),
+        state("fisher", fisher),
+    )
+    for score, gain, start, average, theta in zip(
+        task_score, path, interval_start, fisher, params, strict=True
+    ):
+        step = wide(theta) - start
+        score.add_(gain.clamp(min=0) / (0.5 * average * step.square() + eps))
+        gain.zero_()
+        start.copy_(theta)
+
+
+@torch.no_grad()
+def consolidate_path_integral_(
+    importances: TensorList,
+    anchors: TensorList,
+    path: TensorList,
+    params: TensorList,
+    xi: float,
+) -> None:
+    """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0.
+
+    `step` is the way since the anchor, the start of the task (Zenke et al. 2017, equation 5). A
+    negative path integral would turn the penalty into a reward.
+    """
+    check_scalar("consolidate_path_integral_", "xi", xi, positive=True)
+    check_lists(
+        "consolidate_path_integral_",
+        Argument("params", params),
+        state("importances", importances, written=True),
+        state("anchors", anchors, written=True),
+        state("path", path, written=True),
+    )
+    for omega, anchor, gain, theta in zip(importances, anchors, path, params, strict=True):
+        step = wide(theta) - anchor
+        omega.add_(gain.clamp(min=0) / (step.square() + xi))
+        anchor.copy_(theta)
+        gain.zero_()
+
+
+@torch.no_grad()
+def consolidate_riemannian_walk_(
+    importances: TensorList,
+    anchors: TensorList,
+    score: TensorList,
+    task_score: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    mix: float,
+) -> None:
+    """Merge the scores; importance = fisher / max(fisher) + score / max(score).
+
+    `score` becomes (1 - mix) * score + mix * task_score, task_score 0, the anchor the parameter.
+    The maxima are taken over all lists; a term whose maximum is 0 is 0, rather than 0 / 0.
+    """
+    check_fraction("consolidate_riemannian_walk_", "mix", mix)
+    check_lists(
+        "consolidate_riemannian_walk_",
+        Argument("params", params),
+        state("importances", importances, written=True),
+        state("anchors", anchors, written=True),
+        state("score", score, written=True),
+        state("task_score", task_score, written=True),
+        state("fisher", fisher),
+    )
+    for mean, new in zip(score, task_score, strict=True):
+        mean.mul_(1 - mix).add_(new, alpha=mix)
+        new.zero_()
+    largest_fisher, largest_score = maximum(fisher), maximum(score)
+    for omega, anchor, mean, average, theta in zip(
+        importances, anchors, score, fisher, params, strict=True
+    ):
+        omega.copy_(_normalised(average, largest_fisher) + _normalised(mean, largest_score))
+        anchor.copy_(theta)
+
+
+def _advance_path(
+    path: Tensor,
+    previous: Tensor,
+    theta: Tensor,
+    grad: Tensor,
+    anchor: Tensor,
+    omega: Tensor,
+    strength: float,
+) -> Tensor:
+    """One tensor's path integral; returns the gradient of the task loss alone."""
+    task_grad = wide(grad) - 2 * strength * omega * (previous - anchor)
+    path.sub_(task_grad * (wide(theta) - previous))
+    previous.copy_(theta)
+    return task_grad
+
+
+def _normalised(tensor: Tensor, largest: Tensor) -> Tensor:
+    return torch.where(largest > 0, tensor / largest, 0.0).to(tensor.dtype)
