@@ -1,0 +1,19 @@
+"""How important each parameter is for the data of a task: Fisher, MAS and SCP estimates.
+
+Each estimate leaves the model as it was, gradients, buffers, training flags and random state
+included, and is the same however the data is split into batches (but for the "batch" kinds).
+"""
+
+from clext.importance.fisher import FISHER_KINDS, fisher_information
+from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
+from clext.importance.per_sample import SlowImportanceWarning
+from clext.importance.scp import sliced_cramer_importance
+
+__all__ = [
+    "FISHER_KINDS",
+    "MAS_ESTIMATORS",
+    "SlowImportanceWarning",
+    "fisher_information",
+    "output_sensitivity",
+    "sliced_cramer_importance",
+]

@@ -1,0 +1,39 @@
+"""Sums over batches of the squared, or absolute, gradient of a batch's mean: one backward each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from clext import ops
+from clext.importance.evaluation import check_outputs, gradients
+from clext.parameters import allocate_state
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clext.importance.per_sample import Cotangents
+
+
+class BatchMeanSum:
+    """Like PerSampleSum, but all samples of a batch count with the gradient of their mean.
+
+    Gradients of different samples cancel in a mean, so the sums fall with the batch size.
+    """
+
+    def __init__(
+        self, owner: str, model: nn.Module, params: Sequence[Tensor], *, absolute: bool
+    ) -> None:
+        self._owner, self._model = owner, model
+        self._accumulate = ops.accumulate_abs_ if absolute else ops.accumulate_square_
+        self._params = params
+        self.sums = allocate_state(params)
+
+    def add(self, x: Tensor, cotangents: Cotangents) -> None:
+        """Add the samples of one batch."""
+        outputs = check_outputs(self._owner, self._model(x), len(x))
+        for cotangent in cotangents(outputs.detach()):
+            found = gradients(outputs, self._params, cotangent / len(x))
+            sums = [self.sums[i] for i in found]
+            self._accumulate(sums, list(found.values()), float(len(x)))

@@ -1,0 +1,220 @@
+"""What every method is: a penalty on the loss, a look at each step, and an end of the task."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from clext import ops
+from clext.options import number
+from clext.parameters import check_parameters, trainable_parameters
+from clext.state import ParameterState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clext.importance.evaluation import Batches
+
+
+class Method:
+    """A continual-learning method on one model; subclasses are the methods.
+
+    The training loop is the same for all of them::
+
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        method.add_penalty_grad_()      # or, before backward: loss = loss + method.penalty()
+        optimizer.step()
+        method.update()
+        optimizer.zero_grad()
+        ...
+        method.consolidate(dataloader)  # at the end of each task
+
+    The penalty is strength * sum of importance * (parameter - anchor)^2, and zero until the first
+    task has ended. With a gradient scaler, unscale the gradients before `add_penalty_grad_`.
+
+    A subclass names its state in `state_names` (for each parameter one tensor per name) and its
+    counters in `counter_names`, keeps each option in an attribute of the same name, and implements
+    `_end_task`; `update` and the penalty may be overridden.
+
+    Args:
+        model: the trainable parameters of this model are protected; frozen ones are not touched.
+        strength: weight of the penalty, >= 0; may be changed at any time.
+
+    Raises:
+        ValueError: strength or another option is out of range, the model has no trainable
+            parameter, or one that no state can be kept for (see `trainable_parameters`).
+    """
+
+    name: ClassVar[str]
+    default_strength: ClassVar[float] = 1.0
+    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance")
+    counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+        self.model = model
+        self.strength = self.default_strength if strength is None else strength
+        self.tasks = 0  # ended so far
+        self._state = ParameterState(trainable_parameters(model), self.state_names)
+
+    # ------------------------------------------------------------------ in the loop
+
+    @property
+    def strength(self) -> float:
+        """Weight of the penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = number(self.name, "strength", value, minimum=0.0)
+
+    def penalty(self) -> Tensor:
+        """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
+        state = self._state
+        anchors, importances = state.lists["anchor"], state.lists["importance"]
+        return self.strength * ops.quadratic_penalty(state.params, anchors, importances)
+
+    def add_penalty_grad_(self) -> Tensor:
+        """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim).
+
+        Call it after `loss.backward()`; it replaces `penalty()` in the loss.
+        """
+        return self._state.plan.add_quadratic_penalty_grad_(self._strength)
+
+    def update(self) -> None:
+        """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
+
+    def consolidate(self, dataloader: Batches | None = None) -> None:
+        """End a task: importance and anchor for the tasks to come.
+
+        Args:
+            dataloader: iterable of (x, y) batches of the task, for methods that measure importance
+                on data (EWC, MAS, SCP); others leave it alone.
+
+        Raises:
+            ValueError: the data is missing or not as described; nothing is changed.
+        """
+        self.refresh_parameters()
+        self._end_task(dataloader)
+        self.tasks += 1
+
+    def _end_task(self, dataloader: Batches | None) -> None:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ state
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Importance of each parameter by name: views of the method's own state."""
+        return self._state.view("importance")
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """What the parameters are pulled to, by name: views of the method's own state."""
+        return self._state.view("anchor")
+
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
+
+        `consolidate` does so by itself. Known parameters keep their state (a grown one the state of
+        its leading part); new ones start without importance, anchored where they are.
+        """
+        known = set(self._state.names)
+        named = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or name in known
+        }
+        if not self._state.fits(named):
+            check_parameters(named, type(self.model).__name__)
+            state = ParameterState(named, self.state_names)
+            state.adopt(self._state)
+            self._state = state
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the state to `device`, where the model has to be already; returns the method."""
+        target = torch.empty(0, device=device).device
+        for name, parameter in self.model.named_parameters():
+            if parameter.device != target:
+                raise ValueError(
+                    f"{self.name}: parameter '{name}' is on {parameter.device}, expected {target}: "
+                    "move the model first (model.to)"
+                )
+        self.refresh_parameters()
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on as if it had not stopped, as copies.
+
+        Plain dicts of tensors, numbers and strings; the options are not among them.
+        """
+        return {
+            "method": self.name,
+            "strength": self.strength,
+            "counters": {name: getattr(self, name) for name in self.counter_names},
+            "state": {
+                key: {name: entry.clone() for name, entry in self._state.view(key).items()}
+                for key in self.state_names
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state made by `state_dict`, strength included.
+
+        Raises:
+            ValueError: it is of another method, or of a model with other parameters; nothing is
+                changed.
+        """
+        self.refresh_parameters()
+        loaded = self._checked_state(state_dict)
+        self.strength = state_dict["strength"]
+        for name in self.counter_names:
+            setattr(self, name, type(getattr(self, name))(state_dict["counters"][name]))
+        for own, other in loaded:
+            own.copy_(other)
+
+    def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of an own tensor and the loaded one for it."""
+        owner = f"{self.name}: state_dict"
+        _check_keys(owner, state_dict, ("method", "strength", "counters", "state"))
+        if state_dict["method"] != self.name:
+            raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {self.name!r}")
+        number(self.name, "strength", state_dict["strength"], minimum=0.0)
+        _check_keys(f"{owner}['counters']", state_dict["counters"], self.counter_names)
+        _check_keys(f"{owner}['state']", state_dict["state"], self.state_names)
+        pairs = []
+        for key in self.state_names:
+            label = f"{owner}['state'][{key!r}]"
+            _check_keys(label, state_dict["state"][key], self._state.names)
+            for name, own in self._state.view(key).items():
+                other = state_dict["state"][key][name]
+                if not isinstance(other, Tensor) or other.shape != own.shape:
+                    got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
+                    raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")
+                pairs.append((own, other))
+        return pairs
+
+    def __repr__(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
+        size = sum(parameter.numel() for parameter in self._state.params)
+        described = ", ".join([*options, f"tasks={self.tasks}"])
+        return f"{type(self).__name__}({described}; {size:,} parameters)"
+
+
+def option_names(method: type[Method]) -> list[str]:
+    """The keyword options of a method, strength included."""
+    parameters = inspect.signature(method).parameters.values()
+    return [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+
+
+def _check_keys(label: str, given: object, expected: tuple[str, ...] | list[str]) -> None:
+    got = set(given) if isinstance(given, dict) else set()
+    missing, unexpected = sorted(set(expected) - got), sorted(got - set(expected), key=str)
+    if not isinstance(given, dict) or missing or unexpected:
+        raise ValueError(
+            f"{label} does not fit: missing {', '.join(missing) or 'nothing'}, "
+            f"unexpected {', '.join(map(str, unexpected)) or 'nothing'}"
+        )

@@ -1,0 +1,81 @@
+"""Elastic Weight Consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from clext.importance import FISHER_KINDS, fisher_information
+from clext.methods.base import Method
+from clext.options import choice, integer, number
+
+if TYPE_CHECKING:
+    from clext.importance.evaluation import Batches
+
+ANCHORS = ("latest", "all")
+
+
+class EWC(Method):
+    """Importance F: the diagonal of the Fisher information at the end of a task.
+
+    After task k with parameters theta_k, importance = gamma * importance + F_k, and the anchor is
+
+    - anchors="latest": theta_k (online EWC for gamma < 1);
+    - anchors="all": the minimum of sum_k gamma^(K-k) F_k (theta - theta_k)^2 over all K tasks so
+      far, which the penalty then equals exactly: a sum of quadratics is one quadratic and a
+      constant, so that memory and time do not grow with the tasks.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty.
+        fisher: "empirical", "exact", "sample" or "batch"; see
+            `clext.importance.fisher_information`.
+        gamma: what is left of the old importance after each task, in [0, 1].
+        anchors: "latest" or "all".
+        seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
+    """
+
+    name: ClassVar[str] = "ewc"
+    default_strength: ClassVar[float] = 250.0
+    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "constant")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        fisher: str = "empirical",
+        gamma: float = 1.0,
+        anchors: str = "latest",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, strength=strength)
+        self.fisher = choice(self.name, "fisher", fisher, FISHER_KINDS)
+        self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
+        self.anchors = choice(self.name, "anchors", anchors, ANCHORS)
+        self.seed = integer(self.name, "seed", seed, minimum=0)
+        self.constant = 0.0  # of the penalty, without strength; 0 for anchors="latest"
+
+    def penalty(self) -> Tensor:
+        """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
+        return super().penalty() + self.strength * self.constant
+
+    def add_penalty_grad_(self) -> Tensor:
+        """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim)."""
+        value = super().add_penalty_grad_()
+        return value if self.constant == 0 else value + self.strength * self.constant
+
+    def _end_task(self, dataloader: Batches | None) -> None:
+        fisher = fisher_information(
+            self.model,
+            self._state.params,
+            dataloader,
+            kind=self.fisher,
+            seed=self.seed + self.tasks,
+        )
+        if self.anchors == "all":
+            added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
+            self.constant = self.gamma * self.constant + float(added)
+        else:
+            self._state.plan.consolidate_importance_(fisher, self.gamma)

@@ -1,0 +1,88 @@
+"""Riemannian Walk (Chaudhry et al. 2018, arXiv:1801.10112)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from clext.methods.base import Method
+from clext.options import integer, number
+
+if TYPE_CHECKING:
+    from clext.importance.evaluation import Batches
+
+
+class RWalk(Method):
+    """Importance: Fisher information plus a path-integral score, each scaled to [0, 1].
+
+    Fisher is the moving average of the squared task gradient, F = decay * F + (1 - decay) * g^2 at
+    every step of every task. The score of a task adds, every `interval` steps,
+
+        max(0, fall of the loss) / (F * distance^2 / 2 + eps),
+
+    the fall being the path integral over the interval (as in SI, the penalty's gradient taken out)
+    and the distance its length: the loss decrease per distance in KL divergence. At the end of a
+    task (which closes its last interval) score = (1 - mix) * score + mix * the task's score, the
+    task's own at the first task, and importance = F / max F + score / max score.
+
+    `strength` at `update` must be the one that the gradient was made with.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty.
+        decay: weight of the old Fisher average, in [0, 1).
+        interval: steps between two entries of the score, >= 1.
+        eps: damping of the score, > 0.
+        mix: weight of the new task's score, in [0, 1].
+    """
+
+    name: ClassVar[str] = "rwalk"
+    default_strength: ClassVar[float] = 1.0
+    state_names: ClassVar[tuple[str, ...]] = (
+        "anchor",
+        "importance",
+        "path",
+        "previous",
+        "fisher",
+        "task_score",
+        "score",
+        "interval_start",
+    )
+    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        decay: float = 0.9,
+        interval: int = 10,
+        eps: float = 1e-3,
+        mix: float = 0.5,
+    ) -> None:
+        super().__init__(model, strength=strength)
+        self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
+        self.interval = integer(self.name, "interval", interval, minimum=1)
+        self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
+        self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
+        self.interval_steps = 0  # since the interval began
+
+    def update(self) -> None:
+        """Follow a step: after `optimizer.step()`, before `zero_grad()`."""
+        self._state.plan.riemannian_walk_step_(self._strength, self.decay)
+        self.interval_steps += 1
+        if self.interval_steps >= self.interval:
+            self._close_interval()
+
+    def _close_interval(self) -> None:
+        self._state.plan.accumulate_riemannian_walk_score_(self.eps)
+        self.interval_steps = 0
+
+    def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
+        if self.interval_steps > 0:
+            self._close_interval()
+        self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
+        # The path is empty since its interval was closed; the walk goes on from where it is now.
+        self._state.restart("previous")
+        self._state.restart("interval_start")

@@ -1,0 +1,58 @@
+"""Sliced Cramer Preservation (Kolouri et al. 2020, ICLR)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from clext.importance import sliced_cramer_importance
+from clext.methods.base import Method
+from clext.options import integer, unknown_name
+
+if TYPE_CHECKING:
+    from clext.importance.evaluation import Batches
+
+
+class SCP(Method):
+    """Importance: the mean over directions xi of (d (xi . f) / d parameter)^2, f the mean output.
+
+    The directions are uniform on the unit sphere of the outputs, f is the mean over the data.
+    Importances of the tasks add up; the anchor is the end of the latest task. Labels are not used.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty.
+        slices: number of directions drawn, or "exact" for the expectation over all of them.
+        seed: of the draws; the k-th task (from 0) uses seed + k.
+    """
+
+    name: ClassVar[str] = "scp"
+    default_strength: ClassVar[float] = 100.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        slices: int | str = "exact",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, strength=strength)
+        if isinstance(slices, str):
+            if slices != "exact":
+                raise unknown_name("slices of scp", slices, ["exact", "a whole number >= 1"])
+        else:
+            slices = integer(self.name, "slices", slices, minimum=1)
+        self.slices = slices
+        self.seed = integer(self.name, "seed", seed, minimum=0)
+
+    def _end_task(self, dataloader: Batches | None) -> None:
+        importance = sliced_cramer_importance(
+            self.model,
+            self._state.params,
+            dataloader,
+            slices=self.slices,
+            seed=self.seed + self.tasks,
+        )
+        self._state.plan.consolidate_importance_(importance, 1.0)

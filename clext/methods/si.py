@@ -1,0 +1,45 @@
+"""Synaptic Intelligence (Zenke et al. 2017, arXiv:1703.04200)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from clext.methods.base import Method
+from clext.options import number
+
+if TYPE_CHECKING:
+    from clext.importance.evaluation import Batches
+
+
+class SI(Method):
+    """Importance: what a parameter contributed to the fall of the loss, per distance travelled.
+
+    Along the task, path = -sum over steps of g * (step), g the gradient of the task loss alone: the
+    penalty's share, 2 * strength * importance * (parameter - anchor), is taken out of `.grad`. At
+    its end importance += max(0, path) / (distance^2 + xi), distance from the start of the task.
+
+    `strength` at `update` must be the one that the gradient was made with.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty.
+        xi: damping, > 0: keeps parameters that hardly moved from becoming all-important.
+    """
+
+    name: ClassVar[str] = "si"
+    default_strength: ClassVar[float] = 10.0
+    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "path", "previous")
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:
+        super().__init__(model, strength=strength)
+        self.xi = number(self.name, "xi", xi, minimum=0.0, open_minimum=True)
+
+    def update(self) -> None:
+        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`."""
+        self._state.plan.accumulate_path_integral_(self._strength)
+
+    def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
+        self._state.plan.consolidate_path_integral_(self.xi)
+        self._state.restart("previous")

@@ -1,0 +1,62 @@
+"""Checks of user-given options: one clear sentence for a bad value, the nearest name for a typo."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `valid`, with the nearest one suggested."""
+    names = list(valid)
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    suggestion = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
+    listed = ", ".join(repr(candidate) for candidate in names) or "none"
+    return ValueError(f"unknown {kind} {name!r}{suggestion} (valid: {listed})")
+
+
+def choice(owner: str, option: str, value: object, valid: Iterable[str]) -> str:
+    """`value` if it is one of `valid`, else ValueError with the nearest one suggested."""
+    names = list(valid)
+    if isinstance(value, str) and value in names:
+        return value
+    raise unknown_name(f"value of option '{option}' of {owner}:", value, names)
+
+
+def number(
+    owner: str,
+    option: str,
+    value: object,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+) -> float:
+    """`value` as a finite float between the bounds, else ValueError (an open bound is excluded)."""
+    if type(value) is not bool and isinstance(value, Real):
+        converted = float(value)
+        above = converted > minimum if open_minimum else converted >= minimum
+        below = converted < maximum if open_maximum else converted <= maximum
+        if math.isfinite(converted) and above and below:
+            return converted
+    bounds = []
+    if math.isfinite(minimum):
+        bounds.append(f"{'>' if open_minimum else '>='} {minimum:g}")
+    if math.isfinite(maximum):
+        bounds.append(f"{'<' if open_maximum else '<='} {maximum:g}")
+    expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}")
+
+
+def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
+    """`value` as an int that is at least `minimum`, else ValueError."""
+    if type(value) is not bool and isinstance(value, Integral) and int(value) >= minimum:
+        return int(value)
+    raise ValueError(f"{owner}: {option} must be an integer >= {minimum}, got {value!r}")
