@@ -1,0 +1,38 @@
+"""clext: continual-learning regularisers as cheap as not using them, and results to trust.
+
+import clext
+result = clext.train("rwalk")            # Permuted MNIST, 5 tasks of 10 epochs
+print(result)
+
+reg = clext.SI(model, strength=1.0)      # drop-in, for any module and any loop
+"""
+
+from clext import ops, reference
+from clext._extension import build_info
+from clext._version import __version__
+from clext.comparison import Comparison, compare
+from clext.data import DataError
+from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
+from clext.result import Result
+from clext.training import NonFiniteLossError, train
+
+__all__ = [
+    "EWC",
+    "MAS",
+    "METHODS",
+    "SCP",
+    "SI",
+    "Baseline",
+    "Comparison",
+    "DataError",
+    "Method",
+    "NonFiniteLossError",
+    "RWalk",
+    "Result",
+    "__version__",
+    "build_info",
+    "compare",
+    "ops",
+    "reference",
+    "train",
+]

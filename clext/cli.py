@@ -1,0 +1,216 @@
+"""The `clext` command: `clext train`, `clext compare`, `clext info`."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack
+
+import click
+import torch
+
+import clext
+from clext.data import DATASETS, DataError, whereabouts
+from clext.progress import say
+from clext.result import PICTURE_NAME
+from clext.scenarios import SCENARIOS
+from clext.training import NonFiniteLossError
+
+_WRONG_INPUT = 2
+_FAILED = 1
+_INTERRUPTED = 130
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+_SHARED_OPTIONS = (
+    click.option("--dataset", default="auto", show_default=True, help=" | ".join(DATASETS)),
+    click.option(
+        "--data-dir",
+        metavar="FOLDER",
+        help="Folder with the data set's files.  [default: $CLEXT_DATA, then the cache folder]",
+    ),
+    click.option("--scenario", default="permuted", show_default=True, help=" | ".join(SCENARIOS)),
+    click.option("--tasks", type=int, default=5, show_default=True, help="Number of tasks."),
+    click.option("--epochs", type=int, default=10, show_default=True, help="Epochs per task."),
+    click.option("--batch-size", type=int, default=128, show_default=True, help="Examples a step."),
+    click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's learning rate."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
+    click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]"),
+    click.option("--progress/--quiet", default=True, help="Show progress, or do not."),
+)
+
+
+class _Shared(TypedDict):
+    """The values of the shared options."""
+
+    dataset: str
+    data_dir: str | None
+    scenario: str
+    tasks: int
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    device: str | None
+    progress: bool
+
+
+def _shared(command: Command) -> Command:
+    for option in reversed(_SHARED_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(clext.__version__, prog_name="clext")
+def main() -> None:
+    r"""Continual learning: train a method on a sequence of tasks, compare several.
+
+    \b
+    clext train --method rwalk              Permuted MNIST, 5 tasks of 10 epochs
+    clext compare                           all methods on it, and the picture
+    clext info                              versions, build, where the data comes from
+    """
+
+
+@main.command()
+@click.option("--method", default="rwalk", show_default=True, help=" | ".join(clext.METHODS))
+@click.option("--strength", type=float, help="Weight of the penalty.  [default: the method's own]")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the method.")
+@click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
+@_shared
+def train(
+    method: str,
+    strength: float | None,
+    options: tuple[str, ...],
+    out: str | None,
+    **shared: Unpack[_Shared],
+) -> None:
+    r"""Learn a sequence of tasks with one method; print the accuracies and save them.
+
+    \b
+    clext train --method si --epochs 2
+    clext train --method ewc --strength 250 --option fisher=exact --option gamma=0.9
+    clext train --method scp --dataset digits --tasks 3 --out runs/digits
+    """
+    with _one_line_errors():
+        given = _parse_options(options)
+        for name in given:
+            if name == "strength" or name in shared:
+                raise ValueError(f"--option {name}: use --{name.replace('_', '-')} instead")
+        folder = out or _new_folder(method)
+        result = clext.train(method, strength=strength, out=folder, **shared, **given)
+        click.echo(result)
+        click.echo(f"\nSaved in {folder}: result.json, {PICTURE_NAME}")
+
+
+@main.command()
+@click.option(
+    "--methods",
+    metavar="A,B,...",
+    help=f"Which to compare.  [default: {','.join(clext.METHODS)}]",
+)
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="METHOD.NAME=VALUE",
+    help="Of one method, its strength too: ewc.strength=250.",
+)
+@click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
+@_shared
+def compare(
+    methods: str | None, options: tuple[str, ...], out: str | None, **shared: Unpack[_Shared]
+) -> None:
+    r"""Run several methods on the same tasks; print the table and draw the picture.
+
+    \b
+    clext compare
+    clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=250
+    """
+    with _one_line_errors():
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        per_method: dict[str, dict[str, Any]] = {}
+        for name, value in _parse_options(options).items():
+            method, dot, option = name.partition(".")
+            if not dot:
+                raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
+            per_method.setdefault(method, {})[option] = value
+        folder = out or _new_folder("compare")
+        comparison = clext.compare(names, options=per_method, out=folder, **shared)
+        click.echo(comparison)
+        click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
+    if not all(result.complete for result in comparison.results.values()):
+        sys.exit(_FAILED)
+
+
+@main.command()
+@click.option("--data-dir", metavar="FOLDER", help="Where to look for data sets.")
+def info(data_dir: str | None) -> None:
+    """Print versions, how clext was built, and where the data would come from."""
+    build = {key: _text(value) for key, value in clext.build_info().items()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
+    methods = {name: f"strength {cls.default_strength:g}" for name, cls in clext.METHODS.items()}
+    _print_section("build", build)
+    _print_section("machine", {"threads": str(torch.get_num_threads()), "cuda device": gpu})
+    _print_section("data", whereabouts(data_dir))
+    _print_section("methods", methods)
+
+
+def _print_section(title: str, rows: dict[str, str]) -> None:
+    click.echo(f"{title}:")
+    for name, value in rows.items():
+        click.echo(f"  {name:<14} {value}")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _parse_options(options: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs, a value being a Python literal (0.9, 5, True) or else the text itself."""
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not (name and equals and text):
+            raise ValueError(f"--option {option}: expected NAME=VALUE")
+        try:
+            parsed[name.strip().replace("-", "_")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[name.strip().replace("-", "_")] = text
+    return parsed
+
+
+def _new_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on, so that no earlier result is replaced unasked."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What went wrong in one line and an exit code, instead of a stack trace."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: say(f"Warning: {message}")
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            _stop("Interrupted.", error, _INTERRUPTED)
+        except (ValueError, DataError, OSError) as error:
+            _stop(f"Error: {error}", error, _WRONG_INPUT)
+        except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+            _stop(f"Error: {error}", error, _FAILED)
+
+
+def _stop(message: str, error: BaseException, code: int) -> None:
+    notes = getattr(error, "__notes__", [])
+    click.echo(" ".join([*message.splitlines()[:1], *notes]), err=True)
+    sys.exit(code)

@@ -1,0 +1,218 @@
+"""Several methods on the same tasks: one table, one picture, one file."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from clext.data import load_dataset
+from clext.learner import LearnerSpec
+from clext.methods import METHODS
+from clext.options import unknown_name
+from clext.result import PICTURE_NAME, Result
+from clext.settings import Settings
+from clext.storage import keep, read_json, writable_folder, write_json
+from clext.training import NonFiniteLossError, run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE_NAME = "comparison.json"
+
+_KIND = "comparison"
+
+
+@dataclass(eq=False, repr=False)
+class Comparison:
+    """The results of several methods on the same number of tasks and epochs, by label."""
+
+    results: dict[str, Result]
+
+    def __post_init__(self) -> None:
+        sizes = {(r.config["tasks"], r.config["epochs"]) for r in self.results.values()}
+        if len(sizes) > 1:
+            listed = ", ".join(
+                f"{label}: {r.config['tasks']} tasks of {r.config['epochs']} epochs"
+                for label, r in self.results.items()
+            )
+            raise ValueError(
+                f"Comparison: expected results with the same tasks and epochs, got {listed}"
+            )
+
+    def __getitem__(self, label: str) -> Result:
+        if label not in self.results:
+            raise unknown_name("result", label, self.results)
+        return self.results[label]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw average accuracy against epoch, a line per method; save it at `path` if given."""
+        from clext.plotting import plot_curves
+
+        return plot_curves(self.results, path)
+
+    def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
+        """Write `comparison.json`, and the picture `accuracy.png`, to `folder`."""
+        target = writable_folder(folder, "save")
+        content = {label: result.to_json() for label, result in self.results.items()}
+        write_json(target / FILE_NAME, _KIND, {"results": content})
+        if picture:
+            self.plot(target / PICTURE_NAME)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a comparison from its folder or its JSON file; ValueError if it is not one."""
+        file, content = read_json(path, _KIND, FILE_NAME)
+        results = content.get("results")
+        if not isinstance(results, dict) or not results:
+            raise ValueError(f"{file}: not a valid comparison: it holds no results")
+        return cls(
+            {
+                label: Result.from_json(entry, f"{file}, results[{label!r}]")
+                for label, entry in results.items()
+            }
+        )
+
+    def table(self) -> str:
+        """Final accuracy, forgetting, backward transfer and time of each method, the best first."""
+        titles = f"{'strength':>10}{'accuracy':>10}{'forgetting':>12}{'BWT':>9}{'time':>10}"
+        head = f"{'method':<12}{titles}"
+        ranked = sorted(
+            self.results.items(),
+            key=lambda item: (item[1].complete, item[1].average_accuracy[-1:]),
+            reverse=True,
+        )
+        return "\n".join([head, *(_row(label, result) for label, result in ranked)])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def compare(
+    methods: str | Sequence[str] | None = None,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: str = "auto",
+    scenario: str = "permuted",
+    tasks: int = 5,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 1e-4,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run several methods on the same tasks, from the same initial weights, in the same order.
+
+    A method whose loss becomes NaN or infinite is stopped with a warning and keeps what it did;
+    the others go on.
+
+    Args:
+        methods: names in `clext.METHODS`; by default all of them.
+        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}`.
+        dataset: as in `clext.train`, like all that follow.
+        scenario: how the data set becomes tasks.
+        tasks: number of tasks.
+        epochs: passes over the data of each task.
+        batch_size: examples in a step.
+        lr: learning rate of Adam.
+        model: by default the course's perceptron; each method trains a copy of a given one.
+        seed: of everything random, the same for all methods.
+        device: by default CUDA if there is one, else the CPU.
+        data_dir: folder with the data set's files.
+        out: folder for `comparison.json` (also written after each task) and the picture.
+        progress: show progress.
+
+    Returns:
+        The result of each method, see `Comparison`.
+
+    Raises:
+        ValueError: an argument is wrong; nothing was done.
+        DataError: the data set cannot be had, or its files are damaged.
+        OSError: `out` cannot be written; nothing was done.
+    """
+    settings = Settings.checked(
+        dataset=dataset,
+        scenario=scenario,
+        tasks=tasks,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        device=device,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    specs = _checked_specs(methods, model, options or {})
+    folder = None if out is None else writable_folder(out, "compare: out")
+    data = load_dataset(settings.dataset, settings.data_dir, show=progress)
+    comparison = Comparison({})
+    for name, spec in specs.items():
+
+        def save(result: Result, name: str = name) -> Path | None:
+            comparison.results[name] = result
+            return None if folder is None else comparison.save(folder, picture=False)
+
+        try:
+            # Copied only now, so that no more than one model is held beside the given one.
+            run(replace(spec, model=copy.deepcopy(model)), data, settings, save)
+        except NonFiniteLossError as error:
+            warnings.warn(str(error), stacklevel=2)
+    if folder is not None:
+        keep(lambda: comparison.save(folder))
+    return comparison
+
+
+def _checked_specs(
+    methods: str | Sequence[str] | None,
+    model: nn.Module | None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, LearnerSpec]:
+    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else methods
+    if not names:
+        raise ValueError(
+            f"compare: expected at least one method, got none; choose from {[*METHODS]}"
+        )
+    for name in options:
+        if name not in names:
+            raise unknown_name("method in options", name, names)
+    specs = {}
+    for name in names:
+        if name in specs:
+            raise ValueError(f"compare: method {name!r} is given twice; name each method once")
+        given = dict(options.get(name, {}))
+        specs[name] = LearnerSpec(name, model, given.pop("strength", None), given)
+        specs[name].check()
+    return specs
+
+
+def _row(label: str, result: Result) -> str:
+    average = result.average_accuracy
+    cells = [
+        f"{label:<12}",
+        f"{result.config['strength']:>10g}" if "strength" in result.config else " " * 10,
+        f"{average[-1]:>10.4f}" if average else f"{'-':>10}",
+        _number(result.forgetting, ">12.4f"),
+        _number(result.backward_transfer, ">+9.4f"),
+        f"{result.seconds:>8.1f} s",
+    ]
+    return "".join(cells) + (f"  stopped early: {result.stopped}" if result.stopped else "")
+
+
+def _number(value: float, form: str) -> str:
+    return f"{'-':>{form.strip('>+').split('.')[0]}}" if math.isnan(value) else format(value, form)

@@ -1,0 +1,123 @@
+"""Which method on which model: checked as asked for, built once the data is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from clext.methods import METHODS, Method, make_method
+from clext.methods.base import option_names
+from clext.models import mlp
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """A method, by name or as an instance, with its options, and the model it works on."""
+
+    method: str | Method
+    model: nn.Module | None = None
+    strength: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """ValueError if the method, its options or the model are wrong; nothing is built."""
+        # The methods know their own options, so let one check them, on a stand-in for the model
+        # (nn.Linear would draw its weights from the global random state).
+        stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
+        model = self.method.model if isinstance(self.method, Method) else stand_in
+        if self.model is not None:
+            _check_model(self.model)
+            model = self.model if isinstance(self.method, Method) else model
+        make_method(self.method, model, strength=self.strength, **self.options)
+
+    def build(self, features: int, outputs: int, device: torch.device, seed: int) -> Method:
+        """The method on its model, on `device`. A model of our own takes the global random state.
+
+        Raises ValueError if a given model does not turn [N, features] into [N, >= outputs].
+        """
+        if isinstance(self.method, Method):
+            model = self.method.model
+        else:
+            model = mlp(features, outputs) if self.model is None else self.model
+        model.to(device)
+        _check_forward(model, features, outputs, device)
+        if isinstance(self.method, Method):
+            return self.method.to(device)
+        own_seed = {"seed": seed} if "seed" in option_names(METHODS[self.method]) else {}
+        return make_method(
+            self.method, model, strength=self.strength, **{**own_seed, **self.options}
+        )
+
+
+def describe_learner(method: Method) -> dict[str, Any]:
+    """What a result records about its method and model."""
+    model = method.model
+    return {
+        "method": method.name,
+        "strength": method.strength,
+        "method_options": {
+            name: getattr(method, name) for name in option_names(type(method)) if name != "strength"
+        },
+        "model": _describe_model(model),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The type of the model's first trainable parameter, which its inputs should have as well."""
+    return next(p.dtype for p in model.parameters() if p.requires_grad)
+
+
+@contextmanager
+def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or eval mode inside; afterwards every submodule has its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _describe_model(model: nn.Module) -> str:
+    """The widths of a plain perceptron, else the name of the class."""
+    if type(model) is nn.Sequential and all(isinstance(m, nn.Linear | nn.ReLU) for m in model):
+        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+        return f"MLP {'-'.join(str(width) for width in widths)}"
+    return type(model).__name__
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"train: model must be a torch.nn.Module, got {type(model).__name__}; "
+            "leave it out to train the course's perceptron"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "train: model has no trainable parameter; set requires_grad on what should learn"
+        )
+
+
+def _check_forward(model: nn.Module, features: int, outputs: int, device: torch.device) -> None:
+    """Try the model on two examples: a shape error in the first step would name no argument."""
+    probe = torch.zeros(2, features, device=device, dtype=input_dtype(model))
+    expected = f"inputs [N, {features}] into logits [N, {outputs}]"
+    try:
+        with torch.no_grad(), module_mode(model, training=False):
+            logits = model(probe)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"train: model must turn {expected}, but failed on such inputs ({error}); "
+            "begin it with nn.Unflatten if it takes images"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
+        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"train: model must turn {expected}, got {got} for N = 2")

@@ -1,0 +1,189 @@
+"""The course's picture: average accuracy over the tasks seen against the epoch, line by line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from clext.result import Result
+
+_SIZE = (7.2, 4.3)
+_AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
+_LABEL_POINTS = 9.0
+_TEXT = "#222222"
+_MOST_TASK_NAMES = 12
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+
+
+class _Style(NamedTuple):
+    """Colour, dashes and marker: any one of the three is enough to tell the lines apart."""
+
+    color: str
+    dashes: str | tuple[float, tuple[float, ...]]
+    marker: str
+
+
+# Colours of Okabe & Ito (2008), which the colour-blind can tell apart; yellow is left out because
+# it vanishes on white paper. A method keeps its style from picture to picture.
+_STYLES = {
+    "baseline": _Style("#000000", (0, (1, 1.5)), "x"),
+    "ewc": _Style("#0072B2", "-", "o"),
+    "mas": _Style("#E69F00", (0, (5, 1.5)), "s"),
+    "si": _Style("#009E73", (0, (6, 1.5, 1, 1.5)), "^"),
+    "rwalk": _Style("#D55E00", "-", "D"),
+    "scp": _Style("#CC79A7", (0, (3, 1)), "v"),
+}
+_OTHER_STYLES = (
+    _Style("#56B4E9", "-", "P"),
+    _Style("#666666", (0, (5, 1.5)), "*"),
+    _Style("#0072B2", (0, (6, 1.5, 1, 1.5)), "h"),
+    _Style("#D55E00", (0, (1, 1.5)), "X"),
+)
+
+
+_Line = tuple[str, Sequence[float], _Style]
+
+
+def plot_curves(
+    results: Mapping[str, Result], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw one line for each result, labelled with its key; save the picture if `path` is given.
+
+    All results must have the same numbers of tasks and epochs. The figure is made without pyplot,
+    so that no display is needed and no global state of matplotlib is touched.
+    """
+    first = next(iter(results.values()))
+    tasks, epochs = int(first.config["tasks"]), int(first.config["epochs"])
+    figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    others = cycle(_OTHER_STYLES)
+    styles = {label: _STYLES.get(label) or next(others) for label in results}
+    lines = [(label, result.curve, styles[label]) for label, result in results.items()]
+    lines = [line for line in lines if line[1]]
+    for rank, (_, curve, style) in enumerate(lines):
+        # One marker a task, each line at another epoch of it, or they would cover each other.
+        offset = int((rank + 0.5) / len(lines) * epochs)
+        _draw_line(axes, curve, style, markers=(offset, epochs))
+    _draw_frame(axes, first, tasks, epochs)
+    _label_ends(axes, lines)
+    if path is not None:
+        file = Path(path).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+    return figure
+
+
+def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple[int, int]) -> None:
+    axes.plot(
+        range(1, len(curve) + 1),
+        curve,
+        color=style.color,
+        linestyle=style.dashes,
+        linewidth=1.6,
+        marker=style.marker,
+        markersize=6,
+        markeredgecolor=style.color if style.marker == "x" else "white",
+        markeredgewidth=1.4 if style.marker == "x" else 0.6,
+        markevery=markers,
+        clip_on=False,  # the last point lies on the frame
+    )
+
+
+def _draw_frame(axes: Axes, result: Result, tasks: int, epochs: int) -> None:
+    config = result.config
+    data = str(config.get("data", {}).get("name", config.get("dataset", "")))
+    scenario = str(config.get("scenario", "")).capitalize()
+    axes.set_title(
+        f"{scenario} {_TITLES.get(data, data)}", loc="left", pad=20, fontsize=12, fontweight="bold"
+    )
+    axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
+    axes.set_ylabel("Average accuracy over the tasks seen")
+    axes.set_xlim(0, tasks * epochs)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    every = -(-tasks // _MOST_TASK_NAMES)
+    for k in range(tasks):
+        if k > 0:
+            axes.axvline(k * epochs, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
+        if k % every == 0:
+            axes.annotate(
+                f"task {k + 1}" if k == 0 or tasks <= 8 else f"{k + 1}",
+                ((k + 0.5) * epochs, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=_LABEL_POINTS,
+                color=_TEXT,
+            )
+
+
+def _label_ends(axes: Axes, lines: Sequence[_Line]) -> None:
+    """Name each line at its right end, moved apart where the names would overlap."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    points = _AXES_HEIGHT * 72 / (high - low)
+    heights = [curve[-1] * points for _, curve, _ in lines]
+    for (label, curve, style), height, place in zip(
+        lines, heights, spread(heights, _LABEL_POINTS * 1.35), strict=True
+    ):
+        axes.annotate(
+            f"{label} {curve[-1]:.3f}",
+            (len(curve), curve[-1]),
+            xytext=(18, place - height),
+            textcoords="offset points",
+            va="center",
+            fontsize=_LABEL_POINTS,
+            color=_TEXT,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style.color,
+                "linewidth": 1.2,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """The places moved as little as possible so that neighbours are at least `gap` apart.
+
+    Least squares for a fixed order (pool adjacent violators): groups that collide are set around
+    their mean.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    groups: list[list[int]] = []
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and _top(groups[-2], places, gap) > _bottom(groups[-1], places, gap):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [0.0] * len(places)
+    for group in groups:
+        for rank, index in enumerate(group):
+            moved[index] = _centre(group, places) + (rank - (len(group) - 1) / 2) * gap
+    return moved
+
+
+def _centre(group: Sequence[int], places: Sequence[float]) -> float:
+    return sum(places[index] for index in group) / len(group)
+
+
+def _top(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return _centre(group, places) + len(group) / 2 * gap
+
+
+def _bottom(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return _centre(group, places) - len(group) / 2 * gap

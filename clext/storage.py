@@ -1,0 +1,94 @@
+"""Files of results: JSON that people can read and any program can parse, written in one piece."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:
+    """`path` as a folder, made if need be, in which a file could be written just now.
+
+    Raises OSError in one sentence: better before hours of work than after.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = "is a file, not a folder" if folder.is_file() else (error.strerror or str(error))
+        raise OSError(
+            f"{argument}: cannot write in {folder} ({what}); choose another folder"
+        ) from error
+    return folder
+
+
+def keep(save: Callable[[], Path | None]) -> Path | None:
+    """Call `save`; a full disk must not cost the hours of work that are still in memory."""
+    try:
+        return save()
+    except OSError as error:
+        warnings.warn(f"the result could not be saved ({error})", stacklevel=2)
+        return None
+
+
+def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
+    """Write strict JSON (NaN as null) headed by format and kind; the old file stays until then."""
+    document = {"format": FORMAT, "kind": kind, **content}
+    text = json.dumps(_plain(document), indent=2, allow_nan=False)
+    # A matrix is read row by row, so what holds only numbers or words goes on one line.
+    text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[Path, Any]:
+    """The content of `path`, or of `file_name` in the folder `path`, checked for format and kind.
+
+    Raises FileNotFoundError or ValueError in one sentence that names the file.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / file_name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected a {kind} saved by clext")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON file ({error}); expected a {kind}") from error
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise ValueError(f"{file}: expected a {kind} saved by clext, found kind {found!r}")
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{file}: expected format {FORMAT}, found {content.get('format')!r}; "
+            "it was saved by another version of clext"
+        )
+    return file, content
+
+
+def _on_one_line(matched: re.Match[str]) -> str:
+    entries = (line.strip() for line in matched[0][1:-1].strip().splitlines())
+    return f"[{' '.join(entries)}]"
+
+
+def _plain(value: object) -> object:
+    """The same value with what JSON has: null for NaN and infinity, strings for unknown types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

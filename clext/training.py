@@ -1,0 +1,276 @@
+"""The main job: learn a sequence of tasks with one method, and measure what is remembered."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from clext.data import Batches, Dataset, Split, load_dataset
+from clext.learner import LearnerSpec, describe_learner, input_dtype, module_mode
+from clext.methods import Method
+from clext.progress import Progress
+from clext.result import Result
+from clext.scenarios import Task, make_scenario
+from clext.seeding import Seeds, generator, isolated_rng
+from clext.settings import Settings, describe_machine
+from clext.storage import keep, writable_folder
+
+Save = Callable[[Result], Path | None]
+
+# Large enough that a batch keeps every core busy, small enough for any model's activations.
+EVALUATION_BATCH = 1000
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or a parameter, became NaN or infinite; `result` holds what was done until then."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+    @classmethod
+    def at(
+        cls, result: Result, task: int, epoch: int, step: int, loss: float
+    ) -> NonFiniteLossError:
+        """The error for a place in the run, everything counted from 0."""
+        config = result.config
+        what = f"the loss became {loss}"
+        if math.isfinite(loss):
+            what = f"a parameter became NaN or infinite (the loss was still {loss:.4g})"
+        return cls(
+            f"{config['method']}: {what} at task {task + 1}, epoch {epoch + 1}, step {step + 1}; "
+            f"try a smaller lr (now {config['lr']:g}) or strength (now {config['strength']:g})",
+            result,
+        )
+
+
+def train(
+    method: str | Method,
+    *,
+    dataset: str = "auto",
+    scenario: str = "permuted",
+    tasks: int = 5,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 1e-4,
+    strength: float | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **method_options: object,
+) -> Result:
+    """Learn a sequence of tasks with one method; by default five permutations of MNIST.
+
+    Every task gets a new Adam. After every epoch the accuracy on all tasks seen is taken. The same
+    seed gives the same bits on the same machine; the global random state is left as it was.
+
+    Args:
+        method: a name in `clext.METHODS`, or an instance (then its model is trained).
+        dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
+            "mnist", "fashion_mnist" or "digits".
+        scenario: how the data set becomes tasks: "permuted".
+        tasks: number of tasks.
+        epochs: passes over the data of each task.
+        batch_size: examples in a step; the last, smaller batch of an epoch is used too.
+        lr: learning rate of Adam.
+        strength: weight of the method's penalty; by default the method's own.
+        model: any module from [N, features] float inputs to logits [N, classes], trained in place
+            and moved to `device`; by default the course's 784-1024-512-256-10 perceptron.
+        seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
+        device: by default CUDA if there is one, else the CPU.
+        data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
+        out: folder for `result.json` (also written after each task) and the picture.
+        progress: show a progress bar, or a line per epoch where stderr is no terminal.
+        **method_options: options of the method, such as `xi` of "si".
+
+    Returns:
+        The accuracies, timings and settings, see `Result`.
+
+    Raises:
+        ValueError: an argument is wrong; nothing was done.
+        DataError: the data set cannot be had, or its files are damaged.
+        OSError: `out` cannot be written; nothing was done.
+        NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
+    """
+    settings = Settings.checked(
+        dataset=dataset,
+        scenario=scenario,
+        tasks=tasks,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        device=device,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    spec = LearnerSpec(method, model, strength, method_options)
+    spec.check()
+    folder = None if out is None else writable_folder(out, "train: out")
+    data = load_dataset(settings.dataset, settings.data_dir, show=progress)
+
+    def save(result: Result) -> Path | None:
+        return None if folder is None else result.save(folder, picture=result.complete)
+
+    return run(spec, data, settings, save)
+
+
+def run(spec: LearnerSpec, data: Dataset, settings: Settings, save: Save) -> Result:
+    """`train` on checked arguments and loaded data.
+
+    `save` is called with the result after each task, and when the run ends early.
+    """
+    seeds = Seeds.derive(settings.seed)
+    scenario = make_scenario(settings.scenario, data, settings.tasks, seeds.scenario)
+    with isolated_rng(seeds.model, settings.device):
+        method = spec.build(data.features, scenario.num_outputs, settings.device, seeds.method)
+        result = Result.empty(
+            settings.tasks,
+            {
+                **describe_learner(method),
+                **settings.describe(),
+                "data": data.describe(),
+                "seeds": asdict(seeds),
+                **describe_machine(settings.device),
+            },
+        )
+        try:
+            with module_mode(method.model, training=True):
+                learn(method, scenario.tasks, data, settings, result, save)
+        except BaseException as error:
+            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
+            result.stopped = str(error) or type(error).__name__
+            place = keep(lambda: save(result))
+            if place is not None:
+                error.add_note(f"What was done so far is saved in {place}.")
+            raise
+    return result
+
+
+def learn(
+    method: Method,
+    tasks: Sequence[Task],
+    data: Dataset,
+    settings: Settings,
+    result: Result,
+    save: Save,
+) -> None:
+    """The loop itself, one task after the other; `result` is filled in as it goes."""
+    model, device = method.model, settings.device
+    data = data.to(device, input_dtype(model))
+    shuffle = generator(result.config["seeds"]["shuffle"])
+    steps = math.ceil(len(data.train.labels) / settings.batch_size)
+    clock = Clock(result.timings, device)
+    with Progress(
+        method.name, settings.tasks, settings.epochs, steps, show=settings.progress
+    ) as bar:
+        for k, task in enumerate(tasks):
+            with clock.measure("training"):
+                train_split = task.transform(data.train)
+                optimizer = make_adam(model, settings.lr)
+            for epoch in range(settings.epochs):
+                bar.epoch_start(k, epoch)
+                with clock.measure("training"):
+                    order = torch.randperm(len(train_split.labels), generator=shuffle).to(device)
+                    batches = order.split(settings.batch_size)
+                    losses = train_epoch(method, optimizer, train_split, batches, bar.step)
+                    step = first_non_finite(losses, model)
+                if step is not None:
+                    raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
+                with clock.measure("evaluation"):
+                    seen = (seen_task.transform(data.test) for seen_task in tasks[: k + 1])
+                    accuracies = [evaluate(model, split) for split in seen]
+                result.curve.append(fmean(accuracies))
+                bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
+            result.accuracy[k, : k + 1] = accuracies
+            with clock.measure("consolidation"):
+                method.consolidate(Batches(train_split, settings.batch_size))
+            keep(lambda: save(result))
+
+
+def train_epoch(
+    method: Method,
+    optimizer: Optimizer,
+    split: Split,
+    batches: Sequence[Tensor],
+    step_done: Callable[[], object],
+) -> Tensor:
+    """One pass over the data; returns loss plus penalty of each step, still on the device.
+
+    Nothing here waits for the device: its numbers are read when the epoch is over.
+    """
+    model = method.model
+    # Not in half precision: a loss of 70,000 is finite, though float16 has no number for it.
+    dtype = torch.promote_types(split.inputs.dtype, torch.float32)
+    losses = torch.empty(len(batches), device=split.inputs.device, dtype=dtype)
+    for step, rows in enumerate(batches):
+        inputs = split.inputs.index_select(0, rows)
+        labels = split.labels.index_select(0, rows)
+        loss = F.cross_entropy(model(inputs), labels)
+        loss.backward()
+        penalty = method.add_penalty_grad_()
+        optimizer.step()
+        method.update()
+        optimizer.zero_grad()
+        losses[step] = loss.detach() + penalty
+        step_done()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> float:
+    """The share of `split` that the model, in eval mode, classifies correctly."""
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    with module_mode(model, training=False):
+        for inputs, labels in Batches(split, EVALUATION_BATCH):
+            correct += (model(inputs).argmax(dim=1) == labels).sum()
+    return int(correct) / len(split.labels)
+
+
+def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
+    """The first step whose loss, or after the last of which a parameter, is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) > 0:
+        return int(bad[0])
+    # The last update can break the model without any loss that shows it.
+    finite = all(bool(p.detach().isfinite().all()) for p in model.parameters())
+    return None if finite else len(losses) - 1
+
+
+def make_adam(model: nn.Module, lr: float) -> Adam:
+    """Adam over the trainable parameters, in one fused kernel where torch has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        return Adam(parameters, lr=lr, fused=True)
+    except RuntimeError:  # how torch says that it has none for this device or type
+        return Adam(parameters, lr=lr)
+
+
+class Clock:
+    """Adds up the seconds of each kind of work, including what the device still has to do."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device = seconds, device
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count the time inside as `name`."""
+        start = time.perf_counter()
+        yield
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
