@@ -1,0 +1,73 @@
+"""The sweep that the default strengths come from: `python bench/sweep.py [METHOD ...]`.
+
+Permuted MNIST as in `clext.train`'s defaults (5 tasks, 10 epochs), one run for each strength.
+Appends a line per run to bench/results/sweep.jsonl, which `python bench/report.py` summarises.
+"""
+
+from __future__ import annotations
+
+import click
+from timing import machine, record
+
+import clext
+
+GRID: dict[str, list[float]] = {
+    "baseline": [0.0],
+    "ewc": [100.0, 250.0, 500.0],
+    "mas": [0.1, 0.2, 0.4],
+    "si": [5.0, 10.0, 20.0],
+    "rwalk": [1.0, 2.0, 4.0],
+    "scp": [50.0, 100.0, 200.0],
+}
+
+
+@click.command(help=__doc__)
+@click.argument("methods", nargs=-1, type=click.Choice(list(GRID)))
+@click.option("--strength", "strengths", multiple=True, type=float, help="Instead of the grid.")
+@click.option("--epochs", default=10, show_default=True)
+@click.option("--seed", "seeds", multiple=True, type=int, default=[0], show_default=True)
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the method.")
+def sweep(
+    methods: tuple[str, ...],
+    strengths: tuple[float, ...],
+    epochs: int,
+    seeds: tuple[int, ...],
+    options: tuple[str, ...],
+) -> None:
+    extra = {name: float(value) for name, _, value in (o.partition("=") for o in options)}
+    for method in methods or GRID:
+        for strength in strengths or GRID[method]:
+            for seed in seeds:
+                run(method, strength, epochs, seed, extra)
+
+
+def run(method: str, strength: float, epochs: int, seed: int, options: dict[str, float]) -> None:
+    result = clext.train(
+        method,
+        dataset="mnist",
+        strength=strength,
+        epochs=epochs,
+        seed=seed,
+        progress=False,
+        **{n: int(v) if v.is_integer() and n == "interval" else v for n, v in options.items()},
+    )
+    record(
+        "sweep",
+        {
+            "method": method,
+            "strength": strength,
+            "options": result.config["method_options"],
+            "tasks": result.config["tasks"],
+            "epochs": epochs,
+            "seed": seed,
+            "average_accuracy": [round(a, 5) for a in result.average_accuracy],
+            "forgetting": round(result.forgetting, 5),
+            "seconds": round(result.seconds, 1),
+            "machine": machine("cpu"),
+        },
+    )
+    print(f"{method} {strength:g} {options or ''}: {result.average_accuracy[-1]:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    sweep()
