@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include <ATen/ops/empty_strided.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -105,6 +106,11 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
                    "Embedding with sparse=False");
   TORCH_CHECK_VALUE(tensor.device() == device, where.at(a, i), " is on ", tensor.device(),
                     ", expected ", device, " (all tensors of one call share a device)");
+  // Torch refuses to count the change of such a tensor, but only after it has been made.
+  TORCH_CHECK_VALUE(
+      argument.access == Access::Read || !tensor.is_inference() || c10::InferenceMode::is_enabled(),
+      where.at(a, i), " was made in torch.inference_mode(), expected a normal tensor since it is "
+      "written outside of it; clone() it here");
   const bool is_parameter = argument.storage == Storage::Parameter;
   const at::ScalarType dtype = is_parameter ? leading : state_dtype(leading);
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, where.at(a, i), " has dtype ",

@@ -154,8 +154,11 @@ void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::T
                     *prepared.device);
   TORCH_CHECK_VALUE(prepared.groups.size() <= 1,
                     "sliced_importance_: acc mixes float32 and float64, expected one dtype");
-  const at::Tensor directions = slices.detach().to(prepared.state_dtype);
-  const at::Tensor gram = at::mm(directions.t(), directions).contiguous();
+  // In float64, which no matmul precision setting and no autocast touches: the kernel reads raw
+  // numbers of the state's dtype.
+  const at::Tensor directions = slices.detach().to(at::kDouble);
+  const at::Tensor gram =
+      at::mm(directions.t(), directions).to(prepared.state_dtype).contiguous();
   run(prepared, SlicedImportance{gram.const_data_ptr(), outputs, scale});
   mark_changed({acc});
 }
@@ -205,7 +208,20 @@ void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anc
                                   at::TensorList fisher, at::TensorList params, double mix) {
   constexpr const char* kName = "consolidate_riemannian_walk_";
   check_fraction(kName, "mix", mix);
-  // All three passes are checked before the first one changes anything.
+  // The lists of all passes together, before the first one changes anything.
+  check_lists(kName,
+              {{"importances", importances, Storage::State, Access::Write},
+               {"anchors", anchors, Storage::State, Access::Write},
+               {"score", score, Storage::State, Access::Update},
+               {"task_score", task_score, Storage::State, Access::Update},
+               {"fisher", fisher, Storage::State, Access::Read},
+               {"params", params, Storage::Parameter, Access::Read}},
+              5);
+  // A maximum does not mind the order, so any dense layout will do.
+  std::vector<at::Tensor> dense_fisher;
+  for (const at::Tensor& tensor : fisher) {
+    dense_fisher.push_back(tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous());
+  }
   const auto consolidate = check_lists<ConsolidateRiemannianWalk>(kName,
                                                                   {{{"importances", importances},
                                                                     {"anchors", anchors},
@@ -215,7 +231,7 @@ void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anc
                                                                   4);
   const auto merge = check_lists<MergeRiemannianWalkScore>(
       kName, {{{"score", score}, {"task_score", task_score}}}, 0);
-  const auto maximum = check_lists<Maximum>(kName, {{{"fisher", fisher}}}, 0);
+  const auto maximum = check_lists<Maximum>(kName, {{{"fisher", dense_fisher}}}, 0);
   const at::Tensor max_score = run(merge, MergeRiemannianWalkScore{mix}, at::kDouble);
   const at::Tensor max_fisher = run(maximum, Maximum{}, at::kDouble);
   run(consolidate, ConsolidateRiemannianWalk{max_fisher.const_data_ptr<double>(),

@@ -15,11 +15,11 @@ namespace clext {
 
 namespace {
 
-// A gradient that takes another's place in a launch without a new round of checks.
-bool fits(const at::Tensor& grad, const at::Tensor& param) {
-  return grad.scalar_type() == param.scalar_type() && grad.layout() == at::kStrided &&
-         grad.device() == param.device() && grad.sizes() == param.sizes() &&
-         same_layout(grad.sizes(), grad.strides(), param.strides());
+bool has_kernels(at::Device device) {
+#if defined(CLEXT_WITH_CUDA)
+  if (device.is_cuda()) return true;
+#endif
+  return device.is_cpu();
 }
 
 }  // namespace
@@ -27,9 +27,15 @@ bool fits(const at::Tensor& grad, const at::Tensor& param) {
 ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params,
                              State state)
     : names_(std::move(names)), params_(std::move(params)), state_(std::move(state)) {
-  TORCH_CHECK_VALUE(!params_.empty(), "ParameterPlan: params is empty, expected at least one tensor");
+  TORCH_CHECK_VALUE(!params_.empty(),
+                    "ParameterPlan: params is empty, expected at least one tensor");
   TORCH_CHECK_VALUE(names_.size() == params_.size(), "ParameterPlan: names has ", names_.size(),
                     " entries, expected ", params_.size(), " (as many as params)");
+  const at::Device device = params_[0].device();
+  TORCH_CHECK_VALUE(has_kernels(device), "ParameterPlan: params[0] of parameter '", names_[0],
+                    "' is on ", device,
+                    ", expected a device that this build has kernels for; use "
+                    "clext.reference.ReferencePlan there");
   std::vector<ListArgument> lists = {{"params", params_, Storage::Parameter, Access::Read}};
   for (const auto& [name, tensors] : state_) {
     lists.push_back({name.c_str(), tensors, Storage::State, Access::Update});
@@ -44,6 +50,19 @@ const std::vector<at::Tensor>& ParameterPlan::state(const char* op_name, const c
   return found->second;
 }
 
+bool ParameterPlan::Geometry::fits(const at::Tensor& tensor) const {
+  if (tensor.scalar_type() != dtype || tensor.dim() != static_cast<int64_t>(sizes.size())) {
+    return false;
+  }
+  const at::IntArrayRef tensor_sizes = tensor.sizes();
+  const at::IntArrayRef tensor_strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (tensor_sizes[d] != sizes[d]) return false;
+    if (tensor_strides[d] != strides[d] && sizes[d] > 1) return false;
+  }
+  return true;
+}
+
 bool ParameterPlan::takes_part(const at::Tensor& param, Missing missing) const {
   if (missing == Missing::Irrelevant || param.grad().defined()) return true;
   return missing == Missing::Created && param.requires_grad();
@@ -54,8 +73,10 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
                             const std::vector<Source>& sources) {
   launch.valid = false;
   launch.cells.clear();
+  launch.state.clear();
   launch.active.clear();
   launch.left_out.clear();
+  launch.geometry.clear();
   std::vector<std::string> names;
   std::vector<at::Tensor> params, grads;
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -65,6 +86,8 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
       continue;
     }
     launch.active.push_back(i);
+    launch.geometry.push_back(
+        {at::DimVector(param.sizes()), at::DimVector(param.strides()), param.scalar_type()});
     names.push_back(names_[i]);
     params.push_back(param);
     const bool create = launch.missing == Missing::Created && !param.grad().defined();
@@ -92,33 +115,45 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
 
   const auto arguments = arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{});
   for (size_t a = 0; a < sources.size(); ++a) {
-    if (sources[a].kind == Source::kState) continue;
     for (size_t k = 0; k < launch.active.size(); ++k) {
+      const size_t i = launch.active[k];
+      if (sources[a].kind == Source::kState) {
+        const at::Tensor& tensor = state(op_name, sources[a].state)[i];
+        launch.state.push_back({&tensor, tensor.storage()});
+        continue;
+      }
       const auto [group, index] = launch.prepared.positions[k];
       const size_t tensor_count = launch.prepared.groups[group].sizes.size();
-      launch.cells.push_back({launch.active[k], sources[a].kind, arguments[a].access, group,
-                              a * tensor_count + index});
+      launch.cells.push_back(
+          {i, k, sources[a].kind, arguments[a].access, group, a * tensor_count + index});
     }
   }
   // A gradient that had to be copied for this launch is stale at the next one.
   launch.valid = launch.prepared.copies.empty();
 }
 
-// Brings the pointers of parameters and gradients up to date; false if only a new check can tell
-// whether they still fit.
+// Brings the pointers of gradients up to date; false if only a new check can tell whether
+// everything still fits. An address alone does not tell: memory is used again for other shapes.
 bool ParameterPlan::refresh(Launch& launch) const {
   for (const size_t i : launch.left_out) {
     if (takes_part(params_[i], launch.missing)) return false;
   }
+  for (const StateCell& cell : launch.state) {
+    const c10::Storage& storage = cell.tensor->unsafeGetTensorImpl()->unsafe_storage();
+    if (storage.unsafeGetStorageImpl() != cell.storage.unsafeGetStorageImpl()) return false;
+  }
   for (const Cell& cell : launch.cells) {
     const at::Tensor& param = params_[cell.parameter];
     const at::Tensor& tensor = cell.kind == Source::kGradient ? param.grad() : param;
-    if (!tensor.defined()) return false;
+    if (!tensor.defined() || tensor.layout() != at::kStrided ||
+        tensor.device() != *launch.prepared.device || !launch.geometry[cell.active].fits(tensor)) {
+      return false;
+    }
     void* pointer = cell.access == Access::Read ? const_cast<void*>(tensor.const_data_ptr())
                                                 : tensor.mutable_data_ptr();
     void*& known = launch.prepared.groups[cell.group].pointers[cell.position];
     if (pointer == known) continue;
-    if (cell.kind == Source::kParameter || !fits(tensor, param)) return false;
+    if (cell.kind == Source::kParameter) return false;
     known = pointer;
   }
   return true;
@@ -129,7 +164,14 @@ at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
                                const std::vector<Source>& sources, const Op& op) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   if (!launch.valid || !refresh(launch)) rebuild<Op>(op_name, launch, sources);
-  return run(launch.prepared, op);
+  at::Tensor result = run(launch.prepared, op);
+  if (launch.missing == Missing::Created) {
+    // As after every in-place op of torch: a graph may have saved the gradient (create_graph=True).
+    for (const size_t i : launch.active) {
+      params_[i].grad().unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  return result;
 }
 
 at::Tensor ParameterPlan::quadratic_penalty() {
@@ -150,12 +192,10 @@ at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
 }
 
 void ParameterPlan::accumulate_path_integral_(double strength) {
-  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
-                                              {Source::kState, "previous", "previous"},
-                                              {Source::kParameter, "params"},
-                                              {Source::kGradient, "grads"},
-                                              {Source::kState, "anchors", "anchor"},
-                                              {Source::kState, "importances", "importance"}};
+  static const std::vector<Source> sources = {
+      {Source::kState, "path", "path"},      {Source::kState, "previous", "previous"},
+      {Source::kParameter, "params"},        {Source::kGradient, "grads"},
+      {Source::kState, "anchors", "anchor"}, {Source::kState, "importances", "importance"}};
   check_scalar("accumulate_path_integral_", "strength", strength);
   call("accumulate_path_integral_", path_, sources, AccumulatePathIntegral{strength});
 }
@@ -185,8 +225,7 @@ void ParameterPlan::accumulate_riemannian_walk_score_(double eps) {
 
 // Once a task: the dispatcher ops' own functions, with their full checks.
 
-void ParameterPlan::consolidate_importance_(const std::vector<at::Tensor>& estimate,
-                                            double gamma) {
+void ParameterPlan::consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma) {
   constexpr const char* kName = "consolidate_importance_";
   const at::AutoDispatchBelowADInplaceOrView guard;
   clext::consolidate_importance_(state(kName, "importance"), state(kName, "anchor"), estimate,

@@ -6,6 +6,7 @@
 // and chunks) while the pointers stay the same.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <map>
@@ -49,10 +50,26 @@ class ParameterPlan {
   // A pointer that may change between calls, and where it stands in the launch.
   struct Cell {
     size_t parameter;
+    size_t active;  // its index among the parameters that take part
     Source::Kind kind;
     Access access;
     size_t group;
     size_t position;  // in the group's pointers
+  };
+
+  // State stays where it is unless somebody gives a tensor other memory (`.data = ...`).
+  struct StateCell {
+    const at::Tensor* tensor;
+    c10::Storage storage;  // held, so that the launch's pointers are valid whatever happens
+  };
+
+  // How a parameter was laid out when the launch was checked.
+  struct Geometry {
+    at::DimVector sizes;
+    at::DimVector strides;
+    at::ScalarType dtype;
+
+    bool fits(const at::Tensor& tensor) const;
   };
 
   // What happens to a parameter that has no gradient.
@@ -62,9 +79,11 @@ class ParameterPlan {
     Missing missing;
     bool valid = false;
     Prepared prepared = {};
-    std::vector<size_t> active = {};    // the parameters that take part
-    std::vector<size_t> left_out = {};  // the others
+    std::vector<size_t> active = {};      // the parameters that take part
+    std::vector<size_t> left_out = {};    // the others
+    std::vector<Geometry> geometry = {};  // [active]
     std::vector<Cell> cells = {};
+    std::vector<StateCell> state = {};
   };
 
   template <class Op>

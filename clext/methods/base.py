@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -103,6 +104,15 @@ class Method:
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError
+
+    def _warn_if_zero(self, key: str) -> None:
+        """Say so if a task ends without a trace of its steps: nothing would be protected."""
+        if not any(bool(entry.any()) for entry in self._state.lists[key]):
+            warnings.warn(
+                f"clext: {self.name} saw no step of this task that changed a parameter; call "
+                "update() after optimizer.step() and before zero_grad()",
+                stacklevel=4,
+            )
 
     # ------------------------------------------------------------------ state
 

@@ -59,7 +59,8 @@ class EWC(Method):
 
     def penalty(self) -> Tensor:
         """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
-        return super().penalty() + self.strength * self.constant
+        value = super().penalty()
+        return value if self.constant == 0 else value + self.strength * self.constant
 
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim)."""

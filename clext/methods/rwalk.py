@@ -82,6 +82,7 @@ class RWalk(Method):
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         if self.interval_steps > 0:
             self._close_interval()
+        self._warn_if_zero("task_score")
         self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
         # The path is empty since its interval was closed; the walk goes on from where it is now.
         self._state.restart("previous")

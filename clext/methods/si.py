@@ -41,5 +41,6 @@ class SI(Method):
         self._state.plan.accumulate_path_integral_(self._strength)
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
+        self._warn_if_zero("path")
         self._state.plan.consolidate_path_integral_(self.xi)
         self._state.restart("previous")

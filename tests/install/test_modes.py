@@ -23,9 +23,9 @@ pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(sys.executable)
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", "build", "build-*", "dist", "*.egg-info", "*.so", "_build.py", "__pycache__", ".*_cache"
-)
+SOURCES = ["clext", "csrc", "scripts"]
+SOURCE_FILES = ["LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"]
+BUILT = shutil.ignore_patterns("*.so", "_build.py", "__pycache__")
 
 # One op end to end: compiled, registered, and right. The model is small but has several tensors.
 USE = """
@@ -42,7 +42,11 @@ print(json.dumps({"file": clext.__file__, **clext.build_info()}))
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of the sources in which nothing was built yet."""
-    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_SOURCE))
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=BUILT)
+    for name in SOURCE_FILES:
+        shutil.copy(ROOT / name, tmp_path / "source")
+    return tmp_path / "source"
 
 
 def run(command: list[str | Path], folder: Path, **variables: str) -> str:

@@ -10,6 +10,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -39,7 +41,7 @@ inline dim3 blockIdx;
 namespace cuda_on_host {
 
 static constexpr unsigned kWarp = 32;
-static constexpr size_t kStackBytes = 64 * 1024;
+static constexpr size_t kStackBytes = 256 * 1024;  // kernel parameters alone may take 32 KB
 static constexpr int kMaxRounds = 1000;  // without an end: threads wait for one that does not come
 
 inline int launches = 0;
@@ -47,7 +49,7 @@ inline cudaError_t last_error = cudaSuccess;
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   bool done = false;
   int shuffles = 0;
   double slots[2];  // values offered to the warp, in turns
@@ -75,8 +77,8 @@ inline void run_block() {
     fiber.done = false;
     fiber.shuffles = 0;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
     makecontext(&fiber.context, run_fiber, 0);
   }
   arrived = 0;

@@ -1,0 +1,98 @@
+"""What tests/conftest.py promises: the clext that was meant, and no skip that goes unseen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
+
+# Stand-ins, so that a GPU is there or not as a test needs it.
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: {gpu})
+manual_seed = print
+"""
+CLEXT = "build_info = lambda: {{'cuda': {cuda!r}}}"
+TESTS = """
+import pytest
+def test_passes(device): pass
+@pytest.mark.skip(reason="not today")
+def test_skips(): pass
+@pytest.mark.xfail(reason="known", strict=True)
+def test_fails_as_expected(): assert False
+"""
+
+
+@pytest.fixture
+def run_pytest(tmp_path: Path):
+    """Runs pytest on a checkout with conftest.py, fake packages beside it, and a few tests."""
+
+    def run(*, gpu: bool, cuda: str | None, require: bool, tests: str = TESTS) -> tuple[int, str]:
+        packages = tmp_path / "packages"
+        for name, text in {
+            "torch": TORCH.format(gpu=gpu),
+            "clext": CLEXT.format(cuda=cuda),
+        }.items():
+            (packages / name).mkdir(parents=True)
+            (packages / name / "__init__.py").write_text(text)
+        checkout = tmp_path / "checkout"
+        (checkout / "tests").mkdir(parents=True)
+        (checkout / "clext").mkdir()  # sources alone, nothing built
+        (checkout / "clext" / "__init__.py").write_text("raise ImportError('the checkout')")
+        (checkout / "tests" / "conftest.py").write_text(CONFTEST.read_text())
+        (checkout / "tests" / "test_x.py").write_text(tests)
+        environ = {
+            **os.environ,
+            "PYTHONPATH": str(packages),
+            "CLEXT_REQUIRE_CUDA": str(int(require)),
+        }
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "tests"]
+        done = subprocess.run(
+            command, cwd=checkout, env=environ, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_without_a_gpu_cuda_tests_are_skipped_and_counted(run_pytest):
+    code, output = run_pytest(gpu=False, cuda="13.0", require=False)
+    assert code == 0, output
+    assert "1 passed, 2 skipped, 1 xfailed" in output
+    assert "no CUDA device is visible" in output
+
+
+def test_the_installed_clext_is_tested_not_the_unbuilt_checkout(run_pytest):
+    _, output = run_pytest(gpu=False, cuda=None, require=False)
+    assert "clext: " in output
+    assert "packages/clext" in output
+    assert "clext was built without CUDA" in output
+
+
+def test_required_cuda_turns_a_skip_into_a_failure(run_pytest):
+    code, output = run_pytest(gpu=True, cuda="13.0", require=True)
+    assert code == 1, output
+    assert "2 passed, 1 xfailed, 1 error" in output
+    assert "CLEXT_REQUIRE_CUDA=1 allows no skip, but: Skipped: not today" in output
+
+
+def test_required_cuda_turns_a_skipped_module_into_an_error(run_pytest):
+    module = "import pytest\npytest.importorskip('no_such_module')\n"
+    code, output = run_pytest(gpu=True, cuda="13.0", require=True, tests=module)
+    assert code != 0
+    assert "CLEXT_REQUIRE_CUDA=1 allows no skip, but: " in output
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "problem"),
+    [(False, "13.0", "no CUDA device is visible"), (True, None, "clext was built without CUDA")],
+)
+def test_required_cuda_that_is_missing_stops_the_run(run_pytest, gpu, cuda, problem):
+    code, output = run_pytest(gpu=gpu, cuda=cuda, require=True)
+    assert code == 4
+    assert f"CLEXT_REQUIRE_CUDA=1 cannot be met: {problem}" in output

@@ -1,0 +1,316 @@
+"""Importance estimates against plain loops over samples."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from importance_models import (
+    BY_RULE,
+    BY_TORCH_FUNC,
+    CLASSES,
+    ONE_BY_ONE,
+    Residual,
+    convolution,
+    make_batches,
+    params_of,
+)
+from torch import nn
+
+from clext.importance import (
+    SlowImportanceWarning,
+    fisher_information,
+    output_sensitivity,
+    per_sample,
+    sliced_cramer_importance,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+
+
+@pytest.fixture(params=BY_RULE + BY_TORCH_FUNC + ONE_BY_ONE)
+def model(request, device):
+    return request.param().to(device, torch.float64)
+
+
+@pytest.fixture
+def fast_model(device):
+    return Residual().to(device, torch.float64)
+
+
+def samples_of(model, batches):
+    device = next(model.parameters()).device
+    for x, y in batches:
+        for n in range(len(x)):
+            yield x[n : n + 1].to(device), y[n : n + 1].to(device)
+
+
+def gradients_of(value, params):
+    found = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def mean(lists):
+    """The mean of several gradient lists."""
+    return [sum(entries) / len(lists) for entries in zip(*lists, strict=True)]
+
+
+def fisher_oracle(model, params, batches, *, exact=False):
+    model.eval()
+    terms = []
+    for x, y in samples_of(model, batches):
+        log_p = model(x).log_softmax(1)[0]
+        p = log_p.detach().exp().tolist()
+        labels = range(CLASSES) if exact else [int(y)]
+        weights = [p[k] if exact else 1.0 for k in labels]
+        squares = [[g.square() for g in gradients_of(log_p[k], params)] for k in labels]
+        terms.append(
+            [
+                sum(w * s for w, s in zip(weights, entry, strict=False))
+                for entry in zip(*squares, strict=False)
+            ]
+        )
+    return mean(terms)
+
+
+def mas_oracle(model, params, batches):
+    model.eval()
+    return mean(
+        [
+            [g.abs() for g in gradients_of(model(x).square().sum(), params)]
+            for x, _ in samples_of(model, batches)
+        ]
+    )
+
+
+def jacobian_oracle(model, params, batches):
+    """[outputs][parameter]: derivatives of the mean output."""
+    model.eval()
+    return [
+        mean([gradients_of(model(x)[0, k], params) for x, _ in samples_of(model, batches)])
+        for k in range(CLASSES)
+    ]
+
+
+def assert_close(got, expected, rtol=1e-9):
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=rtol, atol=1e-12 + rtol * 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_fisher_is_the_mean_square_of_single_samples(model, kind):
+    params, batches = params_of(model), make_batches()
+    expected = fisher_oracle(model, params, batches, exact=kind == "exact")
+    assert_close(fisher_information(model, params, batches, kind=kind), expected)
+
+
+def test_mas_is_the_mean_absolute_value_of_single_samples(model):
+    params, batches = params_of(model), make_batches()
+    assert_close(output_sensitivity(model, params, batches), mas_oracle(model, params, batches))
+
+
+def test_scp_exact_is_the_mean_square_over_outputs_of_the_mean_jacobian(model):
+    params, batches = params_of(model), make_batches()
+    jacobian = jacobian_oracle(model, params, batches)
+    expected = [sum(g.square() for g in rows) / CLASSES for rows in zip(*jacobian, strict=True)]
+    assert_close(sliced_cramer_importance(model, params, batches), expected)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "mas"])
+def test_batch_estimates_square_or_take_the_size_of_batch_means(model, kind):
+    params, batches = params_of(model), make_batches()
+    samples = sum(len(x) for x, _ in batches)
+    model.eval()
+    expected = [torch.zeros_like(p) for p in params]
+    for x, y in batches:
+        outputs = model(x.to(params[0].device))
+        loss = F.cross_entropy(outputs, y.to(outputs.device))
+        if kind == "mas":
+            loss = outputs.square().sum(1).mean()
+        for total, g in zip(expected, gradients_of(loss, params), strict=True):
+            total += len(x) / samples * (g.square() if kind == "fisher" else g.abs())
+    if kind == "fisher":
+        got = fisher_information(model, params, batches, kind="batch")
+    else:
+        got = output_sensitivity(model, params, batches, estimator="batch")
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "estimate",
+    [
+        fisher_information,
+        lambda *a: fisher_information(*a, kind="exact"),
+        lambda *a: fisher_information(*a, kind="sample"),
+        output_sensitivity,
+        sliced_cramer_importance,
+        lambda *a: sliced_cramer_importance(*a, slices=2),
+    ],
+)
+def test_estimates_do_not_depend_on_the_batches(fast_model, estimate):
+    params = params_of(fast_model)
+    x, y = (torch.cat(entries) for entries in zip(*make_batches(), strict=True))
+    whole = estimate(fast_model, params, [(x, y)])
+    single = estimate(fast_model, params, list(zip(x.split(1), y.split(1), strict=True)))
+    assert_close(whole, single)
+
+
+def test_sampled_fisher_averages_to_the_exact_one(fast_model):
+    params = params_of(fast_model)
+    x, y = make_batches((4,))[0]
+    exact = fisher_information(fast_model, params, [(x, y)], kind="exact")
+    many = [(x.repeat(4000, 1), y.repeat(4000))]
+    sampled = fisher_information(fast_model, params, many, kind="sample", seed=1)
+    for mine, theirs in zip(sampled, exact, strict=True):
+        assert (mine - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_sampled_fisher_is_drawn_from_its_seed(fast_model):
+    params, batches = params_of(fast_model), make_batches()
+
+    def sampled(seed):
+        return fisher_information(fast_model, params, batches, kind="sample", seed=seed)[0]
+
+    torch.rand(5)  # the global generator plays no part
+    assert torch.equal(sampled(1), sampled(1))
+    assert not torch.equal(sampled(1), sampled(2))
+
+
+@pytest.mark.parametrize("slices", [2, 3000])
+def test_sliced_scp_averages_to_the_exact_one(fast_model, slices):
+    """With fewer directions than outputs, and with more."""
+    params, batches = params_of(fast_model), make_batches()
+    exact = sliced_cramer_importance(fast_model, params, batches)
+    seeds = range(max(1, 400 // slices))
+    drawn = mean(
+        [
+            sliced_cramer_importance(fast_model, params, batches, slices=slices, seed=seed)
+            for seed in seeds
+        ]
+    )
+    assert all(bool((entry >= 0).all()) for entry in drawn)
+    for mine, theirs in zip(drawn, exact, strict=True):
+        assert (mine - theirs).norm() < 0.2 * theirs.norm()
+
+
+@pytest.mark.parametrize("slices", [1, 7])
+def test_sliced_scp_of_one_output_has_no_noise(device, slices):
+    """The unit sphere of one dimension is 1 and -1."""
+    model = nn.Linear(6, 1).to(device, torch.float64)
+    params, batches = params_of(model), make_batches()
+    exact = sliced_cramer_importance(model, params, batches)
+    drawn = sliced_cramer_importance(model, params, batches, slices=slices)
+    assert_close(drawn, exact, rtol=1e-6)
+
+
+def test_sliced_scp_takes_float32_and_float64_parameters_together(device):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low, self.high = nn.Linear(6, 4), nn.Linear(4, CLASSES).double()
+
+        def forward(self, x):
+            return self.high(self.low(x).double())
+
+    model = Mixed().to(device)
+    batches = make_batches(dtype=torch.float32)
+    drawn = sliced_cramer_importance(model, params_of(model), batches, slices=3000)
+    exact = sliced_cramer_importance(model, params_of(model), batches)
+    assert [entry.dtype for entry in drawn] == [torch.float32] * 2 + [torch.float64] * 2
+    for mine, theirs in zip(drawn, exact, strict=True):
+        assert (mine - theirs).norm() < 0.1 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_precision_models_get_float32_importances(device, dtype):
+    model = Residual().to(device, torch.float64)
+    expected = fisher_oracle(model, params_of(model), make_batches())
+    model.to(dtype)
+    got = fisher_information(model, params_of(model), make_batches(dtype=dtype))
+    assert all(entry.dtype == torch.float32 for entry in got)
+    rtol = 1e-4 if dtype == torch.float32 else 0.1
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine - theirs).norm() < rtol * theirs.norm()
+
+
+def test_estimates_have_the_layout_of_the_parameters(device):
+    model = convolution().to(device)
+    params = params_of(model)
+    batches = make_batches(dtype=torch.float32)
+    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+        for entry, parameter in zip(estimate(model, params, batches), params, strict=True):
+            assert entry.stride() == parameter.stride()
+            assert entry.device == parameter.device
+
+
+def test_frozen_parameters_have_no_importance(fast_model):
+    params = params_of(fast_model)
+    fast_model.second.requires_grad_(False)
+    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+        got = estimate(fast_model, params, make_batches())
+        assert got[2].eq(0).all()
+        assert got[0].gt(0).any()
+
+
+def test_compiled_models_are_seen_through(device):
+    model = Residual().to(device, torch.float64)
+    expected = fisher_oracle(model, params_of(model), make_batches())
+    compiled = torch.compile(model, backend="eager")
+    assert_close(fisher_information(compiled, params_of(compiled), make_batches()), expected)
+
+
+# ------------------------------------------------------------------ which way is taken
+
+
+@pytest.mark.parametrize("make", BY_RULE)
+def test_linear_models_take_one_backward_per_batch(make, monkeypatch):
+    monkeypatch.setattr(per_sample.PerSampleSum, "_add_singly", None)
+    model = make().double()
+    fisher_information(model, params_of(model), make_batches())
+
+
+@pytest.mark.parametrize("make", BY_TORCH_FUNC + ONE_BY_ONE)
+def test_other_models_are_announced_once(make):
+    model = make().double()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            fisher_information(model, params_of(model), make_batches())
+    slow = [entry for entry in caught if issubclass(entry.category, SlowImportanceWarning)]
+    assert len(slow) == 1
+    assert type(model).__name__ in str(slow[0].message)
+
+
+def test_torch_func_is_chunked_to_a_bound(device, monkeypatch):
+    model = convolution().to(device, torch.float64)
+    params, batches = params_of(model), make_batches()
+    expected = fisher_oracle(model, params, batches)
+    sample_bytes = sum(p.numel() * p.element_size() for p in params)
+    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", 2 * sample_bytes)
+    assert_close(fisher_information(model, params, batches), expected)
+
+
+def test_rule_gives_way_where_a_later_batch_breaks_it(device):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+            self.calls = 0
+
+        def forward(self, x):
+            hidden = self.layer(x).tanh()
+            return self.head(self.layer(hidden) if len(x) == 1 else hidden)
+
+    model = Changing().to(device, torch.float64)
+    params, batches = params_of(model), make_batches((4, 1))
+    expected = []
+    model.eval()
+    for x, y in batches:
+        for n in range(len(x)):
+            hidden = model.layer(x[n : n + 1].to(params[0].device)).tanh()
+            hidden = model.layer(hidden) if len(x) == 1 else hidden
+            log_p = model.head(hidden).log_softmax(1)[0, int(y[n])]
+            expected.append([g.square() for g in gradients_of(log_p, params)])
+    assert_close(fisher_information(model, params, batches), mean(expected))

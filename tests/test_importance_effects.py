@@ -1,0 +1,178 @@
+"""Measuring importance changes nothing of the model, and bad data is described."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from importance_models import CLASSES, Residual, batch_norm, make_batches, params_of
+from torch import nn
+
+from clext.importance import (
+    FISHER_KINDS,
+    fisher_information,
+    output_sensitivity,
+    sliced_cramer_importance,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+
+
+@pytest.fixture
+def fast_model(device):
+    return Residual().to(device, torch.float64)
+
+
+ESTIMATES = {
+    **{f"fisher {kind}": (fisher_information, {"kind": kind}) for kind in FISHER_KINDS},
+    "mas per_sample": (output_sensitivity, {}),
+    "mas batch": (output_sensitivity, {"estimator": "batch"}),
+    "scp exact": (sliced_cramer_importance, {}),
+    "scp sliced": (sliced_cramer_importance, {"slices": 2}),
+}
+
+
+class Counting(nn.Module):
+    """A layer with state of its own, that it changes in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().sum()
+        return x
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["normal", "exception"])
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_model_and_random_state_are_left_as_they_were(device, estimate, failing):
+    function, options = ESTIMATES[estimate]
+    model = nn.Sequential(batch_norm(), Counting()).to(device, torch.float64)
+    model.train()
+    model[0][1].eval()  # a mixed model: one layer's statistics are frozen by the user
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+    def tensors():
+        return [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+
+    modes = [module.training for module in model.modules()]
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors()]
+    random_state = torch.get_rng_state()
+
+    def batches():
+        yield from torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(*make_batches((6,))[0]), batch_size=4, shuffle=True
+        )
+        if failing:
+            raise KeyboardInterrupt
+
+    if failing:
+        with pytest.raises(KeyboardInterrupt):
+            function(model, params_of(model), batches(), **options)
+    else:
+        function(model, params_of(model), batches(), **options)
+    assert [module.training for module in model.modules()] == modes
+    for tensor, (same, value) in zip(tensors(), before, strict=True):
+        assert tensor is same
+        assert torch.equal(tensor, value)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_importance_is_measured_in_eval_mode(device, estimate):
+    """Dropout and batch statistics play no part, though the model is in train mode."""
+    function, options = ESTIMATES[estimate]
+    model = batch_norm().to(device, torch.float64).train()
+    params, batches = params_of(model), make_batches()
+    from_train = function(model, params, batches, **options)
+    from_eval = function(model.eval(), params, batches, **options)
+    for mine, theirs in zip(from_train, from_eval, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_gradients_may_be_off_around_an_estimate(fast_model):
+    params, batches = params_of(fast_model), make_batches()
+    expected = fisher_information(fast_model, params, batches)
+    with torch.no_grad():
+        got = fisher_information(fast_model, params, batches)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+X = torch.zeros(2, 6, dtype=torch.float64)
+Y = torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, "needs the data of the task: .* got nothing"),
+        (3, "expected an iterable of .* got int"),
+        ([], "the data of the task is empty"),
+        ([(X[:0], Y[:0])], "the data of the task is empty"),
+        ([X], r"batch 0 is a Tensor, expected a pair \(x, y\)"),
+        ([(X, Y), (X, Y, Y)], "batch 1 is a tuple of 3 entries"),
+        ([(X, [0, 1])], "y of batch 0 is list, expected a tensor"),
+        ([(X, Y[:1])], "batch 0 has 2 inputs but 1 labels"),
+        ([(X, Y.float())], "labels have dtype torch.float32, expected integer classes"),
+        ([(X, Y.unsqueeze(1))], r"labels have shape \[2, 1\], expected \[2\]"),
+        ([(X, Y + 3)], r"labels reach from 3 to 3, expected classes in \[0, 2\]"),
+        ([(X, Y - 1)], "labels reach from -1 to -1"),
+        ([(X * math.nan, Y)], "outputs are not finite"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["empirical", "batch"])
+def test_data_that_does_not_fit_is_described(batches, message, kind):
+    model = Residual().double()
+    with pytest.raises(ValueError, match=message):
+        fisher_information(model, params_of(model), batches, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda x: x.sum(), r"returned \[\], expected logits of shape \[2, outputs\]"),
+        (lambda x: x.unsqueeze(0), r"returned \[1, 2, 3\]"),
+        (lambda x: x[:1], r"returned \[1, 3\]"),
+        (lambda x: (x, x), "returned tuple"),
+    ],
+)
+@pytest.mark.parametrize("estimate", ["fisher empirical", "mas batch", "scp exact"])
+def test_outputs_that_are_no_logits_are_described(forward, message, estimate):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, CLASSES).double()
+
+        def forward(self, x):
+            return forward(self.layer(x))
+
+    function, options = ESTIMATES[estimate]
+    model = Wrapped()
+    with pytest.raises(ValueError, match=message):
+        function(model, params_of(model), [(X, Y)], **options)
+
+
+def test_gradients_that_overflow_are_refused():
+    model = nn.Linear(6, CLASSES)
+    with pytest.raises(ValueError, match="an importance is not finite"):
+        output_sensitivity(model, params_of(model), [(X.float() + 1e30, Y)])
+
+
+def test_unknown_kinds_are_refused_with_the_nearest_one():
+    model = Residual()
+    with pytest.raises(ValueError, match="did you mean 'empirical'"):
+        fisher_information(model, params_of(model), [], kind="empiric")
+    with pytest.raises(ValueError, match="did you mean 'batch'"):
+        output_sensitivity(model, params_of(model), [], estimator="batches")
+    with pytest.raises(ValueError, match="slices must be an integer >= 1"):
+        sliced_cramer_importance(model, params_of(model), [], slices=0)
