@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 import clext
 from clext.data import DATASETS, DataError, whereabouts
+from clext.methods.base import option_names
 from clext.progress import say
 from clext.result import PICTURE_NAME
 from clext.scenarios import SCENARIOS
@@ -38,7 +40,9 @@ _SHARED_OPTIONS = (
     click.option("--epochs", type=int, default=10, show_default=True, help="Epochs per task."),
     click.option("--batch-size", type=int, default=128, show_default=True, help="Examples a step."),
     click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's learning rate."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
+    ),
     click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]"),
     click.option("--progress/--quiet", default=True, help="Show progress, or do not."),
 )
@@ -65,22 +69,53 @@ def _shared(command: Command) -> Command:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+# The \b keeps click from joining the lines of a paragraph.
+_MAIN_HELP = """Continual learning: train a method on a sequence of tasks, compare several.
+
+\b
+Examples:
+  clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
+  clext compare                 all methods on it, and the picture
+  clext info                    versions, build, data, methods and options
+"""
+
+_TRAIN_HELP = """Learn a sequence of tasks with one method; print the accuracies and save them.
+
+\b
+Examples:
+  clext train --method si --epochs 2
+  clext train --method ewc --strength 100 --option fisher=exact --option gamma=0.9
+  clext train --method scp --dataset digits --tasks 3 --out runs/digits
+"""
+
+_COMPARE_HELP = """Run several methods on the same tasks; print a table and draw the picture.
+
+\b
+Examples:
+  clext compare
+  clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=100
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help=_MAIN_HELP,
+)
 @click.version_option(clext.__version__, prog_name="clext")
 def main() -> None:
-    r"""Continual learning: train a method on a sequence of tasks, compare several.
-
-    \b
-    clext train --method rwalk              Permuted MNIST, 5 tasks of 10 epochs
-    clext compare                           all methods on it, and the picture
-    clext info                              versions, build, where the data comes from
-    """
+    """The `clext` command."""
 
 
-@main.command()
+@main.command(help=_TRAIN_HELP, short_help="Learn a sequence of tasks with one method.")
 @click.option("--method", default="rwalk", show_default=True, help=" | ".join(clext.METHODS))
 @click.option("--strength", type=float, help="Weight of the penalty.  [default: the method's own]")
-@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the method.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of the method, see `clext info`; repeatable.",
+)
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
 @_shared
 def train(
@@ -90,13 +125,7 @@ def train(
     out: str | None,
     **shared: Unpack[_Shared],
 ) -> None:
-    r"""Learn a sequence of tasks with one method; print the accuracies and save them.
-
-    \b
-    clext train --method si --epochs 2
-    clext train --method ewc --strength 250 --option fisher=exact --option gamma=0.9
-    clext train --method scp --dataset digits --tasks 3 --out runs/digits
-    """
+    """`clext train`."""
     with _one_line_errors():
         given = _parse_options(options)
         for name in given:
@@ -108,7 +137,7 @@ def train(
         click.echo(f"\nSaved in {folder}: result.json, {PICTURE_NAME}")
 
 
-@main.command()
+@main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
 @click.option(
     "--methods",
     metavar="A,B,...",
@@ -119,19 +148,14 @@ def train(
     "options",
     multiple=True,
     metavar="METHOD.NAME=VALUE",
-    help="Of one method, its strength too: ewc.strength=250.",
+    help="Option of one method, such as ewc.strength=100; repeatable.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_shared
 def compare(
     methods: str | None, options: tuple[str, ...], out: str | None, **shared: Unpack[_Shared]
 ) -> None:
-    r"""Run several methods on the same tasks; print the table and draw the picture.
-
-    \b
-    clext compare
-    clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=250
-    """
+    """`clext compare`."""
     with _one_line_errors():
         names = None if methods is None else [name.strip() for name in methods.split(",")]
         per_method: dict[str, dict[str, Any]] = {}
@@ -148,13 +172,13 @@ def compare(
         sys.exit(_FAILED)
 
 
-@main.command()
+@main.command(short_help="Print versions, build, data, methods and options.")
 @click.option("--data-dir", metavar="FOLDER", help="Where to look for data sets.")
 def info(data_dir: str | None) -> None:
-    """Print versions, how clext was built, and where the data would come from."""
+    """Print versions, how clext was built, where data comes from, methods and options."""
     build = {key: _text(value) for key, value in clext.build_info().items()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
-    methods = {name: f"strength {cls.default_strength:g}" for name, cls in clext.METHODS.items()}
+    methods = {name: _text_of_options(method) for name, method in clext.METHODS.items()}
     _print_section("build", build)
     _print_section("machine", {"threads": str(torch.get_num_threads()), "cuda device": gpu})
     _print_section("data", whereabouts(data_dir))
@@ -167,10 +191,18 @@ def _print_section(title: str, rows: dict[str, str]) -> None:
         click.echo(f"  {name:<14} {value}")
 
 
+def _text_of_options(method: type[clext.Method]) -> str:
+    """The options and their defaults as they would be given to `--option`."""
+    parameters = inspect.signature(method).parameters
+    defaults = {name: parameters[name].default for name in option_names(method)}
+    defaults["strength"] = f"{method.default_strength:g}"
+    return " ".join(f"{name}={value}" for name, value in defaults.items())
+
+
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "none" if value is None else str(value)
+    return "none" if value is None or value == "" else str(value)
 
 
 def _parse_options(options: tuple[str, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -16,6 +17,17 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal of known size: in one of no height, as some containers make
+    them, tqdm would draw nothing at all."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines > 0
+    except (OSError, ValueError):  # not a file of the system, such as a notebook's
+        return True
+
+
 class Progress:
     """Progress of one run: `step()` in the loop, `epoch_start` and `epoch_end` around it.
 
@@ -25,17 +37,18 @@ class Progress:
 
     def __init__(self, label: str, tasks: int, epochs: int, steps: int, *, show: bool) -> None:
         self._label, self._tasks, self._epochs = label, tasks, epochs
-        self._lines = show and not sys.stderr.isatty()
+        self._lines = show and not _has_terminal()
         self._start = time.perf_counter()
         self._last = ""
         self._bar = tqdm(
             total=tasks * epochs * steps,
             desc=label,
-            unit="step",
+            # Fits 80 columns with the task, epoch, loss and accuracy that follow as postfix.
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             file=sys.stderr,
             disable=not show or self._lines,
             dynamic_ncols=True,
-            smoothing=0.05,
+            smoothing=0.1,
         )
         self.step = self._bar.update
 

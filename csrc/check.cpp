@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -30,6 +31,9 @@ std::optional<StorageType> storage_type(at::ScalarType dtype) {
 at::ScalarType state_dtype(at::ScalarType parameter) {
   return parameter == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// As Python writes it: float32, not Float.
+std::string name_of(at::ScalarType dtype) { return std::string(c10::getDtypeNames(dtype).first); }
 
 // Everything a message needs to say where it happened.
 class Context {
@@ -71,20 +75,21 @@ void check_lengths(const Context& where, const std::vector<ListArgument>& argume
   }
 }
 
-// The dtype that decides the storage type of entry i: a parameter's or gradient's where the op has
-// one, else the state's.
+// The dtype that decides the storage type of entry i: the parameter's, or the gradient's where the
+// op has no parameters, else the state's.
 at::ScalarType leading_dtype(const Context& where, const std::vector<ListArgument>& arguments,
-                             size_t i) {
-  size_t leading = 0;
-  for (size_t a = arguments.size(); a-- > 0;) {
-    if (arguments[a].storage == Storage::Parameter) leading = a;
+                             size_t layout, size_t i) {
+  const auto is_parameter = [&](size_t a) { return arguments[a].storage == Storage::Parameter; };
+  size_t leading = layout;
+  for (size_t a = 0; a < arguments.size() && !is_parameter(leading); ++a) {
+    if (is_parameter(a)) leading = a;
   }
   const at::Tensor& tensor = arguments[leading].tensors[i];
   TORCH_CHECK_VALUE(tensor.defined(), where.at(leading, i), " is undefined, expected a tensor");
   const at::ScalarType dtype = tensor.scalar_type();
   const bool is_state = arguments[leading].storage != Storage::Parameter;
   const bool known = is_state ? dtype == state_dtype(dtype) : storage_type(dtype).has_value();
-  TORCH_CHECK_TYPE(known, where.at(leading, i), " has dtype ", dtype, ", expected ",
+  TORCH_CHECK_TYPE(known, where.at(leading, i), " has dtype ", name_of(dtype), ", expected ",
                    is_state ? "float32 or float64" : "float32, float64, bfloat16 or float16");
   return dtype;
 }
@@ -114,7 +119,7 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
   const bool is_parameter = argument.storage == Storage::Parameter;
   const at::ScalarType dtype = is_parameter ? leading : state_dtype(leading);
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, where.at(a, i), " has dtype ",
-                   tensor.scalar_type(), ", expected ", dtype,
+                   name_of(tensor.scalar_type()), ", expected ", name_of(dtype),
                    is_parameter ? "" : " (state is float64 for float64 parameters, else float32)");
   if (argument.storage == Storage::Rows) {
     TORCH_CHECK_VALUE(tensor.dim() == reference.dim() + 1, where.at(a, i), " has shape ",
@@ -203,7 +208,7 @@ std::vector<at::ScalarType> check_all(const Context& where,
   const at::TensorList references = arguments[layout].tensors;
   std::vector<at::ScalarType> leading;
   for (size_t i = 0; i < references.size(); ++i) {
-    leading.push_back(leading_dtype(where, arguments, i));
+    leading.push_back(leading_dtype(where, arguments, layout, i));
     const at::Tensor& reference = references[i];
     TORCH_CHECK_VALUE(reference.defined(), where.at(layout, i), " is undefined, expected a tensor");
     const at::Device device = references[0].device();

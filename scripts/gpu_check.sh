@@ -65,7 +65,7 @@ for part in $parts; do
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         for tool in memcheck racecheck initcheck; do
           step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 86 \
-            "$python" -m pytest -q -m sanitize tests
+            "$python" -m pytest -q -m sanitize -k cuda tests
         done
         unset PYTORCH_NO_CUDA_MEMORY_CACHING
       else

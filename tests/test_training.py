@@ -194,7 +194,7 @@ class TestModel:
         model = nn.Sequential(small(), nn.BatchNorm1d(10))
         model[1].eval()
         before = weights(model)
-        clext.train("ewc", model=model, **QUICK)
+        clext.train("si", model=model, **QUICK)
         assert not same(before, weights(model))
         assert model.training
         assert not model[1].training

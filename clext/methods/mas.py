@@ -26,7 +26,7 @@ class MAS(Method):
     """
 
     name: ClassVar[str] = "mas"
-    default_strength: ClassVar[float] = 0.1
+    default_strength: ClassVar[float] = 0.05
 
     def __init__(
         self,

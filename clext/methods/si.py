@@ -29,7 +29,7 @@ class SI(Method):
     """
 
     name: ClassVar[str] = "si"
-    default_strength: ClassVar[float] = 10.0
+    default_strength: ClassVar[float] = 20.0
     state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "path", "previous")
 
     def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:

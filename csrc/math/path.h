@@ -50,7 +50,7 @@ struct RiemannianWalkStep {
 };
 
 // The end of an interval: loss decrease per distance travelled, measured in the KL divergence
-// F d^2 / 2 that the step caused (equation 9 of the paper).
+// F d^2 / 2 that the step caused.
 struct AccumulateRiemannianWalkScore {
   using lists = Lists<UpdateState, UpdateState, UpdateState, ReadState, ReadParameter>;
   static constexpr Reduction reduction = Reduction::None;

@@ -69,17 +69,19 @@ struct Case {
     (fill_list<K>(), ...);
   }
 
-  // Values do not depend on the layout. State is positive, as importances are.
+  // Uniform in (-1, 1), state in (0, 1) as importances are; the same whatever the layout.
   template <int K>
   void fill_list() {
     using E = typename G::template Element<K>;
+    constexpr bool kIsState = G::template List<K>::storage == Storage::State;
+    uint64_t random = K + 1;
     for (int64_t t = 0; t < lists.tensor_count(); ++t) {
-      const int64_t size = lists.sizes[static_cast<size_t>(t)] * (G::template kIsRows<K> ? kRows : 1);
-      const auto seed = static_cast<unsigned>(1000 * K + t);
+      const int64_t rows = G::template kIsRows<K> ? kRows : 1;
       E* to = static_cast<E*>(lists.pointer(K, t));
-      for (const double value : normal_values(static_cast<size_t>(size), seed)) {
-        const bool is_state = G::template List<K>::storage == Storage::State;
-        *to++ = from_accumulate<E>(static_cast<typename G::A>(is_state ? std::abs(value) : value));
+      for (int64_t i = 0; i < rows * lists.sizes[static_cast<size_t>(t)]; ++i) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        const double value = static_cast<double>(static_cast<int64_t>(random)) * 0x1p-63;
+        to[i] = from_accumulate<E>(static_cast<typename G::A>(kIsState ? std::abs(value) : value));
       }
     }
   }
