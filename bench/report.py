@@ -83,7 +83,14 @@ def penalty_table() -> str:
         ]
         for e in entries
     ]
-    head = ["model", "clext, ms", "autograd loop", "`torch._foreach`", "`torch.compile`", "of a copy"]
+    head = [
+        "model",
+        "clext, ms",
+        "autograd loop",
+        "`torch._foreach`",
+        "`torch.compile`",
+        "of a copy",
+    ]
     return markdown(head, rows) + "\n\n" + where(entries)
 
 
@@ -91,7 +98,10 @@ def ops_table() -> str:
     entries = newest(read_lines("ops"), "op", "model")
     rows = []
     for e in entries:
-        ratios = [f"{e['ratio'][n]:.1f}x" if n in e["ratio"] else "" for n in ("loop", "foreach", "compile")]
+        ratios = [
+            f"{e['ratio'][n]:.1f}x" if n in e["ratio"] else ""
+            for n in ("loop", "foreach", "compile")
+        ]
         rows.append(
             [
                 f"`{e['op']}`",
@@ -119,10 +129,12 @@ def step_table() -> str:
 
 def plan_table() -> str:
     entries = newest(read_lines("plan"), "tensors")
-    rows = [
-        [str(e["tensors"]), f"{e['us']['plan']:.1f}", f"{e['us']['op']:.1f}"] for e in entries
-    ]
-    return markdown(["tensors", "ParameterPlan, us", "dispatcher op, us"], rows) + "\n\n" + where(entries)
+    rows = [[str(e["tensors"]), f"{e['us']['plan']:.1f}", f"{e['us']['op']:.1f}"] for e in entries]
+    return (
+        markdown(["tensors", "ParameterPlan, us", "dispatcher op, us"], rows)
+        + "\n\n"
+        + where(entries)
+    )
 
 
 def sweep_table() -> str:
@@ -170,7 +182,9 @@ def report(check: bool) -> None:
             if not check:
                 path.write_text(filled(text))
     if check and stale:
-        raise SystemExit(f"{', '.join(stale)}: tables differ from bench/results; run bench/report.py")
+        raise SystemExit(
+            f"{', '.join(stale)}: tables differ from bench/results; run bench/report.py"
+        )
     print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")
 
 

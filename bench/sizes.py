@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -9,7 +11,7 @@ def course_mlp() -> Shapes:
     """784-1024-512-256-10, the multilayer perceptron of the course: 1.46 M parameters."""
     widths = [784, 1024, 512, 256, 10]
     shapes: Shapes = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         shapes += [(outputs, inputs), (outputs,)]
     return shapes
 

@@ -1,8 +1,8 @@
 """Read the four IDX files of an MNIST-like data set, plain or gzipped, and refuse broken ones.
 
-The format (http://yann.lecun.com/exdb/mnist): a big-endian magic number 0x0000TTDD with the element
-type TT (0x08, unsigned byte) and the number of dimensions DD, one 32-bit size per dimension, then
-the elements. A damaged file would otherwise train without complaint, so everything is checked.
+The format, by Y. LeCun: a big-endian magic number 0x0000TTDD with the element type TT (0x08,
+unsigned byte) and the number of dimensions DD, one 32-bit size per dimension, then the elements. A
+damaged file would otherwise train without complaint, so everything is checked.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import nn
 from clext.methods import METHODS, Method, make_method
 from clext.methods.base import option_names
 from clext.models import mlp
+from clext.module_mode import module_mode
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,6 @@ def describe_learner(method: Method) -> dict[str, Any]:
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The type of the model's first trainable parameter, which its inputs should have as well."""
     return next(p.dtype for p in model.parameters() if p.requires_grad)
-
-
-@contextmanager
-def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or eval mode inside; afterwards every submodule has its own mode back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def _describe_model(model: nn.Module) -> str:

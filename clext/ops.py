@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _ops: Any = torch.ops.clext
 # Registrations last as long as this object.
-_library: Any = torch.library.Library("clext", "IMPL")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("clext", "IMPL")
 
 
 # ----------------------------------------------------------------------------- the ops

@@ -18,8 +18,10 @@ def say(line: str) -> None:
 
 
 def _has_terminal() -> bool:
-    """Whether stderr is a terminal of known size: in one of no height, as some containers make
-    them, tqdm would draw nothing at all."""
+    """Whether stderr is a terminal that a bar can be drawn on.
+
+    In one without a height, as some containers make them, tqdm would draw nothing at all.
+    """
     if not sys.stderr.isatty():
         return False
     try:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from clext.data import Batches, Dataset, Split, load_dataset
-from clext.learner import LearnerSpec, describe_learner, input_dtype, module_mode
+from clext.learner import LearnerSpec, describe_learner, input_dtype
 from clext.methods import Method
+from clext.module_mode import module_mode
 from clext.progress import Progress
 from clext.result import Result
 from clext.scenarios import Task, make_scenario

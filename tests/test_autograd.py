@@ -133,9 +133,7 @@ def step(params, anchors, importances, grads):
     return loss, added + 1, [total + grad for total, grad in zip(scaled, grads, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_function_equals_eager(backend, fresh_compiler):
     results = []
     compiled = torch.compile(step, fullgraph=True, backend=backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    ASSORTMENT,
     DTYPES,
     INF,
     NAN,
@@ -13,7 +12,6 @@ from helpers import (
     SIZES,
     Entry,
     ListArg,
-    Op,
     Scalar,
     assert_same_bits,
     assortment,

@@ -1,10 +1,7 @@
-"""The main job: the loop against a slow and obvious one, seeds, bad input, and early ends."""
+"""The main job: the loop against a slow and obvious one, its seeds and its models."""
 
-import copy
 import dataclasses
 import itertools
-import json
-import math
 import os
 import warnings
 
@@ -12,26 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from quick_runs import QUICK, same, small, weights
 from torch import nn
 
 import clext
 from clext import training
 from clext.data import Split, load_dataset
-
-QUICK = {"dataset": "digits", "tasks": 2, "epochs": 2, "progress": False}
-
-
-def small() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
-def weights(model: nn.Module) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(x.equal(y) for x, y in zip(a, b, strict=True))
 
 
 class ObviousSI:
@@ -221,230 +204,6 @@ class TestModel:
         for dtype in (torch.float64, torch.bfloat16):
             result = clext.train("si", model=small().to(dtype), lr=1e-2, **QUICK)
             assert result.average_accuracy[0] > 0.3
-
-
-BAD_INPUT = [
-    ({"method": "ewx"}, "unknown method 'ewx'.*'ewc'"),
-    ({"method": "ewc", "gama": 0.5}, "unknown option.*'gama'.*'gamma'"),
-    ({"method": "baseline", "gamma": 0.5}, "unknown option.*'gamma'"),
-    ({"method": "ewc", "gamma": 2.0}, "gamma must be .* got 2.0"),
-    ({"dataset": "minst"}, "unknown dataset 'minst'.*'mnist'"),
-    ({"scenario": "permutted"}, "unknown scenario 'permutted'.*'permuted'"),
-    *(
-        ({name: value}, f"{name} must be an integer >= 1, got {value!r}")
-        for name in ("tasks", "epochs", "batch_size")
-        for value in (0, -1, 1.5, True, "5")
-    ),
-    ({"seed": -1}, "seed must be an integer >= 0, got -1"),
-    *(({"lr": value}, "lr must be a finite number > 0") for value in (0, -1, math.nan, math.inf)),
-    *(({"strength": value}, "strength must be") for value in (-1.0, math.nan, math.inf)),
-    ({"device": "cuda:99"}, "device 'cuda:99' is not available here .* leave device out"),
-    ({"device": "gpu"}, "device 'gpu' is not available here"),
-    ({"device": "meta"}, "device 'meta' is not available here"),
-    ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
-    ({"model": nn.ReLU()}, "model has no trainable parameter"),
-]
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
-    def test_one_sentence_before_any_work(self, arguments, message, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
-        given = {"method": "si", **QUICK, "out": tmp_path / "out", **arguments}
-        with pytest.raises(ValueError, match=message) as caught:
-            clext.train(**given)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "out").exists()
-
-    def test_options_beside_an_instance(self):
-        method = clext.SI(small())
-        with pytest.raises(ValueError, match="xi"):
-            clext.train(method, xi=0.2, **QUICK)
-        with pytest.raises(ValueError, match="strength"):
-            clext.train(method, strength=0.2, **QUICK)
-        with pytest.raises(ValueError, match="another model"):
-            clext.train(method, model=small(), **QUICK)
-
-    @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            (nn.Linear(784, 10), r"inputs \[N, 64\] into logits \[N, 10\], but failed"),
-            (nn.Linear(64, 3), r"logits \[N, 10\], got \[2, 3\]"),
-            (nn.Sequential(nn.Linear(64, 10), nn.Flatten(0)), r"got \[20\]"),
-        ],
-    )
-    def test_a_model_that_does_not_fit_the_data(self, model, message):
-        before = weights(model)
-        with pytest.raises(ValueError, match=message):
-            clext.train("ewc", model=model, **QUICK)
-        assert same(before, weights(model))
-
-    def test_an_output_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
-        (tmp_path / "file").write_text("mine")
-        for out in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(OSError, match=r"out: cannot write in .*file.* choose another"):
-                clext.train("si", out=out, **QUICK)
-        assert (tmp_path / "file").read_text() == "mine"
-
-
-class TestEarlyEnd:
-    def test_a_non_finite_loss_stops_and_keeps_what_was_done(self, tmp_path):
-        method = clext.SI(small())
-        healthy = method.consolidate
-
-        def consolidate(batches: object) -> None:
-            healthy(batches)
-            method.strength = 1e300  # finite, but infinite in the parameters' float32
-
-        method.consolidate = consolidate
-        with pytest.raises(
-            clext.NonFiniteLossError, match=r"si: .*at task 2, epoch 1, step"
-        ) as caught:
-            clext.train(method, lr=1e-2, out=tmp_path, **QUICK)
-        result = caught.value.result
-        assert len(result.average_accuracy) == 1
-        assert len(result.curve) == 2
-        assert not result.complete
-        saved = clext.Result.load(tmp_path)
-        assert saved.curve == result.curve
-        assert saved.stopped == str(caught.value)
-        assert str(tmp_path) in " ".join(caught.value.__notes__)
-
-    def test_a_huge_learning_rate_is_named_with_its_place(self, tmp_path):
-        with pytest.raises(
-            clext.NonFiniteLossError,
-            match=r"baseline: .* at task 1, epoch 1, step \d+; try a smaller lr \(now 1e\+30\)",
-        ):
-            clext.train("baseline", lr=1e30, out=tmp_path, **QUICK)
-        assert clext.Result.load(tmp_path).curve == []
-
-    def test_a_parameter_that_breaks_in_the_last_step_is_noticed(self):
-        model = nn.Linear(64, 10)
-        options = {**QUICK, "tasks": 1, "epochs": 1, "batch_size": 5000}
-        with pytest.raises(clext.NonFiniteLossError, match="a parameter became NaN or infinite"):
-            clext.train("baseline", model=model, lr=1e39, **options)
-
-    def test_ctrl_c_saves_what_was_done(self, tmp_path, monkeypatch):
-        calls = itertools.count()
-        evaluate = training.evaluate
-
-        def interrupt(*args: object) -> float:
-            if next(calls) == 3:
-                raise KeyboardInterrupt
-            return evaluate(*args)
-
-        monkeypatch.setattr(training, "evaluate", interrupt)
-        with pytest.raises(KeyboardInterrupt) as caught:
-            clext.train("baseline", model=small(), out=tmp_path, **QUICK)
-        assert "saved in" in caught.value.__notes__[0]
-        saved = clext.Result.load(tmp_path)
-        assert saved.stopped == "KeyboardInterrupt"
-        assert len(saved.average_accuracy) == 1
-
-    def test_results_are_saved_after_each_task(self, tmp_path):
-        seen = []
-
-        class Spy(clext.Baseline):
-            def consolidate(self, dataloader: object = None) -> None:
-                if self.tasks:
-                    seen.append(json.loads((tmp_path / "result.json").read_text()))
-                super().consolidate(dataloader)
-
-        clext.train(Spy(small()), out=tmp_path, **QUICK)
-        assert len(seen[0]["summary"]["average_accuracy"]) == 1
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "result.json"]
-
-    def test_a_disk_that_fills_up_does_not_cost_the_run(self, tmp_path, monkeypatch):
-        def full(*_args: object) -> None:
-            raise OSError("No space left on device")
-
-        monkeypatch.setattr("clext.result.write_json", full)
-        with pytest.warns(UserWarning, match="could not be saved .No space left"):
-            result = clext.train("baseline", model=small(), out=tmp_path, **QUICK)
-        assert result.complete
-
-
-class TestProgress:
-    def test_a_log_gets_a_line_per_epoch(self, capsys):
-        clext.train("si", model=small(), **{**QUICK, "progress": True})
-        out, err = capsys.readouterr()
-        lines = err.splitlines()
-        assert out == ""
-        assert len(lines) == 5
-        assert lines[1].startswith("si: task 1/2 epoch 1/2, loss ")
-        assert "accuracy" in lines[4]
-
-    def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
-        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-        clext.train("si", model=small(), **{**QUICK, "progress": True})
-        bar = capsys.readouterr().err
-        assert "task 2/2 epoch 2/2, loss" in bar
-        assert "100%" in bar
-
-    def test_silence_leaves_the_line_about_the_data(self, capsys):
-        clext.train("si", model=small(), **QUICK)
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("clext: data set digits")
-        assert err.count("\n") == 1
-
-
-class TestCompare:
-    def test_all_start_from_the_same_weights_and_see_the_same_tasks(self):
-        model = small()
-        before = weights(model)
-        comparison = clext.compare(["baseline", "ewc"], model=model, **QUICK)
-        assert same(before, weights(model))
-        assert list(comparison.results) == ["baseline", "ewc"]
-        alone = clext.train("baseline", model=copy.deepcopy(model), **QUICK)
-        assert comparison["baseline"].curve == alone.curve
-        assert comparison["ewc"].curve[:2] == alone.curve[:2]  # no penalty in the first task
-
-    def test_options_reach_their_method(self):
-        comparison = clext.compare(
-            ["ewc", "si"],
-            model=small(),
-            options={"ewc": {"strength": 3.0, "gamma": 0.5}, "si": {"xi": 0.3}},
-            **QUICK,
-        )
-        assert comparison["ewc"].config["strength"] == 3.0
-        assert comparison["ewc"].config["method_options"]["gamma"] == 0.5
-        assert comparison["si"].config["method_options"] == {"xi": 0.3}
-
-    def test_a_method_that_diverges_does_not_stop_the_others(self, tmp_path):
-        with pytest.warns(UserWarning, match=r"si: the loss became nan at task 1"):
-            comparison = clext.compare(
-                ["si", "baseline"],
-                model=small(),
-                lr=1e-2,
-                options={"si": {"strength": 1e300}},
-                out=tmp_path,
-                **QUICK,
-            )
-        assert not comparison["si"].complete
-        assert comparison["baseline"].complete
-        loaded = clext.Comparison.load(tmp_path)
-        assert "stopped early: si" in str(loaded)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "comparison.json"]
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"methods": ["ewc", "sii"]}, "unknown method 'sii'.*'si'"),
-            ({"methods": []}, "at least one method"),
-            ({"methods": ["si", "si"]}, "'si' is given twice"),
-            ({"methods": ["si"], "options": {"ewc": {}}}, "unknown method in options 'ewc'"),
-            ({"methods": ["si"], "options": {"si": {"xii": 1}}}, "'xii'.*'xi'"),
-            ({"methods": ["si"], "tasks": 0}, "tasks must be"),
-        ],
-    )
-    def test_bad_input_before_any_work(self, arguments, message, monkeypatch):
-        monkeypatch.setattr(
-            "clext.comparison.load_dataset", lambda *_args, **_kwargs: pytest.fail("work")
-        )
-        with pytest.raises(ValueError, match=message):
-            clext.compare(**{**QUICK, **arguments})
 
 
 @pytest.mark.skipif(

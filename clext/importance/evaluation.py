@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clext.module_mode import module_mode
 from clext.seeding import isolated_rng
 
 if TYPE_CHECKING:
@@ -26,19 +27,20 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
     happens inside: dropout and batch statistics must not enter an importance, nor must measuring
     it change the training that follows.
     """
-    flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer._version, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
-        model.eval()
-        with _eager(), isolated_rng(seed, params[0].device), torch.enable_grad():
+        with (
+            _eager(),
+            module_mode(model, training=False),
+            isolated_rng(seed, params[0].device),
+            torch.enable_grad(),
+        ):
             yield
     finally:
-        for module, flag in flags:
-            module.training = flag
         with torch.no_grad():
             for module, name, buffer, version, saved in buffers:
                 if buffer._version != version:

@@ -20,10 +20,10 @@ namespace cuda {
 static constexpr int kThreads = 256;
 static constexpr int kVectorBytes = 16;  // the widest access of one thread on all architectures
 
-// Loads in flight per thread, and the blocks that must fit on a multiprocessor: together some 100 KB
-// in flight, a few times latency x bandwidth of an H200, within 80 registers a thread. Without the
-// minimum ptxas aims at full occupancy instead and sinks loads behind the first arithmetic, which
-// starves small models that give a multiprocessor little more than one block.
+// Loads in flight per thread, and the blocks that must fit on a multiprocessor: together nearly
+// 100 KB in flight, a few times latency x bandwidth of an H200, within 80 registers a thread.
+// Without the minimum ptxas aims at full occupancy instead and sinks loads behind the first
+// arithmetic, which starves small models: they give a multiprocessor little more than one block.
 static constexpr int kBytesInFlight = 128;
 static constexpr int kMaxVectors = 4;
 static constexpr int kBlocksPerMultiprocessor = 3;
@@ -74,7 +74,7 @@ struct Geometry {
   static constexpr int64_t kTile = kVectorStride * kVectors;
 
   static_assert(kLists >= 1 && kLists <= 8, "a functor has 1 to 8 lists");
-  static_assert(kCudaChunkSize % kTile == 0, "only the last chunk of a tensor may end inside a tile");
+  static_assert(kCudaChunkSize % kTile == 0, "only a tensor's last chunk may end inside a tile");
 
   // First element, within the chunk, of a thread's vector.
   CLEXT_HOST_DEVICE static constexpr int64_t first_element(int64_t tile, int vector, int thread) {

@@ -158,7 +158,8 @@ void partials_are_folded_in_all_counts() {
     double expected = 0, largest = 0;
     for (const double p : partials) expected += p, largest = std::fmax(largest, p);
     double sum = -1, maximum = -1;
-    reduce_partials_cuda(partials.data(), count, Reduction::Sum, &sum, StorageType::Float64, nullptr);
+    reduce_partials_cuda(partials.data(), count, Reduction::Sum, &sum, StorageType::Float64,
+                         nullptr);
     reduce_partials_cuda(partials.data(), count, Reduction::Max, &maximum, StorageType::Float64,
                          nullptr);
     check(sum == expected && maximum == largest, "sum and maximum of the partial results");

@@ -70,7 +70,8 @@ void every_chunk_has_its_block() {
     std::vector<int64_t> sizes(generator() % 40);
     // Sizes around multiples of the chunk size, and every third tensor empty.
     for (int64_t& size : sizes) {
-      size = generator() % 3 == 0 ? 0 : static_cast<int64_t>(generator() % 5 * 16 + generator() % 3);
+      const auto near = static_cast<int64_t>(generator() % 5 * 16 + generator() % 3);
+      size = generator() % 3 == 0 ? 0 : near;
     }
     const int64_t launches = count_launches<4>(make_lists(sizes, 4, 16));
     check(launches <= 1, "a small model is one launch");

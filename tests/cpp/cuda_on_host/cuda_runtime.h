@@ -1,7 +1,7 @@
-// As much of CUDA as csrc/cuda needs, on the host: a kernel compiled by a C++ compiler runs block by
-// block, each thread of a block as a fiber that gives way at shuffles and barriers. A machine
-// without a GPU can so run the real kernels, under the sanitizers too: it finds wrong indices, tails,
-// misaligned accesses and diverging barriers, not races of the memory model.
+// As much of CUDA as csrc/cuda needs, on the host: a kernel compiled by a C++ compiler runs block
+// by block, each thread of a block as a fiber that gives way at shuffles and barriers. So a machine
+// without a GPU runs the real kernels, under the sanitizers too. That finds wrong indices and
+// tails, misaligned accesses and barriers that not all threads reach; it does not find races.
 #pragma once
 
 #include <ucontext.h>

@@ -1,0 +1,65 @@
+"""`clext.compare`: the same start and the same tasks for every method."""
+
+import copy
+
+import pytest
+from quick_runs import QUICK, same, small, weights
+
+import clext
+
+
+class TestCompare:
+    def test_all_start_from_the_same_weights_and_see_the_same_tasks(self):
+        model = small()
+        before = weights(model)
+        comparison = clext.compare(["baseline", "ewc"], model=model, **QUICK)
+        assert same(before, weights(model))
+        assert list(comparison.results) == ["baseline", "ewc"]
+        alone = clext.train("baseline", model=copy.deepcopy(model), **QUICK)
+        assert comparison["baseline"].curve == alone.curve
+        assert comparison["ewc"].curve[:2] == alone.curve[:2]  # no penalty in the first task
+
+    def test_options_reach_their_method(self):
+        comparison = clext.compare(
+            ["ewc", "si"],
+            model=small(),
+            options={"ewc": {"strength": 3.0, "gamma": 0.5}, "si": {"xi": 0.3}},
+            **QUICK,
+        )
+        assert comparison["ewc"].config["strength"] == 3.0
+        assert comparison["ewc"].config["method_options"]["gamma"] == 0.5
+        assert comparison["si"].config["method_options"] == {"xi": 0.3}
+
+    def test_a_method_that_diverges_does_not_stop_the_others(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"si: the loss became nan at task 1"):
+            comparison = clext.compare(
+                ["si", "baseline"],
+                model=small(),
+                lr=1e-2,
+                options={"si": {"strength": 1e300}},
+                out=tmp_path,
+                **QUICK,
+            )
+        assert not comparison["si"].complete
+        assert comparison["baseline"].complete
+        loaded = clext.Comparison.load(tmp_path)
+        assert "stopped early: si" in str(loaded)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "comparison.json"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"methods": ["ewc", "sii"]}, "unknown method 'sii'.*'si'"),
+            ({"methods": []}, "at least one method"),
+            ({"methods": ["si", "si"]}, "'si' is given twice"),
+            ({"methods": ["si"], "options": {"ewc": {}}}, "unknown method in options 'ewc'"),
+            ({"methods": ["si"], "options": {"si": {"xii": 1}}}, "'xii'.*'xi'"),
+            ({"methods": ["si"], "tasks": 0}, "tasks must be"),
+        ],
+    )
+    def test_bad_input_before_any_work(self, arguments, message, monkeypatch):
+        monkeypatch.setattr(
+            "clext.comparison.load_dataset", lambda *_args, **_kwargs: pytest.fail("work")
+        )
+        with pytest.raises(ValueError, match=message):
+            clext.compare(**{**QUICK, **arguments})

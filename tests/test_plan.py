@@ -1,0 +1,290 @@
+"""ParameterPlan does what the ops do, step after step, whatever happens to the parameters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Entry, assert_same_bits, tensors_of
+from plan_problem import Problem, Twin, run_step
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def implementation(request):
+    return request.param
+
+
+# ----------------------------------------------------------------------------- what may happen
+
+
+def new_gradients_each_step(problem, step):
+    problem.backward()
+
+
+def gradients_kept_and_zeroed(problem, step):
+    if step == 0:
+        problem.backward()
+    for theta in problem.params:
+        theta.grad.copy_(torch.randn(theta.shape, generator=problem.random))
+
+
+def one_parameter_never_has_a_gradient(problem, step):
+    problem.backward(1)
+
+
+def gradients_appear_later(problem, step):
+    problem.backward(*([0, 2] if step < 2 else []))
+
+
+def gradients_come_and_go(problem, step):
+    # As many as before, but others.
+    problem.backward(step % 3)
+
+
+def no_gradient_at_all(problem, step):
+    problem.backward(*range(len(problem.params)))
+
+
+def parameters_get_new_memory(problem, step):
+    problem.backward()
+    if step == 2:
+        for theta in problem.params[:2]:
+            theta.data = theta.data.clone() + 1
+
+
+def frozen_later(problem, step):
+    if step == 2:
+        problem.params[0].requires_grad_(False)
+    problem.backward(*([0] if step >= 2 else []))
+
+
+def frozen_with_its_gradient(problem, step):
+    problem.backward()
+    problem.params[0].requires_grad_(False)
+
+
+EVENTS = (
+    new_gradients_each_step,
+    gradients_kept_and_zeroed,
+    one_parameter_never_has_a_gradient,
+    gradients_appear_later,
+    gradients_come_and_go,
+    no_gradient_at_all,
+    parameters_get_new_memory,
+    frozen_later,
+    frozen_with_its_gradient,
+)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_steps_equal_the_ops(event, implementation, device):
+    problem = Problem(implementation, device)
+    twin = Twin(problem, implementation)
+    for step in range(5):
+        event(problem, step)
+        run_step(problem, twin)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
+def test_both_plans_mean_the_same(event, device):
+    left, right = Problem("compiled", device), Problem("reference", device)
+    for step in range(3):
+        for problem in (left, right):
+            event(problem, step)
+            problem.plan.add_quadratic_penalty_grad_(0.5)
+            problem.optimize()
+            problem.plan.riemannian_walk_step_(0.5, 0.9)
+            problem.plan.accumulate_riemannian_walk_score_(0.1)
+    estimate = [entry.clone() for entry in left.state["fisher"]]
+    for problem in (left, right):
+        problem.plan.consolidate_riemannian_walk_(0.5)
+        problem.plan.consolidate_path_integral_(0.1)
+        problem.plan.consolidate_importance_(estimate, 0.5)
+        problem.plan.consolidate_all_anchors_(estimate, 0.5)
+    expected = right.snapshot()
+    for name, tensor in left.snapshot().items():
+        low = tensor.dtype == torch.bfloat16
+        rtol, atol = (0.02, 0.02) if low else (1e-3, 1e-4)
+        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol)
+
+
+def test_end_of_a_task_equals_the_ops(implementation, device):
+    problem = Problem(implementation, device)
+    module, params = Twin(problem, implementation).module, problem.params
+    estimate = [entry.abs() for entry in problem.state["anchor"]]
+    state = {key: [t.clone() for t in entries] for key, entries in problem.state.items()}
+    merged = [state["importance"], state["anchor"]]
+    plan = problem.plan
+
+    plan.consolidate_importance_(estimate, 0.5)
+    module.consolidate_importance_(*merged, estimate, params, 0.5)
+    constant = plan.consolidate_all_anchors_(estimate, 0.5)
+    expected = module.consolidate_all_anchors_(*merged, estimate, params, 0.5)
+    assert_same_bits({"constant": constant}, {"constant": expected})
+    plan.consolidate_path_integral_(0.1)
+    module.consolidate_path_integral_(*merged, state["path"], params, 0.1)
+    assert_same_bits(tensors_of(problem.state), tensors_of(state))
+    plan.consolidate_riemannian_walk_(0.25)
+    scores = [state[key] for key in ("score", "task_score", "fisher")]
+    module.consolidate_riemannian_walk_(*merged, *scores, params, 0.25)
+    assert_same_bits(tensors_of(problem.state), tensors_of(state))
+
+
+# ----------------------------------------------------------------------------- gradients
+
+
+def test_missing_gradients_are_made_like_their_parameters(implementation, device):
+    problem = Problem(implementation, device)
+    problem.plan.add_quadratic_penalty_grad_(0.5)
+    for theta, anchor, omega in zip(
+        problem.params, problem.state["anchor"], problem.state["importance"], strict=True
+    ):
+        expected = (omega.double() * (theta.detach().double() - anchor)).to(theta.dtype)
+        assert theta.grad.stride() == theta.stride()
+        assert not theta.grad.requires_grad
+        torch.testing.assert_close(theta.grad, expected)
+
+
+def test_gradients_in_another_layout_do_for_reading_but_not_for_adding(implementation, device):
+    problem = Problem(implementation, device, entries=(Entry((3, 2)), Entry((4, 5))))
+    twin = Twin(problem, implementation)
+    for _ in range(3):
+        problem.backward()
+        theta = problem.params[1]
+        theta.grad = theta.grad.t().contiguous().t()
+        twin.walk(0.5, 0.9)
+        problem.plan.accumulate_path_integral_(0.5)
+        problem.plan.riemannian_walk_step_(0.5, 0.9)
+        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
+        with pytest.raises(
+            ValueError, match=r"grads\[1\] of parameter 'layer1.weight' has strides"
+        ):
+            problem.plan.add_quadratic_penalty_grad_(0.5)
+
+
+def test_a_gradient_at_the_same_address_in_another_layout(implementation, device):
+    """Allocators hand out the same memory again; only the strides tell."""
+    problem = Problem(implementation, device, entries=(Entry((3, 2)),))
+    twin = Twin(problem, implementation)
+    memory = torch.randn(6, device=device)
+    for view in (memory.view(3, 2), memory.view(2, 3).t(), memory.view(3, 2)):
+        problem.params[0].grad = view
+        twin.walk(0.5, 0.9)
+        problem.plan.accumulate_path_integral_(0.5)
+        problem.plan.riemannian_walk_step_(0.5, 0.9)
+        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
+
+
+def test_a_parameter_at_the_same_address_in_another_layout(implementation, device):
+    problem = Problem(implementation, device, entries=(Entry((3, 2)),))
+    problem.plan.quadratic_penalty()
+    theta = problem.params[0]
+    theta.data = theta.data.view(2, 3).t()
+    (anchor,), (omega,) = problem.state["anchor"], problem.state["importance"]
+    expected = (omega * (theta - anchor) ** 2).sum().detach()
+    torch.testing.assert_close(problem.plan.quadratic_penalty(), expected)
+
+
+@pytest.mark.parametrize("calls_before", [0, 2])
+def test_sparse_gradients_are_refused_by_name(calls_before, implementation, device):
+    problem = Problem(implementation, device, entries=(Entry((3,)), Entry((4, 2))))
+    for _ in range(calls_before):
+        problem.backward()
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+        problem.plan.accumulate_path_integral_(0.5)
+    problem.backward(0)
+    problem.params[1].grad = problem.params[1].grad.to_sparse()
+    before = {key: [t.clone() for t in entries] for key, entries in problem.state.items()}
+    for call in (problem.plan.add_quadratic_penalty_grad_, problem.plan.accumulate_path_integral_):
+        with pytest.raises(TypeError, match=r"parameter 'layer1.weight' has layout .*sparse=False"):
+            call(0.5)
+    assert_same_bits(tensors_of(problem.state), tensors_of(before))
+
+
+def test_a_refused_call_leaves_no_gradient_behind(implementation, device):
+    problem = Problem(implementation, device, entries=(Entry((3, 2)), Entry((4, 5))))
+    ones = torch.ones(4, 5, device=device)
+    for strength, gradient, message in (
+        (0.5, ones.t().clone().t(), "strides"),
+        (-1, ones, "is -1"),
+    ):
+        problem.params[1].grad = gradient
+        with pytest.raises(ValueError, match=message):
+            problem.plan.add_quadratic_penalty_grad_(strength)
+        assert problem.params[0].grad is None
+        assert torch.equal(problem.params[1].grad, torch.ones_like(ones))
+
+
+def test_a_graph_that_has_saved_a_gradient_is_told_that_it_changed(implementation, device):
+    """With create_graph=True; without a word the second derivative would be wrong."""
+    problem = Problem(implementation, device, entries=(Entry((3,)),))
+    for _ in range(2):
+        problem.backward()
+        weight = torch.ones(3, device=device, requires_grad=True)
+        loss = (problem.params[0].grad * weight).sum()
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# ----------------------------------------------------------------------------- modes of torch
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
+def test_nothing_is_recorded_for_autograd(mode, implementation, device):
+    problem, expected = Problem(implementation, device), Problem(implementation, device)
+    for each in (problem, expected):
+        each.backward()
+    with mode():
+        value = problem.plan.add_quadratic_penalty_grad_(0.5)
+        problem.plan.accumulate_path_integral_(0.5)
+        alone = problem.plan.quadratic_penalty()
+    expected.plan.add_quadratic_penalty_grad_(0.5)
+    expected.plan.accumulate_path_integral_(0.5)
+    assert not value.requires_grad
+    assert not alone.requires_grad
+    assert not any(theta.grad.requires_grad for theta in problem.params)
+    assert not any(tensor.requires_grad for tensor in tensors_of(problem.state).values())
+    assert_same_bits(problem.snapshot(), expected.snapshot())
+
+
+def test_a_plan_keeps_its_tensors_alive(implementation, device):
+    problem = Problem(implementation, device)
+    expected = problem.plan.quadratic_penalty()
+    plan = problem.plan
+    del problem
+    assert torch.equal(plan.quadratic_penalty(), expected)
+
+
+def test_a_compiled_plan_is_not_copied():
+    plan = Problem("compiled").plan
+    with pytest.raises(TypeError, match="ParameterPlan"):
+        copy.deepcopy(plan)
+    with pytest.raises(TypeError, match="ParameterPlan"):
+        pickle.dumps(plan)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_ten_thousand_calls_leak_no_memory():
+    def resident_pages():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    problem = Problem("compiled", entries=(Entry((64,)), Entry((8, 8))))
+
+    def calls(count):
+        for _ in range(count):
+            for theta in problem.params:
+                theta.grad = torch.zeros_like(theta)
+            problem.plan.add_quadratic_penalty_grad_(0.0)
+            problem.plan.accumulate_path_integral_(0.0)
+
+    calls(1000)
+    before = resident_pages()
+    calls(10_000)
+    # Losing one of the values, 0-dim tensors, at each call would already cost 2 MB.
+    assert (resident_pages() - before) * 4096 < 2**20
