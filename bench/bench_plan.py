@@ -1,4 +1,4 @@
-"""Host time of a call with many small tensors: handles held in C++ against lists passed each time."""
+"""Host time of a call with many small tensors: handles held in C++ against lists of tensors."""
 
 from __future__ import annotations
 

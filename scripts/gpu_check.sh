@@ -41,6 +41,11 @@ step() {
   [ "$outcome" = passed ] || status=1
 }
 
+commit() {
+  git rev-parse --verify -q HEAD 2>/dev/null || { echo unknown; return; }
+  git diff --quiet HEAD || echo "with local changes"
+}
+
 find_sanitizer() {
   command -v compute-sanitizer && return
   local home
@@ -81,7 +86,7 @@ for part in $parts; do
 done
 
 {
-  echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ' with local changes')"
+  echo "commit:" $(commit)
   echo "date: $(date -u +%Y-%m-%dT%H:%MZ)"
   "$python" -c 'import torch, clext
 print("gpu:", torch.cuda.get_device_name())

@@ -85,9 +85,9 @@ def test_dtypes_shapes_and_layouts_mixed_in_one_call(op, device):
 
 
 @every_op
-@every_dtype
-def test_many_small_tensors(op, dtype, device):
-    entries = tuple(Entry((i % 7,), dtype) for i in range(400))
+def test_many_small_tensors(op, device):
+    # More than the table of one kernel launch holds.
+    entries = tuple(Entry((i % 7,)) for i in range(1000))
     check_against_reference(op, sample(op, entries, device))
 
 
