@@ -57,17 +57,9 @@ def accuracy_table() -> str:
     for name, result in results.items():
         final = [a for a in result["accuracy"][-1] if a is not None]
         worst = min(final)
-        config, seconds = result["config"], sum(result["timings"].values())
-        rows.append(
-            [
-                f"`{name}`",
-                f"{config['strength']:g}",
-                f"{sum(final) / len(final):.4f}",
-                f"{worst:.4f}",
-                f"{seconds / 60:.1f}",
-            ]
-        )
-    head = ["method", "strength", "average accuracy", "worst task", "minutes"]
+        strength = f"{result['config']['strength']:g}"
+        rows.append([f"`{name}`", strength, f"{sum(final) / len(final):.4f}", f"{worst:.4f}"])
+    head = ["method", "strength", "average accuracy", "worst task"]
     return markdown(head, rows)
 
 
