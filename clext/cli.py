@@ -134,6 +134,8 @@ def train(
         folder = out or _new_folder(method)
         result = clext.train(method, strength=strength, out=folder, **shared, **given)
         click.echo(result)
+        # Saved by train already; if that failed, it was a warning then and is an error now.
+        result.save(folder)
         click.echo(f"\nSaved in {folder}: result.json, {PICTURE_NAME}")
 
 
@@ -167,6 +169,7 @@ def compare(
         folder = out or _new_folder("compare")
         comparison = clext.compare(names, options=per_method, out=folder, **shared)
         click.echo(comparison)
+        comparison.save(folder)  # as for train
         click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
     if not all(result.complete for result in comparison.results.values()):
         sys.exit(_FAILED)

@@ -193,6 +193,11 @@ def _checked_specs(
             raise unknown_name("method in options", name, names)
     specs = {}
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"compare: methods must be names of clext.METHODS, got {type(name).__name__}; "
+                "pass the settings of a method in options"
+            )
         if name in specs:
             raise ValueError(f"compare: method {name!r} is given twice; name each method once")
         given = dict(options.get(name, {}))

@@ -190,6 +190,21 @@ _REFERENCES: dict[str, Callable[..., object]] = {
 }
 
 
+def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
+    """`fake`, refusing tensors of several devices: a mix with the meta device arrives here."""
+
+    def checked(*arguments: object) -> object:
+        lists = [entry for entry in arguments if isinstance(entry, list | tuple)]
+        devices = {str(tensor.device) for entries in lists for tensor in entries}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{name}: tensors are on {' and '.join(sorted(devices))}, expected one device"
+            )
+        return fake(*arguments)
+
+    return checked
+
+
 def _fake_sum(tensors: TensorList) -> Tensor:
     if not tensors:
         return torch.empty(())
@@ -212,7 +227,7 @@ def _register() -> None:
         _library.impl(name, function, "CompositeExplicitAutograd")
         # In-place ops return nothing unless said otherwise.
         fake = _FAKES.get(name, lambda *_arguments: None)
-        torch.library.register_fake(f"clext::{name}", fake, lib=_library)
+        torch.library.register_fake(f"clext::{name}", _on_one_device(name, fake), lib=_library)
         if name.endswith("_"):
             # Not differentiable, though parameters require gradients: nothing is to be recorded.
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")

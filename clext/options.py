@@ -41,7 +41,10 @@ def number(
 ) -> float:
     """`value` as a finite float between the bounds, else ValueError (an open bound is excluded)."""
     if type(value) is not bool and isinstance(value, Real):
-        converted = float(value)
+        try:
+            converted = float(value)
+        except OverflowError:  # an int beyond all floats
+            converted = math.inf
         above = converted > minimum if open_minimum else converted >= minimum
         below = converted < maximum if open_maximum else converted <= maximum
         if math.isfinite(converted) and above and below:

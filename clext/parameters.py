@@ -26,6 +26,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for parameters on several devices, and for parameters no state can be laid out for: not yet
     initialised, sparse, not dense in memory, or (TypeError) neither float nor half precision.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
     check_parameters(named, type(model).__name__)
     return named

@@ -49,8 +49,12 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[Path, Any]:

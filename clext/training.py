@@ -51,7 +51,8 @@ class NonFiniteLossError(RuntimeError):
             what = f"a parameter became NaN or infinite (the loss was still {loss:.4g})"
         return cls(
             f"{config['method']}: {what} at task {task + 1}, epoch {epoch + 1}, step {step + 1}; "
-            f"try a smaller lr (now {config['lr']:g}) or strength (now {config['strength']:g})",
+            f"the model's weights are of no use now; try a smaller lr (now {config['lr']:g}) or "
+            f"strength (now {config['strength']:g})",
             result,
         )
 
@@ -154,7 +155,8 @@ def run(spec: LearnerSpec, data: Dataset, settings: Settings, save: Save) -> Res
                 learn(method, scenario.tasks, data, settings, result, save)
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
-            result.stopped = str(error) or type(error).__name__
+            interrupted = isinstance(error, KeyboardInterrupt)
+            result.stopped = "interrupted" if interrupted else str(error) or type(error).__name__
             place = keep(lambda: save(result))
             if place is not None:
                 error.add_note(f"What was done so far is saved in {place}.")

@@ -22,6 +22,7 @@ def _has_built_module(folder: Path) -> bool:
 # `python -m pytest` puts the checkout on sys.path, where clext/ has no compiled module unless it
 # was built in place; the installed package is meant then, as it is with plain `pytest`.
 if not _has_built_module(ROOT):
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # the same for Python processes that tests start
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 

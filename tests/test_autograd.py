@@ -154,3 +154,8 @@ def test_compiled_op_changes_the_same_tensors(op, fresh_compiler):
     function = torch.compile(getattr(ops, op.name), fullgraph=True, backend="aot_eager")
     expected = outputs_of(op, eager, op.kernel(eager))
     assert_same_bits(outputs_of(op, compiled, function(*compiled.values())), expected)
+
+
+def test_a_mix_with_the_meta_device_is_refused():
+    with pytest.raises(ValueError, match="quadratic_penalty: tensors are on cpu and meta"):
+        ops.quadratic_penalty([torch.rand(2)], [torch.rand(2, device="meta")], [torch.rand(2)])

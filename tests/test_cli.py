@@ -83,6 +83,14 @@ class TestTrain:
         assert "at task 1, epoch 1, step" in last
         assert last.endswith("What was done so far is saved in runs/si.")
 
+    def test_a_result_that_cannot_be_saved_is_an_error_and_leaves_no_part(self, tmp_path):
+        (tmp_path / "out" / "result.json").mkdir(parents=True)  # in the way of the file
+        with pytest.warns(UserWarning, match="could not be saved"):
+            outcome = run("train", "--method", "baseline", "--out", "out", *QUICK)
+        assert outcome.exit_code != 0
+        assert "Saved in" not in outcome.stdout
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
+
     def test_ctrl_c_says_what_is_saved(self, monkeypatch):
         def interrupt(*_args: object) -> float:
             raise KeyboardInterrupt

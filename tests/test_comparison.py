@@ -19,6 +19,10 @@ class TestCompare:
         assert comparison["baseline"].curve == alone.curve
         assert comparison["ewc"].curve[:2] == alone.curve[:2]  # no penalty in the first task
 
+    def test_an_instance_is_refused_before_any_work(self):
+        with pytest.raises(ValueError, match="methods must be names of clext.METHODS, got SI"):
+            clext.compare([clext.SI(small())], **QUICK)
+
     def test_options_reach_their_method(self):
         comparison = clext.compare(
             ["ewc", "si"],

@@ -17,7 +17,7 @@ def kind(request):
     return METHODS[request.param]
 
 
-@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, -math.inf, "1", True])
+@pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf, -math.inf, 10**400, "1", True])
 def test_bad_strength_is_refused(kind, strength):
     with pytest.raises(ValueError, match=f"{kind.name}: strength must be a finite number >= 0"):
         kind(make_model(), strength=strength)
@@ -52,6 +52,12 @@ def test_bad_options_are_refused(kind, options, message):
 def test_model_without_trainable_parameter_is_refused(kind):
     with pytest.raises(ValueError, match="Flatten has no trainable parameter"):
         kind(nn.Flatten())
+
+
+@pytest.mark.parametrize("model", [None, [nn.Linear(1, 1)], nn.Linear])
+def test_what_is_no_model_is_refused(kind, model):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got"):
+        kind(model)
 
 
 def test_every_option_is_an_attribute_and_shown(kind):

@@ -102,6 +102,7 @@ def changed(state, *path, value):
             r"\['0.weight'\] is \[2\], expected \[6, 5\]",
         ),
         (("state", "score", "0.weight"), 3, "is int, expected"),
+        (("state", "score", "0.weight"), torch.full((6, 5), torch.nan), "holds NaN or infinity"),
     ],
 )
 def test_state_that_does_not_fit_is_refused_and_changes_nothing(path, value, message):

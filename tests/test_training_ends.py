@@ -102,7 +102,7 @@ class TestEarlyEnd:
     def test_a_huge_learning_rate_is_named_with_its_place(self, tmp_path):
         with pytest.raises(
             clext.NonFiniteLossError,
-            match=r"baseline: .* at task 1, epoch 1, step \d+; try a smaller lr \(now 1e\+30\)",
+            match=r"baseline: .* at task 1, epoch 1, step \d+; .*try a smaller lr \(now 1e\+30\)",
         ):
             clext.train("baseline", lr=1e30, out=tmp_path, **QUICK)
         assert clext.Result.load(tmp_path).curve == []
@@ -127,7 +127,7 @@ class TestEarlyEnd:
             clext.train("baseline", model=small(), out=tmp_path, **QUICK)
         assert "saved in" in caught.value.__notes__[0]
         saved = clext.Result.load(tmp_path)
-        assert saved.stopped == "KeyboardInterrupt"
+        assert saved.stopped == "interrupted"
         assert len(saved.average_accuracy) == 1
 
     def test_results_are_saved_after_each_task(self, tmp_path):

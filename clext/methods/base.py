@@ -204,6 +204,8 @@ class Method:
                 if not isinstance(other, Tensor) or other.shape != own.shape:
                     got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
                     raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")
+                if not bool(other.isfinite().all()):
+                    raise ValueError(f"{label}[{name!r}] holds NaN or infinity")
                 pairs.append((own, other))
         return pairs
 

@@ -87,7 +87,8 @@ CLEXT_HOST_DEVICE A fold(A a, A b) {
   return a + b;
 }
 
-// Folds a block of element results: element i goes to lane i % kLanes, lanes are folded at the end.
+// Folds a block of element results: element i goes to lane i % kLanes, lanes are folded
+// as a tree at the end.
 template <Reduction R, class A>
 CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t n) {
   A lanes[kLanes] = {};
@@ -99,11 +100,12 @@ CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t n) {
     }
   }
   for (int64_t i = whole; i < n; ++i) lanes[i - whole] = fold<R>(lanes[i - whole], results[i]);
-  double total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    total = fold<R>(total, static_cast<double>(lanes[lane]));
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) {
+      lanes[lane] = fold<R>(lanes[lane], lanes[lane + width]);
+    }
   }
-  return total;
+  return static_cast<double>(lanes[0]);
 }
 
 template <class Op, class T>
