@@ -69,9 +69,9 @@ void check_lengths(const Context& where, const std::vector<ListArgument>& argume
                    size_t layout) {
   const size_t expected = arguments[layout].tensors.size();
   for (const ListArgument& argument : arguments) {
-    TORCH_CHECK_VALUE(argument.tensors.size() == expected, where.op(), ": ", argument.name,
-                      " has ", argument.tensors.size(), " tensors, expected ", expected,
-                      " (as many as ", arguments[layout].name, ")");
+    TORCH_CHECK_VALUE(argument.tensors.size() == expected, where.op(), ": ", argument.name, " has ",
+                      argument.tensors.size(), " tensors, expected ", expected, " (as many as ",
+                      arguments[layout].name, ")");
   }
 }
 
@@ -106,15 +106,16 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
   const ListArgument& argument = arguments[a];
   const at::Tensor& tensor = argument.tensors[i];
   TORCH_CHECK_VALUE(tensor.defined(), where.at(a, i), " is undefined, expected a tensor");
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, where.at(a, i), " has layout ",
-                   tensor.layout(), ", expected a dense (strided) tensor; build layers such as "
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, where.at(a, i), " has layout ", tensor.layout(),
+                   ", expected a dense (strided) tensor; build layers such as "
                    "Embedding with sparse=False");
   TORCH_CHECK_VALUE(tensor.device() == device, where.at(a, i), " is on ", tensor.device(),
                     ", expected ", device, " (all tensors of one call share a device)");
   // Torch refuses to count the change of such a tensor, but only after it has been made.
   TORCH_CHECK_VALUE(
       argument.access == Access::Read || !tensor.is_inference() || c10::InferenceMode::is_enabled(),
-      where.at(a, i), " was made in torch.inference_mode(), expected a normal tensor since it is "
+      where.at(a, i),
+      " was made in torch.inference_mode(), expected a normal tensor since it is "
       "written outside of it; clone() it here");
   const bool is_parameter = argument.storage == Storage::Parameter;
   const at::ScalarType dtype = is_parameter ? leading : state_dtype(leading);
@@ -123,8 +124,8 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
                    is_parameter ? "" : " (state is float64 for float64 parameters, else float32)");
   if (argument.storage == Storage::Rows) {
     TORCH_CHECK_VALUE(tensor.dim() == reference.dim() + 1, where.at(a, i), " has shape ",
-                      tensor.sizes(), ", expected one row per output of shape ",
-                      reference.sizes(), where.expected_from(i));
+                      tensor.sizes(), ", expected one row per output of shape ", reference.sizes(),
+                      where.expected_from(i));
     check_shape(where, a, i, tensor.sizes().slice(1), reference.sizes());
   } else {
     check_shape(where, a, i, tensor.sizes(), reference.sizes());
@@ -160,8 +161,7 @@ Extent extent_of(const at::Tensor& tensor, size_t argument, size_t index) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
   const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size()), argument,
-          index};
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size()), argument, index};
 }
 
 // A tensor that is written must not share memory with any other: the result would depend on the
@@ -246,8 +246,7 @@ void make_groups(Prepared& prepared, at::TensorList references,
 
 }  // namespace
 
-bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides,
-                 at::IntArrayRef expected_strides) {
+bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef expected_strides) {
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && strides[d] != expected_strides[d]) return false;
   }
@@ -266,8 +265,7 @@ Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
   make_groups(prepared, references, leading, arguments.size());
   for (size_t a = 0; a < arguments.size(); ++a) {
     for (size_t i = 0; i < references.size(); ++i) {
-      const at::Tensor tensor =
-          lay_out(where, arguments[a], a, i, references[i], prepared.copies);
+      const at::Tensor tensor = lay_out(where, arguments[a], a, i, references[i], prepared.copies);
       const auto [group_index, index] = prepared.positions[i];
       TensorLists& group = prepared.groups[group_index];
       group.pointers[a * group.sizes.size() + index] = pointer_of(tensor, arguments[a].access);

@@ -30,8 +30,8 @@ struct Prepared {
   };
 
   std::vector<TensorLists> groups;
-  std::vector<Position> positions;  // [tensor] where its pointers are
-  std::vector<at::Tensor> copies;   // read-only arguments that had to be laid out anew
+  std::vector<Position> positions;   // [tensor] where its pointers are
+  std::vector<at::Tensor> copies;    // read-only arguments that had to be laid out anew
   std::optional<at::Device> device;  // none where the lists are empty
   at::ScalarType state_dtype = at::kFloat;
 
@@ -64,9 +64,8 @@ Prepared check_lists(
     const char* op,
     const std::array<std::pair<const char*, at::TensorList>, Op::lists::count>& lists,
     size_t layout, const std::vector<std::string>& parameter_names = {}) {
-  return check_lists(
-      op, arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{}), layout,
-      parameter_names);
+  return check_lists(op, arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{}),
+                     layout, parameter_names);
 }
 
 // Same shape is given; true where the same index means the same place in memory as well.

@@ -39,13 +39,10 @@ std::vector<at::Tensor> quadratic_penalty_backward(const at::Tensor& grad, at::T
                     ", expected a 0-dim tensor");
   std::vector<at::Tensor> grads;
   for (const at::Tensor& param : params) grads.push_back(at::empty_like(param));
-  const auto prepared =
-      check_lists<QuadraticPenaltyBackward>("quadratic_penalty_backward",
-                                            {{{"grads", grads},
-                                              {"params", params},
-                                              {"anchors", anchors},
-                                              {"importances", importances}}},
-                                            1);
+  const auto prepared = check_lists<QuadraticPenaltyBackward>(
+      "quadratic_penalty_backward",
+      {{{"grads", grads}, {"params", params}, {"anchors", anchors}, {"importances", importances}}},
+      1);
   TORCH_CHECK_VALUE(!prepared.device || grad.device() == *prepared.device,
                     "quadratic_penalty_backward: grad is on ", grad.device(), ", expected ",
                     *prepared.device);
@@ -58,13 +55,10 @@ at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList para
                                        at::TensorList anchors, at::TensorList importances,
                                        double strength) {
   check_scalar("add_quadratic_penalty_grad_", "strength", strength);
-  const auto prepared =
-      check_lists<AddQuadraticPenaltyGrad>("add_quadratic_penalty_grad_",
-                                           {{{"grads", grads},
-                                             {"params", params},
-                                             {"anchors", anchors},
-                                             {"importances", importances}}},
-                                           1);
+  const auto prepared = check_lists<AddQuadraticPenaltyGrad>(
+      "add_quadratic_penalty_grad_",
+      {{{"grads", grads}, {"params", params}, {"anchors", anchors}, {"importances", importances}}},
+      1);
   at::Tensor value = run(prepared, AddQuadraticPenaltyGrad{strength});
   mark_changed({grads});
   return value;
@@ -122,8 +116,8 @@ void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList
 
 void accumulate_square_(at::TensorList acc, at::TensorList grads, double scale) {
   check_scalar("accumulate_square_", "scale", scale);
-  const auto prepared = check_lists<AccumulateSquare>("accumulate_square_",
-                                                      {{{"acc", acc}, {"grads", grads}}}, 0);
+  const auto prepared =
+      check_lists<AccumulateSquare>("accumulate_square_", {{{"acc", acc}, {"grads", grads}}}, 0);
   run(prepared, AccumulateSquare{scale});
   mark_changed({acc});
 }
@@ -141,13 +135,12 @@ void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::T
   check_scalar("sliced_importance_", "scale", scale);
   TORCH_CHECK_VALUE(slices.dim() == 2, "sliced_importance_: slices has shape ", slices.sizes(),
                     ", expected [slices, outputs]");
-  const auto prepared = check_lists<SlicedImportance>(
-      "sliced_importance_", {{{"acc", acc}, {"jacobian", jacobian}}}, 0);
+  const auto prepared = check_lists<SlicedImportance>("sliced_importance_",
+                                                      {{{"acc", acc}, {"jacobian", jacobian}}}, 0);
   const int64_t outputs = slices.size(1);
   for (size_t i = 0; i < jacobian.size(); ++i) {
     TORCH_CHECK_VALUE(jacobian[i].size(0) == outputs, "sliced_importance_: jacobian[", i, "] has ",
-                      jacobian[i].size(0), " rows, expected ", outputs,
-                      " (the columns of slices)");
+                      jacobian[i].size(0), " rows, expected ", outputs, " (the columns of slices)");
   }
   TORCH_CHECK_VALUE(!prepared.device || slices.device() == *prepared.device,
                     "sliced_importance_: slices is on ", slices.device(), ", expected ",
@@ -157,8 +150,7 @@ void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::T
   // In float64, which no matmul precision setting and no autocast touches: the kernel reads raw
   // numbers of the state's dtype.
   const at::Tensor directions = slices.detach().to(at::kDouble);
-  const at::Tensor gram =
-      at::mm(directions.t(), directions).to(prepared.state_dtype).contiguous();
+  const at::Tensor gram = at::mm(directions.t(), directions).to(prepared.state_dtype).contiguous();
   run(prepared, SlicedImportance{gram.const_data_ptr(), outputs, scale});
   mark_changed({acc});
 }
@@ -193,12 +185,10 @@ at::Tensor consolidate_all_anchors_(at::TensorList importances, at::TensorList a
 void consolidate_path_integral_(at::TensorList importances, at::TensorList anchors,
                                 at::TensorList path, at::TensorList params, double xi) {
   check_scalar("consolidate_path_integral_", "xi", xi, /*positive=*/true);
-  const auto prepared = check_lists<ConsolidatePathIntegral>("consolidate_path_integral_",
-                                                             {{{"importances", importances},
-                                                               {"anchors", anchors},
-                                                               {"path", path},
-                                                               {"params", params}}},
-                                                             3);
+  const auto prepared = check_lists<ConsolidatePathIntegral>(
+      "consolidate_path_integral_",
+      {{{"importances", importances}, {"anchors", anchors}, {"path", path}, {"params", params}}},
+      3);
   run(prepared, ConsolidatePathIntegral{xi});
   mark_changed({importances, anchors, path});
 }
@@ -270,9 +260,8 @@ TORCH_LIBRARY(clext, m) {
       tags);
   m.def("accumulate_square_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
   m.def("accumulate_abs_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
-  m.def(
-      "sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
-      tags);
+  m.def("sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
+        tags);
   m.def(
       "consolidate_importance_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
       "Tensor[] estimate, Tensor[] params, float gamma) -> ()",

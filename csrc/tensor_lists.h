@@ -40,9 +40,9 @@ struct TensorLists {
 };
 
 // Chunk sizes are part of a result's bits: partial sums are per chunk.
-// CPU, 32 K elements: the streams of the widest op stay in a core's second-level cache, and a vision
-// transformer has enough chunks for any number of threads. CUDA, 8 K: a block computes one chunk,
-// and the course's perceptron still has more chunks than an H200 has multiprocessors.
+// CPU, 32 K elements: the streams of the widest op stay in a core's second-level cache, and a
+// vision transformer has enough chunks for any number of threads. CUDA, 8 K: a block computes one
+// chunk, and the course's perceptron still has more chunks than an H200 has multiprocessors.
 static constexpr int64_t kCpuChunkSize = 32 * 1024;
 static constexpr int64_t kCudaChunkSize = 8 * 1024;
 
@@ -50,8 +50,8 @@ inline std::vector<Chunk> make_chunks(const std::vector<int64_t>& sizes, int64_t
   std::vector<Chunk> chunks;
   for (size_t tensor = 0; tensor < sizes.size(); ++tensor) {
     for (int64_t offset = 0; offset < sizes[tensor]; offset += chunk_size) {
-      chunks.push_back({static_cast<int64_t>(tensor), offset,
-                        std::min(chunk_size, sizes[tensor] - offset)});
+      chunks.push_back(
+          {static_cast<int64_t>(tensor), offset, std::min(chunk_size, sizes[tensor] - offset)});
     }
   }
   return chunks;

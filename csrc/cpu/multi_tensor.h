@@ -78,7 +78,8 @@ CLEXT_HOST_DEVICE auto apply_element(const Op& op, const ChunkPointers& at, int6
       return result;
     }
   };
-  return run(Stream<typename ListAt<K, typename Op::lists>::type, T>::load(at[K], row_stride, i)...);
+  return run(
+      Stream<typename ListAt<K, typename Op::lists>::type, T>::load(at[K], row_stride, i)...);
 }
 
 template <Reduction R, class A>
@@ -139,8 +140,8 @@ double apply_chunk_baseline(const Op& op, const ChunkPointers& at, int64_t row_s
 
 #if defined(CLEXT_X86_DISPATCH)
 template <class Op, class T>
-CLEXT_TARGET_AVX2 double apply_chunk_avx2(const Op& op, const ChunkPointers& at,
-                                          int64_t row_stride, int64_t n) {
+CLEXT_TARGET_AVX2 double apply_chunk_avx2(const Op& op, const ChunkPointers& at, int64_t row_stride,
+                                          int64_t n) {
   return apply_chunk<Op, T>(op, at, row_stride, n);
 }
 
@@ -169,9 +170,9 @@ auto select_apply_chunk() {
 template <class Op, class T, size_t... K>
 ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk, std::index_sequence<K...>) {
   return {(static_cast<char*>(lists.pointer(K, chunk.tensor)) +
-           chunk.offset * static_cast<int64_t>(sizeof(
-                              typename Stream<typename ListAt<K, typename Op::lists>::type,
-                                              T>::Element)))...};
+           chunk.offset *
+               static_cast<int64_t>(sizeof(
+                   typename Stream<typename ListAt<K, typename Op::lists>::type, T>::Element)))...};
 }
 
 template <class Op, class T>

@@ -34,8 +34,8 @@ struct TableEntry {
 
 template <int ListCount>
 struct LaunchTable {
-  static constexpr int kCapacity = static_cast<int>(
-      (kTableBytes - 16) / (sizeof(TableEntry<ListCount>) + sizeof(int32_t)));
+  static constexpr int kCapacity =
+      static_cast<int>((kTableBytes - 16) / (sizeof(TableEntry<ListCount>) + sizeof(int32_t)));
 
   TableEntry<ListCount> entries[kCapacity];
   // Block b works on the last entry whose first block is not beyond b. Kept apart from the entries

@@ -45,8 +45,8 @@ struct ConsolidateImportance {
 };
 
 // Keeps  sum_k F_k (theta - theta_k)^2  of all tasks k exactly, as one quadratic
-// A (theta - B/A)^2 + constant: A = sum F_k is the importance, B/A = sum F_k theta_k / A the anchor.
-// Returns the element's share of the constant's increase.
+// A (theta - B/A)^2 + constant: A = sum F_k is the importance, B/A = sum F_k theta_k / A the
+// anchor. Returns the element's share of the constant's increase.
 struct ConsolidateAllAnchors {
   using lists = Lists<UpdateState, UpdateState, ReadState, ReadParameter>;
   static constexpr Reduction reduction = Reduction::Sum;

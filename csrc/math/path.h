@@ -6,8 +6,8 @@
 
 namespace clext {
 
-// The gradient of the task loss alone. `.grad` holds the gradient of loss + penalty at the parameter
-// before the step, so the penalty's share at that point is taken out again.
+// The gradient of the task loss alone. `.grad` holds the gradient of loss + penalty at the
+// parameter before the step, so the penalty's share at that point is taken out again.
 template <class A>
 CLEXT_HOST_DEVICE A task_gradient(A grad, A previous, A anchor, A importance, A strength) {
   return grad - A(2) * strength * importance * (previous - anchor);
@@ -15,8 +15,7 @@ CLEXT_HOST_DEVICE A task_gradient(A grad, A previous, A anchor, A importance, A 
 
 // path_i -= g_i (theta_i(t+1) - theta_i(t)): the loss decrease that parameter i is credited with.
 struct AccumulatePathIntegral {
-  using lists =
-      Lists<UpdateState, UpdateState, ReadParameter, ReadParameter, ReadState, ReadState>;
+  using lists = Lists<UpdateState, UpdateState, ReadParameter, ReadParameter, ReadState, ReadState>;
   static constexpr Reduction reduction = Reduction::None;
 
   double strength;

@@ -34,7 +34,8 @@ CLEXT_HOST_DEVICE float float_of(uint32_t bits) {
 
 }  // namespace detail
 
-// The accumulate type A of a storage type T; importances, anchors and paths are stored in A as well.
+// The accumulate type A of a storage type T; importances, anchors and paths are stored in A as
+// well.
 template <class T>
 struct Accumulate {
   using type = float;
@@ -84,8 +85,7 @@ CLEXT_HOST_DEVICE Float16 from_accumulate<Float16>(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal results: rebias the exponent by -112 and round away the 13 lowest mantissa bits.
-  const uint32_t normal =
-      (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal results (below 2^-14): adding 0.5 lets the adder round at bit 2^-24.
   const uint32_t subnormal = detail::bits_of(detail::float_of(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t result = magnitude < (113u << 23) ? subnormal : normal;

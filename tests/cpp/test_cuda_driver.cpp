@@ -21,8 +21,8 @@ constexpr int64_t kRows = 3;
 constexpr size_t kCanary = 64;  // bytes before and after each tensor; keeps the alignment
 
 // Sizes below, at and above a vector, a tile and a chunk.
-const std::vector<int64_t> kSizes = {1,    0,    7,    8, 255, 2048, 4099, kCudaChunkSize, 5, 16,
-                                     2 * kCudaChunkSize + 4096 + 9};
+const std::vector<int64_t> kSizes = {
+    1, 0, 7, 8, 255, 2048, 4099, kCudaChunkSize, 5, 16, 2 * kCudaChunkSize + 4096 + 9};
 
 template <class T>
 constexpr StorageType kStorageType = std::is_same_v<T, float>      ? StorageType::Float32
@@ -113,8 +113,8 @@ void compare_with_cpu(const Op& op, const std::vector<int64_t>& sizes, int64_t s
       sizeof(result) == sizeof(double) ? StorageType::Float64 : StorageType::Float32;
   reduce_partials_cuda(partials.data(), static_cast<int64_t>(partials.size()), Op::reduction,
                        &result, type, nullptr);
-  reduce_partials_cpu(cpu_partials.data(), static_cast<int64_t>(cpu_partials.size()),
-                      Op::reduction, &expected, type);
+  reduce_partials_cpu(cpu_partials.data(), static_cast<int64_t>(cpu_partials.size()), Op::reduction,
+                      &expected, type);
   check_near(result, expected, std::is_same_v<T, double> ? 1e-14 : 1e-5, "the same reduction");
 
   Case<Op, T> shifted(sizes, shift + 1);
