@@ -176,7 +176,8 @@ def main() -> None:
         options = build_options(torch)
     else:
         options = {"ext_modules": [Extension("clext._C", [])], "cmdclass": {"build_ext": NoTorch}}
-    setup(install_requires=[torch_requirement(torch), *RUNTIME_REQUIREMENTS], **options)
+    requirements = [torch_requirement(torch), *RUNTIME_REQUIREMENTS]
+    setup(license="BSD-3-Clause", install_requires=requirements, **options)
 
 
 try:

@@ -28,6 +28,12 @@ def read_lines(name: str) -> list[Entry]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def read_comparison() -> dict[str, Entry]:
+    file = RESULTS / "permuted_mnist" / "comparison.json"
+    results: dict[str, Entry] = json.loads(file.read_text())["results"]
+    return results
+
+
 def newest(entries: Iterable[Entry], *keys: str) -> list[Entry]:
     """The last entry of each combination of `keys` and device, in order of first appearance."""
     found: dict[tuple[Any, ...], Entry] = {}
@@ -52,9 +58,8 @@ def where(entries: list[Entry]) -> str:
 
 
 def accuracy_table() -> str:
-    results = json.loads((RESULTS / "permuted_mnist" / "comparison.json").read_text())["results"]
     rows = []
-    for name, result in results.items():
+    for name, result in read_comparison().items():
         final = [a for a in result["accuracy"][-1] if a is not None]
         worst = min(final)
         strength = f"{result['config']['strength']:g}"
@@ -130,7 +135,9 @@ def plan_table() -> str:
 
 
 def sweep_table() -> str:
-    entries = read_lines("sweep")
+    runs = read_lines("sweep") + compared()
+    # Deterministic, so a second run of the same settings says nothing new.
+    entries = {(e["method"], e["strength"], str(e["options"]), e["seed"]): e for e in runs}.values()
     rows = [
         [
             f"`{e['method']}`",
@@ -142,6 +149,24 @@ def sweep_table() -> str:
         for e in sorted(entries, key=lambda e: (e["method"], e["strength"], e["seed"]))
     ]
     return markdown(["method", "strength", "options", "seed", "average accuracy"], rows)
+
+
+def compared() -> list[Entry]:
+    """The runs of `clext compare`, as entries of the sweep."""
+    entries = []
+    for name, result in read_comparison().items():
+        config = result["config"]
+        final = [a for a in result["accuracy"][-1] if a is not None]
+        entries.append(
+            {
+                "method": name,
+                "strength": config["strength"],
+                "options": config["method_options"],
+                "seed": config["seed"],
+                "average_accuracy": [sum(final) / len(final)],
+            }
+        )
+    return entries
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""The sweep that the default strengths come from: `python bench/sweep.py [METHOD ...]`.
+"""What other strengths give: `python bench/sweep.py [METHOD ...]`.
 
 Permuted MNIST as in `clext.train`'s defaults (5 tasks, 10 epochs), one run for each strength.
 Appends a line per run to bench/results/sweep.jsonl, which `python bench/report.py` summarises.
@@ -14,9 +14,9 @@ import clext
 GRID: dict[str, list[float]] = {
     "baseline": [0.0],
     "ewc": [100.0, 250.0, 500.0],
-    "mas": [0.1, 0.2, 0.4],
-    "si": [5.0, 10.0, 20.0],
-    "rwalk": [1.0, 2.0, 4.0],
+    "mas": [0.025, 0.05, 0.1],
+    "si": [10.0, 20.0, 40.0],
+    "rwalk": [0.5, 1.0, 2.0],
     "scp": [50.0, 100.0, 200.0],
 }
 
