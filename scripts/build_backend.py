@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import build_meta
 
 ConfigSettings = dict[str, Any] | None
@@ -79,8 +80,21 @@ def build_editable(
     return name
 
 
+def check_setuptools(version: str = setuptools.__version__) -> None:
+    """Refuses a setuptools that pyproject.toml does not ask for, which --no-build-isolation allows.
+
+    Before 70.1 building a wheel needs the package wheel, and fails without a useful message.
+    """
+    if tuple(map(int, version.split(".")[:2])) < (70, 1) and not importlib.util.find_spec("wheel"):
+        sys.exit(
+            f"clext: setuptools {version} is too old to build a wheel; run "
+            "`pip install --upgrade setuptools ninja`, or install without --no-build-isolation."
+        )
+
+
 def use_installed_torch() -> bool:
     """Makes an installed torch importable; returns whether there is one."""
+    check_setuptools()
     if importlib.util.find_spec("torch"):
         return True
     folder = find_torch(installed_packages())

@@ -61,6 +61,11 @@ def frozen_later(problem, step):
     problem.backward(*([0] if step >= 2 else []))
 
 
+def frozen_at_first(problem, step):
+    problem.params[0].requires_grad_(step >= 2)
+    problem.backward(0)
+
+
 def frozen_with_its_gradient(problem, step):
     problem.backward()
     problem.params[0].requires_grad_(False)
@@ -75,26 +80,30 @@ EVENTS = (
     no_gradient_at_all,
     parameters_get_new_memory,
     frozen_later,
+    frozen_at_first,
     frozen_with_its_gradient,
 )
 
 
+@pytest.mark.parametrize("pull", [True, False], ids=["pull", "walk only"])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_steps_equal_the_ops(event, implementation, device):
+def test_steps_equal_the_ops(event, pull, implementation, device):
     problem = Problem(implementation, device)
     twin = Twin(problem, implementation)
     for step in range(5):
         event(problem, step)
-        run_step(problem, twin)
+        run_step(problem, twin, pull)
 
 
+@pytest.mark.parametrize("pull", [True, False], ids=["pull", "walk only"])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_both_plans_mean_the_same(event, device):
+def test_both_plans_mean_the_same(event, pull, device):
     left, right = Problem("compiled", device), Problem("reference", device)
     for step in range(3):
         for problem in (left, right):
             event(problem, step)
-            problem.plan.add_quadratic_penalty_grad_(0.5)
+            if pull:  # which makes the gradients that are missing
+                problem.plan.add_quadratic_penalty_grad_(0.5)
             problem.optimize()
             problem.plan.riemannian_walk_step_(0.5, 0.9)
             problem.plan.accumulate_riemannian_walk_score_(0.1)

@@ -39,6 +39,15 @@ def test_an_importable_torch_needs_no_download(monkeypatch: pytest.MonkeyPatch):
     assert sys.path == path
 
 
+def test_an_old_setuptools_is_refused_with_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(build_backend.importlib.util, "find_spec", lambda _: None)
+    build_backend.check_setuptools("70.1.0")
+    with pytest.raises(SystemExit, match="setuptools 65.5.0 is too old .*; run `pip install --upg"):
+        build_backend.check_setuptools("65.5.0")
+    monkeypatch.setattr(build_backend.importlib.util, "find_spec", lambda name: name == "wheel")
+    build_backend.check_setuptools("65.5.0")
+
+
 def requirements_in(python: Path, code: str = "") -> tuple[list[str], str]:
     """Asks the backend as pip does: in the target's interpreter, with a sys.path of its own."""
     program = f"""
@@ -46,6 +55,7 @@ import sys, types
 sys.path = [p for p in sys.path if "site-packages" not in p]
 for name in ("setuptools", "setuptools.build_meta"):
     sys.modules[name] = types.ModuleType(name)
+sys.modules["setuptools"].__version__ = "80.0"
 sys.modules["setuptools"].build_meta = sys.modules["setuptools.build_meta"]
 sys.modules["setuptools.build_meta"].build_sdist = None
 sys.path.insert(0, {str(SCRIPTS)!r})

@@ -129,6 +129,7 @@ def test_editable_installation_serves_the_sources(source: Path, tmp_path: Path):
     # Lends the packages of this environment, torch first of all, to the new one.
     lent = [path for path in sys.path if path.endswith("-packages")]
     (packages / "lent.pth").write_text("\n".join(lent) + "\n")
+    pip(tmp_path, "install", "--upgrade", "setuptools", python=python)
     options = ["--no-deps", "--no-build-isolation", "-e"]
     pip(tmp_path, "install", *options, source, python=python)
     assert (source / "clext" / "_build.py").is_file()
@@ -139,7 +140,7 @@ def test_editable_installation_serves_the_sources(source: Path, tmp_path: Path):
 def test_without_torch_a_build_fails_with_one_sentence(source: Path, tmp_path: Path):
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip(tmp_path, "install", "setuptools", python=python)
+    pip(tmp_path, "install", "--upgrade", "setuptools", python=python)
     command = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
