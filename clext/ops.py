@@ -7,6 +7,7 @@ Bad arguments raise ValueError (TypeError for dtypes and sparse tensors) and cha
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -192,14 +193,18 @@ _REFERENCES: dict[str, Callable[..., object]] = {
 
 def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
     """`fake`, refusing tensors of several devices: a mix with the meta device arrives here."""
+    names = list(inspect.signature(_REFERENCES[name]).parameters)
 
     def checked(*arguments: object) -> object:
-        lists = [entry for entry in arguments if isinstance(entry, list | tuple)]
-        devices = {str(tensor.device) for entries in lists for tensor in entries}
-        if len(devices) > 1:
-            raise ValueError(
-                f"{name}: tensors are on {' and '.join(sorted(devices))}, expected one device"
-            )
+        expected: torch.device | None = None
+        for argument, entries in zip(names, arguments, strict=True):
+            for index, entry in enumerate(entries if isinstance(entries, list | tuple) else []):
+                expected = expected or entry.device
+                if entry.device != expected:
+                    raise ValueError(
+                        f"{name}: {argument}[{index}] is on {entry.device}, expected {expected} "
+                        "(all tensors of one call share a device)"
+                    )
         return fake(*arguments)
 
     return checked

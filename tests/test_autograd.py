@@ -157,5 +157,7 @@ def test_compiled_op_changes_the_same_tensors(op, fresh_compiler):
 
 
 def test_a_mix_with_the_meta_device_is_refused():
-    with pytest.raises(ValueError, match="quadratic_penalty: tensors are on cpu and meta"):
+    with pytest.raises(
+        ValueError, match=r"quadratic_penalty: anchors\[0\] is on meta, expected cpu"
+    ):
         ops.quadratic_penalty([torch.rand(2)], [torch.rand(2, device="meta")], [torch.rand(2)])

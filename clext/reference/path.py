@@ -195,4 +195,4 @@ def _advance_path(
 
 
 def _normalised(tensor: Tensor, largest: Tensor) -> Tensor:
-    return torch.where(largest > 0, tensor / largest, 0.0).to(tensor.dtype)
+    return torch.where(largest == 0, 0.0, tensor / largest).to(tensor.dtype)

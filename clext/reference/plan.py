@@ -59,12 +59,14 @@ class ReferencePlan:
 
         A missing `.grad` is made; frozen parameters without one are left out.
         """
-        for parameter in self._params:
-            if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
         keys = ("anchor", "importance")
-        params, grads, (anchors, importances) = self._active("add_quadratic_penalty_grad_", *keys)
-        return add_quadratic_penalty_grad_(grads, params, anchors, importances, strength)
+        params, grads, (anchors, importances) = self._active(
+            "add_quadratic_penalty_grad_", *keys, written=True
+        )
+        value = add_quadratic_penalty_grad_(grads, params, anchors, importances, strength)
+        for parameter, grad in zip(params, grads, strict=True):
+            parameter.grad = grad
+        return value
 
     def accumulate_path_integral_(self, strength: float) -> None:
         """One step of SI; parameters without gradient are left out: no optimizer has moved them."""
@@ -124,16 +126,25 @@ class ReferencePlan:
                 )
         return [self._state[key] for key in keys]
 
-    def _active(self, op: str, *keys: str) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-        """Parameters that have a gradient, those gradients, and their entries of the state."""
+    def _active(
+        self, op: str, *keys: str, written: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """Parameters that have a gradient, those gradients, and their entries of the state.
+
+        If gradients are to be `written`, trainable parameters without one take part with zeros.
+        """
         lists = self._lists(op, *keys)
         params, grads, chosen = [], [], []
         for index, parameter in enumerate(self._params):
-            if parameter.grad is not None:
+            grad = parameter.grad
+            if grad is None and written and parameter.requires_grad:
+                grad = torch.zeros_like(parameter)
+            if grad is not None:
                 params.append(parameter)
-                grads.append(parameter.grad)
+                grads.append(grad)
                 chosen.append(index)
         # The op checks again, but only the plan knows the parameters' names.
         names = [self._names[index] for index in chosen]
-        check_lists(op, Argument("params", params), Argument("grads", grads), parameter_names=names)
+        gradients = Argument("grads", grads, written=written)
+        check_lists(op, Argument("params", params), gradients, parameter_names=names)
         return params, grads, [[entries[index] for index in chosen] for entries in lists]

@@ -6,11 +6,13 @@ tests; that CUDA sources compile and link is seen by the ordinary installation b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -127,8 +129,10 @@ def test_editable_installation_serves_the_sources(source: Path, tmp_path: Path):
     python = tmp_path / "venv" / "bin" / "python"
     packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     # Lends the packages of this environment, torch first of all, to the new one.
-    lent = [path for path in sys.path if path.endswith("-packages")]
-    (packages / "lent.pth").write_text("\n".join(lent) + "\n")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("clext", "__editable__", "pip", "setuptools")):
+            with contextlib.suppress(FileExistsError):
+                (packages / entry.name).symlink_to(entry)
     pip(tmp_path, "install", "--upgrade", "setuptools", python=python)
     options = ["--no-deps", "--no-build-isolation", "-e"]
     pip(tmp_path, "install", *options, source, python=python)
