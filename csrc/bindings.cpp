@@ -32,6 +32,35 @@ py::dict build_info() {
   return info;
 }
 
+// Keyword arguments of Python, in the order of the binding below.
+
+std::optional<at::Tensor> sgd_step_(clext::ParameterPlan& plan,
+                                    const std::variant<at::Tensor, double>& lr, double momentum,
+                                    double dampening, double weight_decay, bool nesterov,
+                                    bool maximize, double strength, double decay, bool proximal,
+                                    bool clear_grad, const std::optional<at::Tensor>& grad_scale,
+                                    const std::optional<at::Tensor>& found_inf) {
+  return plan.sgd_step_(
+      {{lr, weight_decay, maximize, strength, decay, proximal, clear_grad, grad_scale, found_inf},
+       momentum,
+       dampening,
+       nesterov});
+}
+
+std::optional<at::Tensor> adam_step_(clext::ParameterPlan& plan,
+                                     const std::variant<at::Tensor, double>& lr, double beta1,
+                                     double beta2, double eps, double weight_decay, bool decoupled,
+                                     bool maximize, double strength, double decay, bool proximal,
+                                     bool clear_grad, const std::optional<at::Tensor>& grad_scale,
+                                     const std::optional<at::Tensor>& found_inf) {
+  return plan.adam_step_(
+      {{lr, weight_decay, maximize, strength, decay, proximal, clear_grad, grad_scale, found_inf},
+       beta1,
+       beta2,
+       eps,
+       decoupled});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -41,8 +70,10 @@ PYBIND11_MODULE(_C, m) {
   using clext::ParameterPlan;
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   py::class_<ParameterPlan>(m, "ParameterPlan")
-      .def(py::init<std::vector<std::string>, std::vector<at::Tensor>, ParameterPlan::State>(),
-           py::arg("names"), py::arg("params"), py::arg("state"))
+      .def(py::init<std::vector<std::string>, std::vector<at::Tensor>, ParameterPlan::State,
+                    std::vector<at::Tensor>>(),
+           py::arg("names"), py::arg("params"), py::arg("state"),
+           py::arg("steps") = std::vector<at::Tensor>())
       .def("quadratic_penalty", &ParameterPlan::quadratic_penalty, no_gil)
       .def("add_quadratic_penalty_grad_", &ParameterPlan::add_quadratic_penalty_grad_,
            py::arg("strength"), no_gil)
@@ -59,5 +90,13 @@ PYBIND11_MODULE(_C, m) {
       .def("consolidate_path_integral_", &ParameterPlan::consolidate_path_integral_, py::arg("xi"),
            no_gil)
       .def("consolidate_riemannian_walk_", &ParameterPlan::consolidate_riemannian_walk_,
-           py::arg("mix"), no_gil);
+           py::arg("mix"), no_gil)
+      .def("sgd_step_", &sgd_step_, py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+           py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("strength"),
+           py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"), py::arg("grad_scale"),
+           py::arg("found_inf"), no_gil)
+      .def("adam_step_", &adam_step_, py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+           py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("maximize"),
+           py::arg("strength"), py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"),
+           py::arg("grad_scale"), py::arg("found_inf"), no_gil);
 }

@@ -127,6 +127,9 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
                       tensor.sizes(), ", expected one row per output of shape ", reference.sizes(),
                       where.expected_from(i));
     check_shape(where, a, i, tensor.sizes().slice(1), reference.sizes());
+  } else if (argument.storage == Storage::Scalars) {
+    TORCH_CHECK_VALUE(tensor.dim() == 0, where.at(a, i), " has shape ", tensor.sizes(),
+                      ", expected a 0-dim tensor");
   } else {
     check_shape(where, a, i, tensor.sizes(), reference.sizes());
   }
@@ -136,6 +139,7 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
 at::Tensor lay_out(const Context& where, const ListArgument& argument, size_t a, size_t i,
                    const at::Tensor& reference, std::vector<at::Tensor>& copies) {
   const at::Tensor& tensor = argument.tensors[i];
+  if (argument.storage == Storage::Scalars) return tensor;
   const bool rows = argument.storage == Storage::Rows;
   const at::IntArrayRef strides = rows ? tensor.strides().slice(1) : tensor.strides();
   if (same_layout(reference.sizes(), strides, reference.strides())) return tensor;

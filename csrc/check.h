@@ -49,6 +49,17 @@ struct Prepared {
 Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments, size_t layout,
                      const std::vector<std::string>& parameter_names = {});
 
+// What a functor does with each of its lists.
+struct ListKind {
+  Storage storage;
+  Access access;
+};
+
+template <class... L>
+std::vector<ListKind> kinds_of(Lists<L...>) {
+  return {ListKind{L::storage, L::access}...};
+}
+
 // The same for the lists that a functor declares; `names` are the schema's.
 template <class Op, size_t... K>
 std::vector<ListArgument> arguments_of(

@@ -10,19 +10,9 @@
 #include "math/penalty.h"
 #include "math/sliced.h"
 #include "run.h"
+#include "versions.h"
 
 namespace clext {
-
-namespace {
-
-// Custom in-place ops have to tell autograd themselves that a tensor has changed.
-void mark_changed(std::initializer_list<at::TensorList> lists) {
-  for (const at::TensorList list : lists) {
-    for (const at::Tensor& tensor : list) tensor.unsafeGetTensorImpl()->bump_version();
-  }
-}
-
-}  // namespace
 
 at::Tensor quadratic_penalty(at::TensorList params, at::TensorList anchors,
                              at::TensorList importances) {
@@ -279,6 +269,22 @@ TORCH_LIBRARY(clext, m) {
       "Tensor(c!)[] score, Tensor(d!)[] task_score, Tensor[] fisher, Tensor[] params, "
       "float mix) -> ()",
       tags);
+  m.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, "
+      "Tensor(d!)[] steps, Tensor(e!)[] path, Tensor(f!)[] fisher, Tensor[] anchors, "
+      "Tensor[] importances, *, Tensor lr, float momentum=0, float dampening=0, "
+      "float weight_decay=0, bool nesterov=False, bool maximize=False, float strength=0, "
+      "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> Tensor",
+      tags);
+  m.def(
+      "adam_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] path, Tensor(g!)[] fisher, "
+      "Tensor[] anchors, Tensor[] importances, *, Tensor lr, float beta1, float beta2, float eps, "
+      "float weight_decay=0, bool decoupled=False, bool maximize=False, float strength=0, "
+      "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> Tensor",
+      tags);
 }
 
 namespace {
@@ -298,6 +304,8 @@ void register_kernels(torch::Library& m) {
   m.impl("consolidate_all_anchors_", TORCH_FN(clext::consolidate_all_anchors_));
   m.impl("consolidate_path_integral_", TORCH_FN(clext::consolidate_path_integral_));
   m.impl("consolidate_riemannian_walk_", TORCH_FN(clext::consolidate_riemannian_walk_));
+  m.impl("sgd_step_", TORCH_FN(clext::sgd_step_));
+  m.impl("adam_step_", TORCH_FN(clext::adam_step_));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "check.h"
@@ -39,5 +40,20 @@ void consolidate_path_integral_(at::TensorList importances, at::TensorList ancho
 void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anchors,
                                   at::TensorList score, at::TensorList task_score,
                                   at::TensorList fisher, at::TensorList params, double mix);
+at::Tensor sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                     at::TensorList steps, at::TensorList path, at::TensorList fisher,
+                     at::TensorList anchors, at::TensorList importances, const at::Tensor& lr,
+                     double momentum, double dampening, double weight_decay, bool nesterov,
+                     bool maximize, double strength, double decay, bool proximal, bool clear_grad,
+                     const std::optional<at::Tensor>& grad_scale,
+                     const std::optional<at::Tensor>& found_inf);
+at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                      at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList path,
+                      at::TensorList fisher, at::TensorList anchors, at::TensorList importances,
+                      const at::Tensor& lr, double beta1, double beta2, double eps,
+                      double weight_decay, bool decoupled, bool maximize, double strength,
+                      double decay, bool proximal, bool clear_grad,
+                      const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf);
 
 }  // namespace clext

@@ -25,8 +25,11 @@ bool has_kernels(at::Device device) {
 }  // namespace
 
 ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params,
-                             State state)
-    : names_(std::move(names)), params_(std::move(params)), state_(std::move(state)) {
+                             State state, std::vector<at::Tensor> steps)
+    : names_(std::move(names)),
+      params_(std::move(params)),
+      state_(std::move(state)),
+      steps_(std::move(steps)) {
   TORCH_CHECK_VALUE(!params_.empty(),
                     "ParameterPlan: params is empty, expected at least one tensor");
   TORCH_CHECK_VALUE(names_.size() == params_.size(), "ParameterPlan: names has ", names_.size(),
@@ -40,6 +43,7 @@ ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Ten
   for (const auto& [name, tensors] : state_) {
     lists.push_back({name.c_str(), tensors, Storage::State, Access::Update});
   }
+  if (!steps_.empty()) lists.push_back({"steps", steps_, Storage::Scalars, Access::Update});
   check_lists("ParameterPlan", lists, 0, names_);
 }
 
@@ -48,6 +52,14 @@ const std::vector<at::Tensor>& ParameterPlan::state(const char* op_name, const c
   TORCH_CHECK_VALUE(found != state_.end(), "ParameterPlan.", op_name, ": state has no list '", name,
                     "'; pass it to the constructor");
   return found->second;
+}
+
+const std::vector<at::Tensor>& ParameterPlan::tensors_of(const char* op_name,
+                                                         const Source& source) const {
+  if (source.kind == Source::kState) return state(op_name, source.state);
+  TORCH_CHECK_VALUE(!steps_.empty(), "ParameterPlan.", op_name,
+                    ": there are no steps; pass them to the constructor");
+  return steps_;
 }
 
 bool ParameterPlan::Geometry::fits(const at::Tensor& tensor) const {
@@ -68,9 +80,8 @@ bool ParameterPlan::takes_part(const at::Tensor& param, Missing missing) const {
   return missing == Missing::Created && param.requires_grad();
 }
 
-template <class Op>
-void ParameterPlan::rebuild(const char* op_name, Launch& launch,
-                            const std::vector<Source>& sources) {
+void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
+                            const std::vector<ListKind>& kinds) {
   launch.valid = false;
   launch.cells.clear();
   launch.state.clear();
@@ -95,30 +106,28 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch,
   }
 
   std::vector<std::vector<at::Tensor>> tensors(sources.size());
-  std::array<std::pair<const char*, at::TensorList>, Op::lists::count> lists;
+  std::vector<ListArgument> arguments;
   size_t layout = 0;
   for (size_t a = 0; a < sources.size(); ++a) {
     if (sources[a].kind == Source::kParameter) layout = a;
-    if (sources[a].kind == Source::kState) {
-      for (const size_t i : launch.active) {
-        tensors[a].push_back(state(op_name, sources[a].state)[i]);
-      }
-    } else {
+    if (sources[a].kind == Source::kParameter || sources[a].kind == Source::kGradient) {
       tensors[a] = sources[a].kind == Source::kParameter ? params : grads;
+    } else {
+      const std::vector<at::Tensor>& all = tensors_of(op_name, sources[a]);
+      for (const size_t i : launch.active) tensors[a].push_back(all[i]);
     }
-    lists[a] = {sources[a].name, tensors[a]};
+    arguments.push_back({sources[a].name, tensors[a], kinds[a].storage, kinds[a].access});
   }
-  launch.prepared = check_lists<Op>(op_name, lists, layout, names);
+  launch.prepared = check_lists(op_name, arguments, layout, names);
   if (launch.missing == Missing::Created) {
     for (size_t k = 0; k < grads.size(); ++k) params[k].mutable_grad() = grads[k];
   }
 
-  const auto arguments = arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{});
   for (size_t a = 0; a < sources.size(); ++a) {
     for (size_t k = 0; k < launch.active.size(); ++k) {
       const size_t i = launch.active[k];
-      if (sources[a].kind == Source::kState) {
-        const at::Tensor& tensor = state(op_name, sources[a].state)[i];
+      if (sources[a].kind == Source::kState || sources[a].kind == Source::kStep) {
+        const at::Tensor& tensor = tensors_of(op_name, sources[a])[i];
         launch.state.push_back({&tensor, tensor.storage()});
         continue;
       }
@@ -163,7 +172,9 @@ template <class Op>
 at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
                                const std::vector<Source>& sources, const Op& op) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  if (!launch.valid || !refresh(launch)) rebuild<Op>(op_name, launch, sources);
+  if (!launch.valid || !refresh(launch)) {
+    rebuild(op_name, launch, sources, kinds_of(typename Op::lists{}));
+  }
   at::Tensor result = run(launch.prepared, op);
   if (launch.missing == Missing::Created) {
     // As after every in-place op of torch: a graph may have saved the gradient (create_graph=True).

@@ -10,10 +10,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "fused_step.h"
 
 namespace clext {
 
@@ -22,8 +24,10 @@ class ParameterPlan {
   using State = std::map<std::string, std::vector<at::Tensor>>;
 
   // `names`: one per parameter, for messages. `state`: lists as long as `params`, each entry laid
-  // out like its parameter; float32, or float64 for float64 parameters.
-  ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params, State state);
+  // out like its parameter; float32, or float64 for float64 parameters. `steps`: for the fused
+  // optimizer steps that count, one 0-dim tensor of the state's dtype per parameter; else empty.
+  ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params, State state,
+                std::vector<at::Tensor> steps = {});
 
   // The value alone, without autograd; strength not included.
   at::Tensor quadratic_penalty();
@@ -39,10 +43,15 @@ class ParameterPlan {
   void consolidate_path_integral_(double xi);
   void consolidate_riemannian_walk_(double mix);
 
+  // Fused optimizer steps (plan_step.cpp), protected as far as the state has lists for it; return
+  // the penalty's value before the step, if there is one. Parameters without gradient are left out.
+  std::optional<at::Tensor> sgd_step_(const SgdArguments& arguments);
+  std::optional<at::Tensor> adam_step_(const AdamArguments& arguments);
+
  private:
-  // Where an op finds a list: the parameters, their gradients, or a list of the state.
+  // Where an op finds a list: the parameters, their gradients, a list of the state, or the steps.
   struct Source {
-    enum Kind { kParameter, kGradient, kState } kind;
+    enum Kind { kParameter, kGradient, kState, kStep } kind;
     const char* name;
     const char* state = nullptr;
   };
@@ -89,20 +98,31 @@ class ParameterPlan {
   template <class Op>
   at::Tensor call(const char* op_name, Launch& launch, const std::vector<Source>& sources,
                   const Op& op);
-  template <class Op>
-  void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources);
+  void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
+               const std::vector<ListKind>& kinds);
   bool refresh(Launch& launch) const;
   bool takes_part(const at::Tensor& param, Missing missing) const;
   const std::vector<at::Tensor>& state(const char* op_name, const char* name) const;
+  const std::vector<at::Tensor>& tensors_of(const char* op_name, const Source& source) const;
+
+  template <class F>
+  void prepare_step(const char* op_name, int variant, const F& lists);
+  Protection protection(const char* op_name);
+  std::optional<at::Tensor> finish_step(at::Tensor value, bool clear_grad) const;
 
   std::vector<std::string> names_;
   std::vector<at::Tensor> params_;
   State state_;
+  std::vector<at::Tensor> steps_;
   Launch penalty_{Missing::Irrelevant};
   Launch penalty_grad_{Missing::Created};
   Launch path_{Missing::LeftOut};
   Launch walk_{Missing::LeftOut};
   Launch score_{Missing::Irrelevant};
+  Launch step_{Missing::LeftOut};
+  int step_variant_ = 0;
+  Counter counter_;
+  std::optional<Protection> protection_;
 };
 
 }  // namespace clext

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "cpu/instruction_set.h"
@@ -31,7 +32,8 @@ static constexpr int64_t kLanes = 16;
 // Below this many elements a parallel region costs more than it saves.
 static constexpr int64_t kSerialElements = 32 * 1024;
 
-using ChunkPointers = std::array<char*, 8>;
+static constexpr size_t kMaxLists = 10;
+using ChunkPointers = std::array<char*, kMaxLists>;
 
 // List k of an op, for storage type T: its element type, its load and its store.
 template <class L, class T>
@@ -45,7 +47,7 @@ struct Stream {
   }
 
   static CLEXT_HOST_DEVICE void store(char* base, int64_t i, const A& value) {
-    if constexpr (L::access != Access::Read) {
+    if constexpr (L::access == Access::Write || L::access == Access::Update) {
       reinterpret_cast<Element*>(base)[i] = from_accumulate<Element>(value);
     }
   }
@@ -63,6 +65,18 @@ struct Stream<ReadRows, T> {
   static CLEXT_HOST_DEVICE void store(char*, int64_t, const Rows<A>&) {}
 };
 
+template <class T>
+struct Stream<WriteRows, T> {
+  using A = accumulate_t<T>;
+  using Element = A;
+
+  static CLEXT_HOST_DEVICE MutableRows<A> load(char* base, int64_t row_stride, int64_t i) {
+    return {reinterpret_cast<A*>(base) + i, row_stride};
+  }
+
+  static CLEXT_HOST_DEVICE void store(char*, int64_t, const MutableRows<A>&) {}
+};
+
 // One element: load every list, apply the formula, store what it may have changed. The values
 // are locals, so after inlining they live in registers.
 template <class Op, class T, size_t... K>
@@ -70,16 +84,39 @@ CLEXT_HOST_DEVICE auto apply_element(const Op& op, const ChunkPointers& at, int6
                                      int64_t i, std::index_sequence<K...>) {
   auto run = [&](auto... value) __attribute__((always_inline)) {
     if constexpr (Op::reduction == Reduction::None) {
-      op(value...);
+      evaluate<T>(op, value...);
       (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
     } else {
-      const auto result = op(value...);
+      const auto result = evaluate<T>(op, value...);
       (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
       return result;
     }
   };
   return run(
       Stream<typename ListAt<K, typename Op::lists>::type, T>::load(at[K], row_stride, i)...);
+}
+
+template <class Op, size_t... K>
+constexpr bool clears_any_list(std::index_sequence<K...>) {
+  return ((ListAt<K, typename Op::lists>::type::access == Access::ReadAndClear) || ...);
+}
+
+// Sets the lists that ask for it to zero, while their elements are still in the nearest cache.
+template <class Op, class T, size_t... K>
+CLEXT_HOST_DEVICE void clear_elements(const Op& op, const ChunkPointers& at, int64_t start,
+                                      int64_t n, std::index_sequence<K...> indices) {
+  if constexpr (clears_any_list<Op>(indices)) {
+    if (!op.clear) return;
+    const auto clear = [&](auto list, char* base) __attribute__((always_inline)) {
+      using L = decltype(list);
+      using Element = typename Stream<L, T>::Element;
+      if constexpr (L::access == Access::ReadAndClear) {
+        memset(reinterpret_cast<Element*>(base) + start, 0,
+               static_cast<size_t>(n) * sizeof(Element));
+      }
+    };
+    (clear(typename ListAt<K, typename Op::lists>::type{}, at[K]), ...);
+  }
 }
 
 template <Reduction R, class A>
@@ -110,12 +147,20 @@ CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t n) {
 }
 
 template <class Op, class T>
-CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int64_t row_stride,
+CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& at, int64_t row_stride,
                                      int64_t n) {
-  constexpr auto kLists = std::make_index_sequence<Op::lists::count>{};
+  constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
+  // A copy that no store to the lists can change: what it holds is constant in the loops.
+  const Op op = shared_op;
   if constexpr (Op::reduction == Reduction::None) {
+    // Without anything to clear the chunk is one block.
+    const int64_t block = clears_any_list<Op>(kLists) ? kBlockSize : n;
+    for (int64_t start = 0; start < n; start += block) {
+      const int64_t end = std::min(start + block, n);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) apply_element<Op, T>(op, at, row_stride, i, kLists);
+      for (int64_t i = start; i < end; ++i) apply_element<Op, T>(op, at, row_stride, i, kLists);
+      clear_elements<Op, T>(op, at, start, end - start, kLists);
+    }
     return 0;
   } else {
     alignas(64) accumulate_t<T> results[kBlockSize];
@@ -126,6 +171,7 @@ CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int6
       for (int64_t i = 0; i < size; ++i) {
         results[i] = apply_element<Op, T>(op, at, row_stride, start + i, kLists);
       }
+      clear_elements<Op, T>(op, at, start, size, kLists);
       total = fold<Op::reduction>(total, fold_block<Op::reduction>(results, size));
     }
     return total;
@@ -175,16 +221,35 @@ ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk, std::ind
                    typename Stream<typename ListAt<K, typename Op::lists>::type, T>::Element)))...};
 }
 
+// The functor as the elements of one tensor need it.
+template <class Op, class T>
+Op for_tensor(const Op& op, const TensorLists& lists, int64_t tensor) {
+  Op result = op;
+  if constexpr (kHasScalars<Op>) {
+    const void* scalars = lists.pointer(Op::lists::count - 1, tensor);
+    result.prepare_tensor(static_cast<const accumulate_t<T>*>(scalars));
+  }
+  return result;
+}
+
 template <class Op, class T>
 void apply(const TensorLists& lists, Op op, double* partials, int threads) {
+  static_assert(Op::lists::count <= kMaxLists, "a functor has 1 to 10 lists");
   prepare(op);
+  if (is_skipped(op)) {
+    if constexpr (Op::reduction != Reduction::None) {
+      std::fill_n(partials, lists.chunks.size(), 0.0);
+    }
+    return;
+  }
   const auto apply_chunk = select_apply_chunk<Op, T>();
   const auto run_chunk = [&](int64_t c) {
     const Chunk& chunk = lists.chunks[static_cast<size_t>(c)];
     const int64_t row_stride =
         lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(chunk.tensor)];
-    const auto at = pointers_of<Op, T>(lists, chunk, std::make_index_sequence<Op::lists::count>{});
-    const double partial = apply_chunk(op, at, row_stride, chunk.size);
+    const auto at = pointers_of<Op, T>(lists, chunk, std::make_index_sequence<kElementLists<Op>>{});
+    const double partial =
+        apply_chunk(for_tensor<Op, T>(op, lists, chunk.tensor), at, row_stride, chunk.size);
     if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
   };
   const auto count = static_cast<int64_t>(lists.chunks.size());

@@ -20,7 +20,7 @@ namespace cuda {
 // Bytes of kernel parameters from CUDA 12.1 and sm_70 on (4 KB before), less what a launch needs
 // beside its table: the functor, the pointer to the partial results and padding.
 static constexpr size_t kParameterBytes = 32764;
-static constexpr size_t kFunctorBytes = 128;
+static constexpr size_t kFunctorBytes = 256;
 static constexpr size_t kTableBytes = (kParameterBytes - kFunctorBytes) / 16 * 16;
 
 // One tensor of each list, cut into chunks of `chunk_size` elements; the last may be shorter.
@@ -45,7 +45,7 @@ struct LaunchTable {
 };
 
 static_assert(sizeof(LaunchTable<1>) <= kTableBytes && sizeof(LaunchTable<4>) <= kTableBytes &&
-                  sizeof(LaunchTable<7>) <= kTableBytes && sizeof(LaunchTable<8>) <= kTableBytes,
+                  sizeof(LaunchTable<9>) <= kTableBytes && sizeof(LaunchTable<10>) <= kTableBytes,
               "a launch table must fit in the kernel parameters");
 
 // The entry of a block.

@@ -6,6 +6,10 @@
 //   static constexpr Reduction reduction;     what becomes of the values that operator() returns
 //   operator()(...)                           the formula for one element, in the accumulate type A
 //   void prepare()                            optional: read device-side scalars once per thread
+//   void prepare_tensor(const A*)             with a Scalars list: take the tensor's values
+//   bool skip() const                         optional, asked after prepare(): leave everything as
+//   is bool clear                                with a ReadAndClear list: whether to clear it
+//   static constexpr bool rounds              optional: operator() takes a StorageTag first
 // and never loops, loads or stores by itself. Nothing here includes torch or CUDA headers.
 #pragma once
 
@@ -27,12 +31,15 @@ enum class Storage {
   Parameter,  // parameters and gradients: float, double, bfloat16 or float16
   State,      // importances, anchors, path integrals: float (double for double parameters)
   Rows,       // several state values per element, one row per model output (a Jacobian)
+  Scalars,    // a few state values per tensor; not an argument of operator(), and always last
 };
 
 enum class Access {
   Read,
   Write,   // the old value is not loaded
   Update,  // loaded, changed, stored
+  // Loaded; once the element is done, the driver sets it to zero if the functor's `clear` says so.
+  ReadAndClear,
 };
 
 enum class Reduction { None, Sum, Max };
@@ -46,10 +53,13 @@ struct List {
 using ReadParameter = List<Storage::Parameter, Access::Read>;
 using WriteParameter = List<Storage::Parameter, Access::Write>;
 using UpdateParameter = List<Storage::Parameter, Access::Update>;
+using ReadAndClearParameter = List<Storage::Parameter, Access::ReadAndClear>;
 using ReadState = List<Storage::State, Access::Read>;
 using WriteState = List<Storage::State, Access::Write>;
 using UpdateState = List<Storage::State, Access::Update>;
 using ReadRows = List<Storage::Rows, Access::Read>;
+using WriteRows = List<Storage::Rows, Access::Write>;
+using ReadScalars = List<Storage::Scalars, Access::Read>;
 
 template <class... L>
 struct Lists {
@@ -66,6 +76,25 @@ struct ListAt<0, Lists<First, Rest...>> {
   using type = First;
 };
 
+// The lists of several `Lists`, one after the other.
+template <class... L>
+struct Joined;
+template <class... L>
+struct Joined<Lists<L...>> {
+  using type = Lists<L...>;
+};
+template <class... L, class... M, class... Rest>
+struct Joined<Lists<L...>, Lists<M...>, Rest...> : Joined<Lists<L..., M...>, Rest...> {};
+template <class... L>
+using joined_t = typename Joined<L...>::type;
+
+// Whether a functor has a Scalars list, and how many lists its operator() sees.
+template <class Op>
+static constexpr bool kHasScalars =
+    ListAt<Op::lists::count - 1, typename Op::lists>::type::storage == Storage::Scalars;
+template <class Op>
+static constexpr int kElementLists = Op::lists::count - (kHasScalars<Op> ? 1 : 0);
+
 // One element of a Rows list: value k is `first[k * stride]`.
 template <class A>
 struct Rows {
@@ -73,6 +102,14 @@ struct Rows {
   int64_t stride;
 
   CLEXT_HOST_DEVICE A operator[](int64_t k) const { return first[k * stride]; }
+};
+
+template <class A>
+struct MutableRows {
+  A* first;
+  int64_t stride;
+
+  CLEXT_HOST_DEVICE A& operator[](int64_t k) const { return first[k * stride]; }
 };
 
 template <class Op, class = void>
@@ -83,6 +120,39 @@ struct HasPrepare<Op, std::void_t<decltype(std::declval<Op&>().prepare())>> : st
 template <class Op>
 CLEXT_HOST_DEVICE void prepare(Op& op) {
   if constexpr (HasPrepare<Op>::value) op.prepare();
+}
+
+template <class Op, class = void>
+struct HasSkip : std::false_type {};
+template <class Op>
+struct HasSkip<Op, std::void_t<decltype(std::declval<const Op&>().skip())>> : std::true_type {};
+
+template <class Op>
+CLEXT_HOST_DEVICE bool is_skipped(const Op& op) {
+  if constexpr (HasSkip<Op>::value) {
+    return op.skip();
+  } else {
+    return false;
+  }
+}
+
+// Tells a functor the storage type of the parameters: its formula needs what will be stored.
+template <class T>
+struct StorageTag {};
+
+template <class Op, class = void>
+struct Rounds : std::false_type {};
+template <class Op>
+struct Rounds<Op, std::void_t<decltype(Op::rounds)>> : std::bool_constant<Op::rounds> {};
+
+// The formula of one element, for parameters that are stored in T.
+template <class T, class Op, class... V>
+CLEXT_HOST_DEVICE auto evaluate(const Op& op, V&&... values) {
+  if constexpr (Rounds<Op>::value) {
+    return op(StorageTag<T>{}, values...);
+  } else {
+    return op(values...);
+  }
 }
 
 // Both keep NaN: a broken value must show, not turn into zero.
