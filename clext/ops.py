@@ -169,6 +169,112 @@ def consolidate_riemannian_walk_(
     )
 
 
+def sgd_step_(
+    params: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
+    steps: TensorList,
+    path: TensorList,
+    fisher: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    *,
+    lr: Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    strength: float = 0.0,
+    decay: float = 0.0,
+    proximal: bool = False,
+    clear_grad: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """One protected step of SGD in one pass; returns the penalty's value before it."""
+    return cast(
+        "Tensor",
+        _ops.sgd_step_.default(
+            params,
+            grads,
+            momentum_buffers,
+            steps,
+            path,
+            fisher,
+            anchors,
+            importances,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        ),
+    )
+
+
+def adam_step_(
+    params: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    steps: TensorList,
+    path: TensorList,
+    fisher: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    *,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+    strength: float = 0.0,
+    decay: float = 0.0,
+    proximal: bool = False,
+    clear_grad: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """One protected step of Adam (AdamW if `decoupled`) in one pass; returns as `sgd_step_`."""
+    return cast(
+        "Tensor",
+        _ops.adam_step_.default(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            path,
+            fisher,
+            anchors,
+            importances,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        ),
+    )
+
+
 # ---------------------------------------------------- registration: one table, in schema order
 
 _REFERENCES: dict[str, Callable[..., object]] = {
@@ -187,15 +293,22 @@ _REFERENCES: dict[str, Callable[..., object]] = {
         reference.consolidate_all_anchors_,
         reference.consolidate_path_integral_,
         reference.consolidate_riemannian_walk_,
+        reference.sgd_step_,
+        reference.adam_step_,
     )
 }
 
 
 def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
     """`fake`, refusing tensors of several devices: a mix with the meta device arrives here."""
-    names = list(inspect.signature(_REFERENCES[name]).parameters)
+    # Lists come by position; what follows them by keyword has a check of its own.
+    names = [
+        label
+        for label, parameter in inspect.signature(_REFERENCES[name]).parameters.items()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
 
-    def checked(*arguments: object) -> object:
+    def checked(*arguments: object, **options: object) -> object:
         expected: torch.device | None = None
         for argument, entries in zip(names, arguments, strict=True):
             for index, entry in enumerate(entries if isinstance(entries, list | tuple) else []):
@@ -205,7 +318,7 @@ def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., obje
                         f"{name}: {argument}[{index}] is on {entry.device}, expected {expected} "
                         "(all tensors of one call share a device)"
                     )
-        return fake(*arguments)
+        return fake(*arguments, **options)
 
     return checked
 
@@ -223,6 +336,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     ],
     "add_quadratic_penalty_grad_": lambda _grads, params, *_others: _fake_sum(params),
     "consolidate_all_anchors_": lambda importances, *_others: _fake_sum(importances),
+    "sgd_step_": lambda params, *_others, **_options: _fake_sum(params),
+    "adam_step_": lambda params, *_others, **_options: _fake_sum(params),
 }
 
 

@@ -156,9 +156,6 @@ void check_arguments(const char* op, const SgdArguments& arguments) {
   check_common(op, arguments);
   check_scalar(op, "momentum", arguments.momentum);
   check_finite(op, "dampening", arguments.dampening);
-  TORCH_CHECK_VALUE(!arguments.nesterov || (arguments.momentum > 0 && arguments.dampening == 0), op,
-                    ": nesterov with momentum ", arguments.momentum, " and dampening ",
-                    arguments.dampening, ", expected a momentum and no dampening");
 }
 
 void check_arguments(const char* op, const AdamArguments& arguments) {
