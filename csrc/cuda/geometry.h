@@ -6,6 +6,7 @@
 // never changes the order of additions, and with it the bits of a result.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -27,12 +28,16 @@ static constexpr int kVectorBytes = 16;  // the widest access of one thread on a
 static constexpr int kBytesInFlight = 128;
 static constexpr int kMaxVectors = 4;
 static constexpr int kBlocksPerMultiprocessor = 3;
+static constexpr int kFewerBlocks = 2;  // with up to 128 registers a thread
+static constexpr int kMaxValueRegisters = 56;
+static constexpr size_t kMaxCoefficientBytes = 64;
 
 template <class Op, class T>
 struct Geometry {
   using A = accumulate_t<T>;
   static constexpr int kLists = Op::lists::count;
-  using Indices = std::make_integer_sequence<int, kLists>;
+  static constexpr int kElementLists = clext::kElementLists<Op>;  // all but Scalars, which is last
+  using Indices = std::make_integer_sequence<int, kElementLists>;
 
   template <int K>
   using List = typename ListAt<K, typename Op::lists>::type;
@@ -43,7 +48,10 @@ struct Geometry {
   template <int K>
   static constexpr bool kIsLoaded = !kIsRows<K> && List<K>::access != Access::Write;
   template <int K>
-  static constexpr bool kIsStored = !kIsRows<K> && List<K>::access != Access::Read;
+  static constexpr bool kIsStored =
+      !kIsRows<K> && (List<K>::access == Access::Write || List<K>::access == Access::Update);
+  template <int K>
+  static constexpr bool kIsCleared = List<K>::access == Access::ReadAndClear;
 
  private:
   template <int... K>
@@ -53,6 +61,10 @@ struct Geometry {
   template <int... K>
   static constexpr int loaded_bytes(std::integer_sequence<int, K...>) {
     return ((kIsLoaded<K> ? static_cast<int>(sizeof(Element<K>)) : 0) + ...);
+  }
+  template <int... K>
+  static constexpr int loaded_lists(std::integer_sequence<int, K...>) {
+    return ((kIsLoaded<K> ? 1 : 0) + ...);
   }
   static constexpr int choose_vectors(int bytes_per_vector) {
     // Double formulas need two registers per value, and long divisions more: half as much for them.
@@ -72,8 +84,15 @@ struct Geometry {
   static constexpr int kVectors = kHasRows ? 1 : choose_vectors(kWidth * loaded_bytes(Indices{}));
   static constexpr int64_t kVectorStride = int64_t{kThreads} * kWidth;
   static constexpr int64_t kTile = kVectorStride * kVectors;
+  // The values of a thread, and the coefficients that a functor brings along: where they leave too
+  // few registers for the rest, fewer blocks share a multiprocessor.
+  static constexpr int kValueRegisters =
+      kVectors * kWidth * loaded_lists(Indices{}) * static_cast<int>(sizeof(A) / sizeof(float));
+  static constexpr bool kNeedsRegisters = kValueRegisters > kMaxValueRegisters ||
+                                          sizeof(Op) > kMaxCoefficientBytes;
+  static constexpr int kBlocks = kNeedsRegisters ? kFewerBlocks : kBlocksPerMultiprocessor;
 
-  static_assert(kLists >= 1 && kLists <= 8, "a functor has 1 to 8 lists");
+  static_assert(kLists >= 1 && kLists <= 10, "a functor has 1 to 10 lists");
   static_assert(kCudaChunkSize % kTile == 0, "only a tensor's last chunk may end inside a tile");
 
   // First element, within the chunk, of a thread's vector.

@@ -37,7 +37,8 @@ template <class Op, class T>
 struct ChunkView {
   using G = Geometry<Op, T>;
 
-  void* pointers[G::kLists];  // at the first element of the chunk
+  void* pointers[G::kElementLists];  // at the first element of the chunk
+  const void* scalars;               // of the tensor, where the functor has such a list
   int64_t size;
   int64_t row_stride;
 
@@ -58,6 +59,14 @@ struct ChunkView {
     if constexpr (G::template kIsStored<K>) store<P>(at<K>(first), left, values);
   }
 
+  template <Path P, int K>
+  __device__ __forceinline__ void clear_list(int64_t first, int left, const Op& op) const {
+    if constexpr (G::template kIsCleared<K>) {
+      const accumulate_t<T> zeros[G::kWidth] = {};
+      if (op.clear) store<P>(at<K>(first), left, zeros);
+    }
+  }
+
   template <int... K>
   __device__ __forceinline__ void init(const LaunchTable<G::kLists>& table, int32_t block,
                                        std::integer_sequence<int, K...>) {
@@ -68,12 +77,13 @@ struct ChunkView {
     row_stride = entry.row_stride;
     ((pointers[K] = entry.pointers[K]), ...);
     ((pointers[K] = at<K>(range.begin)), ...);
+    if constexpr (kHasScalars<Op>) scalars = entry.pointers[G::kElementLists];
   }
 
   __device__ __forceinline__ bool is_aligned() const {
     uintptr_t bits = 0;
 #pragma unroll
-    for (int k = 0; k < G::kLists; ++k) bits |= reinterpret_cast<uintptr_t>(pointers[k]);
+    for (int k = 0; k < G::kElementLists; ++k) bits |= reinterpret_cast<uintptr_t>(pointers[k]);
     return bits % kVectorBytes == 0;
   }
 };
@@ -82,8 +92,11 @@ struct ChunkView {
 template <int K, class Op, class T, int Width>
 __device__ __forceinline__ decltype(auto) argument(
     const ChunkView<Op, T>& chunk, int64_t element,
-    accumulate_t<T> (&values)[Geometry<Op, T>::kLists][Width], int i) {
-  if constexpr (Geometry<Op, T>::template kIsRows<K>) {
+    accumulate_t<T> (&values)[Geometry<Op, T>::kElementLists][Width], int i) {
+  using L = typename Geometry<Op, T>::template List<K>;
+  if constexpr (std::is_same_v<L, WriteRows>) {
+    return MutableRows<accumulate_t<T>>{chunk.template at<K>(element), chunk.row_stride};
+  } else if constexpr (std::is_same_v<L, ReadRows>) {
     return Rows<accumulate_t<T>>{chunk.template at<K>(element), chunk.row_stride};
   } else {
     return (values[K][i]);
@@ -97,7 +110,7 @@ __device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& ch
                                         int left, accumulate_t<T>& result,
                                         std::integer_sequence<int, K...>) {
   using G = Geometry<Op, T>;
-  accumulate_t<T> values[Vectors][G::kLists][G::kWidth];
+  accumulate_t<T> values[Vectors][G::kElementLists][G::kWidth];
 #pragma unroll
   for (int v = 0; v < Vectors; ++v) {
     (chunk.template load_list<P, K>(first + v * G::kVectorStride, left, values[v][K]), ...);
@@ -109,15 +122,17 @@ __device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& ch
       if (P == Path::Partial && i >= left) continue;
       const int64_t element = first + v * G::kVectorStride + i;
       if constexpr (Op::reduction == Reduction::None) {
-        op(argument<K>(chunk, element, values[v], i)...);
+        evaluate<T>(op, argument<K>(chunk, element, values[v], i)...);
       } else {
-        result = fold<Op::reduction>(result, op(argument<K>(chunk, element, values[v], i)...));
+        result = fold<Op::reduction>(result,
+                                     evaluate<T>(op, argument<K>(chunk, element, values[v], i)...));
       }
     }
   }
 #pragma unroll
   for (int v = 0; v < Vectors; ++v) {
     (chunk.template store_list<P, K>(first + v * G::kVectorStride, left, values[v][K]), ...);
+    (chunk.template clear_list<P, K>(first + v * G::kVectorStride, left, op), ...);
   }
 }
 
@@ -134,7 +149,7 @@ __device__ __forceinline__ void process_tiles(const Op& op, const ChunkView<Op, 
 }
 
 template <class Op, class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, Geometry<Op, T>::kBlocks)
     apply_kernel(const __grid_constant__ LaunchTable<Op::lists::count> table, Op op,
                  double* partials) {
   using G = Geometry<Op, T>;
@@ -142,8 +157,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int32_t block = static_cast<int32_t>(blockIdx.x);
 
   prepare(op);
+  if (is_skipped(op)) {
+    if (Op::reduction != Reduction::None && thread == 0) partials[block] = 0;
+    return;
+  }
   ChunkView<Op, T> chunk;
   chunk.init(table, block, typename G::Indices{});
+  if constexpr (kHasScalars<Op>) {
+    op.prepare_tensor(static_cast<const accumulate_t<T>*>(chunk.scalars));
+  }
   const int64_t whole_tiles = chunk.size / G::kTile;
   accumulate_t<T> result = 0;
   if constexpr (G::kHasRows) {
