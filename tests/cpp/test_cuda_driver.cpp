@@ -6,10 +6,12 @@
 #include <type_traits>
 
 #include "check.h"
+#include "cuda/adam.cu"
 #include "cuda/importance.cu"
 #include "cuda/path.cu"
 #include "cuda/penalty.cu"
 #include "cuda/reduce.cu"
+#include "cuda/sgd.cu"
 #include "cuda/sliced.cu"
 
 using namespace clext;
@@ -36,6 +38,7 @@ struct Case {
   using G = cuda::Geometry<Op, T>;
 
   std::vector<uint4> storage;
+  std::vector<typename G::A> scalars;  // two of each tensor, for functors that take them
   TensorLists lists{kStorageType<T>, G::kLists, {}, {}, {}, {}};
 
   Case(const std::vector<int64_t>& sizes, int64_t shift) {
@@ -49,6 +52,15 @@ struct Case {
     for (const size_t offset : offsets) lists.pointers.push_back(base + offset);
     fill(typename G::Indices{});
     if (G::kHasRows) lists.row_strides = sizes;
+    if (kHasScalars<Op>) add_scalars();
+  }
+
+  void add_scalars() {
+    for (int64_t t = 0; t < lists.tensor_count(); ++t) {
+      scalars.push_back(typename G::A(0.25 + 0.125 * t));
+      scalars.push_back(typename G::A(1.5 - 0.125 * t));
+    }
+    for (int64_t t = 0; t < lists.tensor_count(); ++t) lists.pointers.push_back(&scalars[2 * t]);
   }
 
   template <int... K>
@@ -166,6 +178,32 @@ void partials_are_folded_in_all_counts() {
   }
 }
 
+// A step in every way that changes which lists are stored.
+template <class Op>
+void compare_step(Op op) {
+  const float scale = 4, fine = 0, found = 1;
+  op.lr.value = 0.1;
+  op.weight_decay = 0.1;
+  op.strength = 0.7;
+  op.decay = 0.9;
+  compare(op);
+  op.clear = true;
+  op.grad_scale = &scale;
+  op.found_inf = &fine;
+  op.proximal = true;
+  op.decoupled = true;
+  compare_in_types<Op, float, BFloat16>(op);
+  op.found_inf = &found;
+  compare_in_types<Op, float>(op);
+}
+
+template <Protection P>
+void compare_steps() {
+  compare_step(SgdStep<P, false>{});
+  compare_step(SgdStep<P, true>{{}, 0.9, true});
+  compare_step(AdamStep<P>{{}, 0.9, 0.99, 1e-3});
+}
+
 }  // namespace
 
 int main() {
@@ -188,6 +226,12 @@ int main() {
   const float gram_float[] = {1, 0.2f, 0.1f, 0.2f, 1, 0.3f, 0.1f, 0.3f, 1};
   compare_in_types<SlicedImportance, float>(SlicedImportance{gram_float, kRows, 0.5});
   compare_in_types<SlicedImportance, double>(SlicedImportance{gram, kRows, 0.5});
+  compare_in_types<AdvanceSgd, float, double>({nullptr, 0.9, 0.5});
+  compare_in_types<AdvanceAdam, float, double>({{nullptr, false, 0.1}, nullptr, -0.1, -0.01});
+  compare_steps<Protection::None>();
+  compare_steps<Protection::Pull>();
+  compare_steps<Protection::Path>();
+  compare_steps<Protection::Walk>();
   more_tensors_than_a_launch_holds();
   a_maximum_keeps_nan();
   partials_are_folded_in_all_counts();

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "cuda/geometry.h"
+#include "math/adam.h"
 #include "math/importance.h"
 #include "math/path.h"
 #include "math/penalty.h"
@@ -19,6 +20,7 @@ using namespace clext::test;
 namespace {
 
 static_assert(LaunchTable<4>::kCapacity > 500, "most models must fit in one launch");
+static_assert(LaunchTable<9>::kCapacity > 300, "and so must they for the widest step");
 static_assert(LaunchTable<7>::kCapacity > 350, "most models must fit in one launch");
 
 TensorLists make_lists(std::vector<int64_t> sizes, int list_count, int64_t chunk_size) {
@@ -160,6 +162,11 @@ static_assert(Geometry<Maximum, float>::kWidth == 4 && Geometry<Maximum, float>:
 static_assert(Geometry<AddQuadraticPenaltyGrad, float>::kVectors == 2);
 static_assert(Geometry<RiemannianWalkStep, float>::kVectors == 1);
 static_assert(Geometry<SlicedImportance, float>::kWidth == 1);
+static_assert(Geometry<AdamStep<Protection::None>, float>::kVectors == 2);
+static_assert(Geometry<AdamStep<Protection::Walk>, BFloat16>::kVectors == 1);
+// A step's coefficients take registers; without them three blocks share a multiprocessor.
+static_assert(Geometry<AdamStep<Protection::None>, float>::kBlocks == 2);
+static_assert(Geometry<RiemannianWalkStep, BFloat16>::kBlocks == 3);
 
 }  // namespace
 
@@ -174,6 +181,8 @@ int main() {
   every_element_has_one_thread_in_all_types<AccumulateSquare>();
   every_element_has_one_thread_in_all_types<RiemannianWalkStep>();
   every_element_has_one_thread_in_all_types<ConsolidateRiemannianWalk>();
+  every_element_has_one_thread_in_all_types<AdamStep<Protection::None>>();
+  every_element_has_one_thread_in_all_types<AdamStep<Protection::Walk>>();
   every_element_has_one_thread<Maximum, float>();
   every_element_has_one_thread<Maximum, double>();
   every_element_has_one_thread<SlicedImportance, float>();
