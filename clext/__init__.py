@@ -7,7 +7,7 @@ print(result)
 reg = clext.SI(model, strength=1.0)      # drop-in, for any module and any loop
 """
 
-from clext import ops, reference
+from clext import ops, optim, reference
 from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
@@ -33,6 +33,7 @@ __all__ = [
     "build_info",
     "compare",
     "ops",
+    "optim",
     "reference",
     "train",
 ]

@@ -93,14 +93,21 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def make_plan(
-    names: Sequence[str], params: Sequence[Tensor], state: Mapping[str, Sequence[Tensor]]
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    state: Mapping[str, Sequence[Tensor]],
+    steps: Sequence[Tensor] | None = None,
 ) -> ReferencePlan:
     """A plan over `params` and `state`: the compiled one where the device has kernels.
 
-    The compiled ParameterPlan has the interface of `clext.reference.ReferencePlan`, which is why
-    that is the declared type.
+    `steps`: for an optimizer's steps, the counter of each parameter. The compiled ParameterPlan has
+    the interface of `clext.reference.ReferencePlan`, which is why that is the declared type.
     """
     if params and has_kernels(params[0].device):
         lists = {key: list(entries) for key, entries in state.items()}
-        return cast("ReferencePlan", C.ParameterPlan(list(names), list(params), lists))
-    return ReferencePlan(names, params, state)
+        if steps is None:
+            return cast("ReferencePlan", C.ParameterPlan(list(names), list(params), lists))
+        if hasattr(C.ParameterPlan, "adam_step_"):
+            plan = C.ParameterPlan(list(names), list(params), lists, list(steps))
+            return cast("ReferencePlan", plan)
+    return ReferencePlan(names, params, state, steps or ())

@@ -24,7 +24,7 @@ class ParameterState:
         self.names = list(named)
         self.params = list(named.values())
         self.lists = {key: allocate_state(self.params) for key in keys}
-        for key in COPIES_OF_PARAMETERS & self.lists.keys():
+        for key in COPIES_OF_PARAMETERS:
             self.restart(key)
         self.plan = make_plan(self.names, self.params, self.lists)
 
@@ -33,10 +33,18 @@ class ParameterState:
         return dict(zip(self.names, self.lists.get(key, ()), strict=key in self.lists))
 
     def restart(self, key: str) -> None:
-        """Make the state `key` a copy of the parameters as they are now."""
-        with torch.no_grad():
-            for entry, parameter in zip(self.lists[key], self.params, strict=True):
-                entry.copy_(parameter)
+        """Make the state `key`, where it is kept, a copy of the parameters as they are now."""
+        if key in self.lists:
+            with torch.no_grad():
+                for entry, parameter in zip(self.lists[key], self.params, strict=True):
+                    entry.copy_(parameter)
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Keep these lists no longer: their memory is given back."""
+        if self.lists.keys() & set(keys):
+            for key in keys:
+                self.lists.pop(key, None)
+            self.plan = make_plan(self.names, self.params, self.lists)
 
     def fits(self, named: Mapping[str, Tensor]) -> bool:
         """Whether `named` are the very parameters, still laid out as when the state was made."""

@@ -54,6 +54,7 @@ class Argument:
 
     `state`: entries have the state dtype, not the parameter's own. `rows`: entries have one more
     dimension in front. `written`: changed in place, so that a copy in another layout will not do.
+    `scalar`: entries are 0-dim.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Argument:
     state: bool = False
     written: bool = False
     rows: bool = False
+    scalar: bool = False
 
 
 def state(name: str, tensors: TensorList, *, written: bool = False) -> Argument:
@@ -97,7 +99,8 @@ def check_lists(
             )
         for argument, label in zip(others, labels[1:], strict=True):
             entry = argument.tensors[index]
-            if argument.written and not same_layout(like.shape, entry.stride(), like.stride()):
+            laid_out = argument.written and not argument.scalar
+            if laid_out and not same_layout(like.shape, entry.stride(), like.stride()):
                 raise ValueError(
                     f"{label} has strides {list(entry.stride())}, expected {list(like.stride())} "
                     f"({layout.name}[{index}]); it is written in place, so create it with "
@@ -155,6 +158,10 @@ def _check_entry(
     if entry.dtype != dtype:
         why = " (state is float64 for float64 parameters, else float32)" if argument.state else ""
         raise TypeError(f"{label} has dtype {entry.dtype}, expected {dtype}{why}")
+    if argument.scalar:
+        if entry.dim() != 0:
+            raise ValueError(f"{label} has shape {list(entry.shape)}, expected a 0-dim tensor")
+        return
     shape = entry.shape[1:] if argument.rows else entry.shape
     if shape != like.shape or entry.dim() != like.dim() + argument.rows:
         expected = f"{'one row per output of shape ' if argument.rows else ''}{list(like.shape)}"

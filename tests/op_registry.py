@@ -6,110 +6,22 @@ follow from it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
-from clext import ops, reference
-
-ROWS, SLICES = 3, 5
-
-Arguments = dict[str, Any]  # in schema order: lists of tensors, tensors and numbers
-
-
-@dataclass(frozen=True)
-class ListArg:
-    """A list of tensors. `kind`: parameter, state or rows. `access`: read, update or write."""
-
-    name: str
-    kind: str
-    access: str = "read"
-    nonnegative: bool = False
-
-    @property
-    def written(self) -> bool:
-        return self.access != "read"
-
-
-@dataclass(frozen=True)
-class TensorArg:
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scalar:
-    name: str
-    value: float
-    invalid: tuple[float, ...]
-
-
-def params() -> ListArg:
-    return ListArg("params", "parameter")
-
-
-def grads(access: str = "read") -> ListArg:
-    return ListArg("grads", "parameter", access)
-
-
-def state(name: str, access: str = "read") -> ListArg:
-    """State of any sign."""
-    return ListArg(name, "state", access)
-
-
-def weights(name: str, access: str = "read") -> ListArg:
-    """State that is never negative, and 0 for half of the elements."""
-    return ListArg(name, "state", access, nonnegative=True)
-
-
-NAN, INF = float("nan"), float("inf")
-
-
-def at_least_zero(name: str, value: float) -> Scalar:
-    return Scalar(name, value, (-1.0, -1e-9, NAN, INF, -INF))
-
-
-def above_zero(name: str, value: float) -> Scalar:
-    return Scalar(name, value, (0.0, -1.0, NAN, INF))
-
-
-def fraction(name: str, value: float) -> Scalar:
-    return Scalar(name, value, (-0.1, 1.0000001, NAN, INF))
-
-
-@dataclass(frozen=True)
-class Example:
-    """Numbers worked out by hand: inputs, and what the written lists and "returns" become."""
-
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Op:
-    name: str
-    args: tuple[ListArg | TensorArg | Scalar, ...]
-    examples: tuple[Example, ...]
-    layout: str = "params"  # the list that gives shapes and strides
-    mixed_dtypes: bool = True  # float32 and float64 parameters in one call
-    couples_tensors: bool = False  # an element of importances depends on all tensors of the call
-
-    @property
-    def lists(self) -> list[ListArg]:
-        return [arg for arg in self.args if isinstance(arg, ListArg)]
-
-    @property
-    def scalars(self) -> list[Scalar]:
-        return [arg for arg in self.args if isinstance(arg, Scalar)]
-
-    def kernel(self, arguments: Arguments) -> Any:
-        return getattr(ops, self.name)(*arguments.values())
-
-    def reference(self, arguments: Arguments) -> Any:
-        return getattr(reference, self.name)(*arguments.values())
-
-    def __str__(self) -> str:
-        return self.name
-
+from op_arguments import (
+    ROWS,
+    SLICES,
+    Example,
+    ListArg,
+    Op,
+    TensorArg,
+    above_zero,
+    at_least_zero,
+    fraction,
+    grads,
+    params,
+    state,
+    weights,
+)
+from step_registry import STEPS
 
 _STEP = {"params": 2.5, "previous": 2.0, "grads": 3.0, "anchors": 1.0, "importances": 0.5}
 
@@ -346,4 +258,5 @@ OPS = (
         ),
         couples_tensors=True,
     ),
+    *STEPS,
 )

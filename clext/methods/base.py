@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from clext.importance.evaluation import Batches
 
+_REPLACED_BY_A_STEP = ("penalty", "add_penalty_grad_", "update")
+
 
 class Method:
     """A continual-learning method on one model; subclasses are the methods.
@@ -34,12 +36,20 @@ class Method:
         ...
         method.consolidate(dataloader)  # at the end of each task
 
+    or, in the one pass that updates the parameters, with an optimizer of `clext.optim` that has the
+    method: `optimizer.step()` then does what `add_penalty_grad_` and `update` do.
+
     The penalty is strength * sum of importance * (parameter - anchor)^2, and zero until the first
     task has ended. With a gradient scaler, unscale the gradients before `add_penalty_grad_`.
 
     A subclass names its state in `state_names` (for each parameter one tensor per name) and its
     counters in `counter_names`, keeps each option in an attribute of the same name, and implements
-    `_end_task`; `update` and the penalty may be overridden.
+    `_end_task`; `update` and the penalty may be overridden. `fused_state` names the state that an
+    optimizer's pass works on: nothing, anchor and importance (the pull), path too (the path
+    integral), or fisher too (its moving average); None means that the pass cannot do what the
+    method does, and is what a subclass gets that overrides `penalty`, `add_penalty_grad_` or
+    `update` without saying otherwise: optimizers then call these. `separate_state` names what is
+    not needed where an optimizer does the work.
 
     Args:
         model: the trainable parameters of this model are protected; frozen ones are not touched.
@@ -54,11 +64,21 @@ class Method:
     default_strength: ClassVar[float] = 1.0
     state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance")
     counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
+    fused_state: ClassVar[tuple[str, ...] | None] = None
+    separate_state: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  (whatever other bases take)
+        super().__init_subclass__(**options)
+        # Overridden since fused_state was said: then it does not hold for this class.
+        owner = next(base for base in cls.__mro__ if "fused_state" in base.__dict__)
+        if any(getattr(cls, name) is not getattr(owner, name) for name in _REPLACED_BY_A_STEP):
+            cls.fused_state = None
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         self.model = model
         self.strength = self.default_strength if strength is None else strength
         self.tasks = 0  # ended so far
+        self._attached = False  # to an optimizer, whose steps do the work
         self._state = ParameterState(trainable_parameters(model), self.state_names)
 
     # ------------------------------------------------------------------ in the loop
@@ -83,10 +103,12 @@ class Method:
 
         Call it after `loss.backward()`; it replaces `penalty()` in the loss.
         """
+        self._refuse_if_attached("add_penalty_grad_")
         return self._state.plan.add_quadratic_penalty_grad_(self._strength)
 
     def update(self) -> None:
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
+        self._refuse_if_attached("update")
 
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task: importance and anchor for the tasks to come.
@@ -108,11 +130,47 @@ class Method:
     def _warn_if_zero(self, key: str) -> None:
         """Say so if a task ends without a trace of its steps: nothing would be protected."""
         if not any(bool(entry.any()) for entry in self._state.lists[key]):
+            remedy = "call update() after optimizer.step() and before zero_grad()"
+            if self._attached:
+                remedy = f"take the steps with the optimizer that was given this {self.name}"
             warnings.warn(
-                f"clext: {self.name} saw no step of this task that changed a parameter; call "
-                "update() after optimizer.step() and before zero_grad()",
+                f"clext: {self.name} saw no step of this task that changed a parameter; {remedy}",
                 stacklevel=4,
             )
+
+    # ------------------------------------------------------------------ for optimizers
+
+    def after_step(self) -> None:
+        """What is left to do after a step that an optimizer of `clext.optim` has taken.
+
+        The optimizer calls it. Where `optimizer.launch()` was captured in a CUDA graph, call it
+        after each replay.
+        """
+
+    def step_options(self) -> dict[str, float]:
+        """Numbers that the optimizer's pass needs: "strength", and "decay" of fisher's average."""
+        return {"strength": self._strength, "decay": 0.0}
+
+    def penalty_offset(self) -> float:
+        """What the penalty is more than strength * sum of importance * (parameter - anchor)^2."""
+        return 0.0
+
+    def _attach(self) -> None:
+        """From now on an optimizer's steps do what `add_penalty_grad_` and `update` did."""
+        self._attached = True
+        self.refresh_parameters()
+        self._state.drop(self.separate_state)
+
+    def _refuse_if_attached(self, name: str) -> None:
+        if self._attached:
+            raise RuntimeError(
+                f"{self.name}: {name}() is not to be called: this method was given to an optimizer "
+                "of clext.optim, whose step() does it; leave the call out"
+            )
+
+    def _kept_names(self) -> list[str]:
+        dropped = self.separate_state if self._attached else ()
+        return [key for key in self.state_names if key not in dropped]
 
     # ------------------------------------------------------------------ state
 
@@ -140,7 +198,7 @@ class Method:
         }
         if not self._state.fits(named):
             check_parameters(named, type(self.model).__name__)
-            state = ParameterState(named, self.state_names)
+            state = ParameterState(named, self._kept_names())
             state.adopt(self._state)
             self._state = state
 
@@ -167,12 +225,14 @@ class Method:
             "counters": {name: getattr(self, name) for name in self.counter_names},
             "state": {
                 key: {name: entry.clone() for name, entry in self._state.view(key).items()}
-                for key in self.state_names
+                for key in self._kept_names()
             },
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state made by `state_dict`, strength included.
+        """Take over a state made by `state_dict`, strength included; load the model's before it.
+
+        It may come from a method that an optimizer had, or had not.
 
         Raises:
             ValueError: it is of another method, or of a model with other parameters; nothing is
@@ -185,6 +245,8 @@ class Method:
             setattr(self, name, type(getattr(self, name))(state_dict["counters"][name]))
         for own, other in loaded:
             own.copy_(other)
+        for key in set(self.separate_state) - state_dict["state"].keys():
+            self._state.restart(key)
 
     def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Pairs of an own tensor and the loaded one for it."""
@@ -194,13 +256,16 @@ class Method:
             raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {self.name!r}")
         number(self.name, "strength", state_dict["strength"], minimum=0.0)
         _check_keys(f"{owner}['counters']", state_dict["counters"], self.counter_names)
-        _check_keys(f"{owner}['state']", state_dict["state"], self.state_names)
+        given = state_dict["state"]
+        optional = [key for key in self.separate_state if isinstance(given, dict) and key in given]
+        required = [key for key in self.state_names if key not in self.separate_state]
+        _check_keys(f"{owner}['state']", given, [*required, *optional])
         pairs = []
-        for key in self.state_names:
+        for key in (key for key in self._kept_names() if key in given):
             label = f"{owner}['state'][{key!r}]"
-            _check_keys(label, state_dict["state"][key], self._state.names)
+            _check_keys(label, given[key], self._state.names)
             for name, own in self._state.view(key).items():
-                other = state_dict["state"][key][name]
+                other = given[key][name]
                 if not isinstance(other, Tensor) or other.shape != own.shape:
                     got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
                     raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")

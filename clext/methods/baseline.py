@@ -19,6 +19,7 @@ class Baseline(Method):
     name: ClassVar[str] = "baseline"
     default_strength: ClassVar[float] = 0.0
     state_names: ClassVar[tuple[str, ...]] = ()
+    fused_state: ClassVar[tuple[str, ...] | None] = ()
 
     def penalty(self) -> Tensor:
         """Zero (0-dim)."""
@@ -26,6 +27,7 @@ class Baseline(Method):
 
     def add_penalty_grad_(self) -> Tensor:
         """Zero (0-dim); no gradient is touched."""
+        self._refuse_if_attached("add_penalty_grad_")
         return self.penalty()
 
     def _end_task(self, dataloader: Batches | None) -> None:

@@ -39,6 +39,7 @@ class EWC(Method):
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "constant")
+    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance")
 
     def __init__(
         self,
@@ -60,12 +61,16 @@ class EWC(Method):
     def penalty(self) -> Tensor:
         """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
         value = super().penalty()
-        return value if self.constant == 0 else value + self.strength * self.constant
+        return value if self.constant == 0 else value + self.penalty_offset()
 
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim)."""
         value = super().add_penalty_grad_()
-        return value if self.constant == 0 else value + self.strength * self.constant
+        return value if self.constant == 0 else value + self.penalty_offset()
+
+    def penalty_offset(self) -> float:
+        """The constant of anchors="all", strength included."""
+        return self.strength * self.constant
 
     def _end_task(self, dataloader: Batches | None) -> None:
         fisher = fisher_information(

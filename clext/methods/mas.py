@@ -27,6 +27,7 @@ class MAS(Method):
 
     name: ClassVar[str] = "mas"
     default_strength: ClassVar[float] = 0.05
+    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance")
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class RWalk(Method):
         "interval_start",
     )
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
+    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance", "path", "fisher")
+    separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 
     def __init__(
         self,
@@ -70,10 +72,19 @@ class RWalk(Method):
 
     def update(self) -> None:
         """Follow a step: after `optimizer.step()`, before `zero_grad()`."""
+        super().update()
         self._state.plan.riemannian_walk_step_(self._strength, self.decay)
+        self.after_step()
+
+    def after_step(self) -> None:
+        """Count the step, and close the interval with its last one."""
         self.interval_steps += 1
         if self.interval_steps >= self.interval:
             self._close_interval()
+
+    def step_options(self) -> dict[str, float]:
+        """Numbers that the optimizer's pass needs."""
+        return {"strength": self._strength, "decay": self.decay}
 
     def _close_interval(self) -> None:
         self._state.plan.accumulate_riemannian_walk_score_(self.eps)

@@ -31,6 +31,8 @@ class SI(Method):
     name: ClassVar[str] = "si"
     default_strength: ClassVar[float] = 20.0
     state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "path", "previous")
+    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance", "path")
+    separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 
     def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:
         super().__init__(model, strength=strength)
@@ -38,6 +40,7 @@ class SI(Method):
 
     def update(self) -> None:
         """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`."""
+        super().update()
         self._state.plan.accumulate_path_integral_(self._strength)
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002

@@ -12,6 +12,7 @@ from clext.reference.importance import (
     consolidate_importance_,
     sliced_importance_,
 )
+from clext.reference.optim import adam_step_, sgd_step_
 from clext.reference.path import (
     accumulate_path_integral_,
     accumulate_riemannian_walk_score_,
@@ -32,6 +33,7 @@ __all__ = [
     "accumulate_path_integral_",
     "accumulate_riemannian_walk_score_",
     "accumulate_square_",
+    "adam_step_",
     "add_quadratic_penalty_grad_",
     "consolidate_all_anchors_",
     "consolidate_importance_",
@@ -40,5 +42,6 @@ __all__ = [
     "quadratic_penalty",
     "quadratic_penalty_backward",
     "riemannian_walk_step_",
+    "sgd_step_",
     "sliced_importance_",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.reference.importance import consolidate_all_anchors_, consolidate_importance_
+from clext.reference.optim import adam_step_, sgd_step_, step_counts
 from clext.reference.path import (
     accumulate_path_integral_,
     accumulate_riemannian_walk_score_,
@@ -23,16 +24,25 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+# As the ops of optimizer steps order these lists.
+_PROTECTION = ("path", "fisher", "anchor", "importance")
+
+
 class ReferencePlan:
     """Parameters and a method's state, checked once; gradients are read at each call.
 
     `state`: lists as long as `params`, each entry laid out like its parameter and in the state
     dtype; keys among "anchor", "importance", "path", "previous", "fisher", "task_score", "score",
-    "interval_start".
+    "interval_start", "momentum_buffer", "exp_avg", "exp_avg_sq". `steps`: one 0-dim state tensor
+    per parameter for the steps of an optimizer, or none.
     """
 
     def __init__(
-        self, names: Sequence[str], params: TensorList, state: Mapping[str, TensorList]
+        self,
+        names: Sequence[str],
+        params: TensorList,
+        state: Mapping[str, TensorList],
+        steps: TensorList = (),
     ) -> None:
         if len(params) == 0:
             raise ValueError("ParameterPlan: params is empty, expected at least one tensor")
@@ -46,7 +56,11 @@ class ReferencePlan:
         self._state = {key: list(tensors) for key, tensors in state.items()}
         lists = [state_list(key, entries, written=True) for key, entries in self._state.items()]
         layout = Argument("params", self._params)
+        if len(steps) > 0:
+            lists.append(step_counts(steps))
         check_lists("ParameterPlan", layout, *lists, parameter_names=self._names)
+        self._guard = tuple(key for key in _PROTECTION if key in self._state)
+        self._steps = list(steps)
 
     def quadratic_penalty(self) -> Tensor:
         """The penalty's value without strength, without autograd (0-dim)."""
@@ -118,16 +132,106 @@ class ReferencePlan:
             importances, anchors, score, task_score, fisher, self._params, mix
         )
 
+    def sgd_step_(
+        self,
+        lr: float | Tensor,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        strength: float,
+        decay: float,
+        proximal: bool,
+        clear_grad: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """One step of SGD; the penalty's value before it, or None where nothing is protected.
+
+        Parameters without gradient are left out. The keys of the state tell how to protect.
+        """
+        keys = ("momentum_buffer", "step") if momentum else ()
+        params, grads, lists = self._active("sgd_step_", *keys, *self._guard, cleared=clear_grad)
+        value = sgd_step_(
+            params,
+            grads,
+            *(lists[:2] if momentum else ([], [])),
+            *self._guard_lists(lists[len(keys) :]),
+            lr=_as_tensor(lr),
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        return value if self._guard else None
+
+    def adam_step_(
+        self,
+        lr: float | Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        maximize: bool,
+        strength: float,
+        decay: float,
+        proximal: bool,
+        clear_grad: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Tensor | None:
+        """One step of Adam, or of AdamW if `decoupled`; otherwise as `sgd_step_`."""
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        params, grads, lists = self._active("adam_step_", *keys, *self._guard, cleared=clear_grad)
+        value = adam_step_(
+            params,
+            grads,
+            *lists[:3],
+            *self._guard_lists(lists[3:]),
+            lr=_as_tensor(lr),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+        return value if self._guard else None
+
+    def _guard_lists(self, lists: Sequence[list[Tensor]]) -> list[list[Tensor]]:
+        """The four lists of a step's protection, empty where there is none."""
+        given = dict(zip(self._guard, lists, strict=True))
+        return [given.get(key, []) for key in _PROTECTION]
+
     def _lists(self, op: str, *keys: str) -> list[list[Tensor]]:
         for key in keys:
-            if key not in self._state:
+            if key == "step" and not self._steps:
+                raise ValueError(
+                    f"ParameterPlan.{op}: there are no steps; pass them to the constructor"
+                )
+            if key != "step" and key not in self._state:
                 raise ValueError(
                     f"ParameterPlan.{op}: state has no list '{key}'; pass it to the constructor"
                 )
-        return [self._state[key] for key in keys]
+        return [self._steps if key == "step" else self._state[key] for key in keys]
 
     def _active(
-        self, op: str, *keys: str, written: bool = False
+        self, op: str, *keys: str, written: bool = False, cleared: bool = False
     ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Parameters that have a gradient, those gradients, and their entries of the state.
 
@@ -145,6 +249,10 @@ class ReferencePlan:
                 chosen.append(index)
         # The op checks again, but only the plan knows the parameters' names.
         names = [self._names[index] for index in chosen]
-        gradients = Argument("grads", grads, written=written)
+        gradients = Argument("grads", grads, written=written or cleared)
         check_lists(op, Argument("params", params), gradients, parameter_names=names)
         return params, grads, [[entries[index] for index in chosen] for entries in lists]
+
+
+def _as_tensor(value: float | Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)

@@ -1,0 +1,156 @@
+"""Adam and AdamW with a method in their pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from clext.optim.base import FusedOptimizer
+from clext.optim.options import flag, learning_rate, refuse, scalar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from clext.methods.base import Method
+    from clext.reference import ReferencePlan
+
+
+class Adam(FusedOptimizer):
+    """torch.optim.Adam in one pass over the parameters, with a method's work in the same pass.
+
+    Kingma and Ba 2015, arXiv:1412.6980.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups.
+        lr: learning rate, >= 0: a number, or a float tensor of one element.
+        betas: weights of the old averages of the gradient and its square, in [0, 1).
+        eps: added to the root of the second average, >= 0.
+        weight_decay: >= 0.
+        amsgrad: only False.
+        foreach: taken for compatibility; the step is always fused.
+        maximize: climb instead.
+        capturable: taken for compatibility; the step can always be captured.
+        differentiable: only False.
+        fused: taken for compatibility.
+        decoupled_weight_decay: beside the gradient (AdamW) rather than through it.
+        method: the method to protect with, see `FusedOptimizer`.
+        proximal: pull to the anchor after the step, see `FusedOptimizer`.
+        clear_grad: set the gradients to zero in the same pass.
+
+    Raises:
+        ValueError: an option is out of range, or the method knows none of the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        method: Method | None = None,
+        proximal: bool = False,
+        clear_grad: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, method=method, proximal=proximal, clear_grad=clear_grad)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        owner = type(self).__name__
+        refuse(owner, group, "amsgrad", "differentiable")
+        group["lr"] = learning_rate(owner, group["lr"])
+        betas = group["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"{owner}: betas must be two numbers, got {betas!r}")
+        group["betas"] = tuple(
+            scalar(owner, f"betas[{i}]", beta, minimum=0.0, maximum=1.0, open_maximum=True)
+            for i, beta in enumerate(betas)
+        )
+        for option in ("eps", "weight_decay"):
+            group[option] = scalar(owner, option, group[option], minimum=0.0)
+        for option in ("maximize", "decoupled_weight_decay"):
+            flag(owner, option, group[option])
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
+        return ("step", "exp_avg", "exp_avg_sq")
+
+    def _run(self, plan: ReferencePlan, group: dict[str, Any], **shared: Any) -> Tensor | None:  # noqa: ANN401
+        beta1, beta2 = group["betas"]
+        return plan.adam_step_(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            **shared,
+        )
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    Arguments and errors are those of `Adam`; weight_decay is 1e-2 unless given.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        method: Method | None = None,
+        proximal: bool = False,
+        clear_grad: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+            method=method,
+            proximal=proximal,
+            clear_grad=clear_grad,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # whatever the loaded state was of

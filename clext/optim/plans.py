@@ -1,0 +1,129 @@
+"""The plans of an optimizer, over what has a gradient, made anew when anything has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clext.optim.state import allocate_states, without_state
+from clext.parameters import check_parameters, make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clext.optim.base import FusedOptimizer
+    from clext.reference import ReferencePlan
+    from clext.state import ParameterState
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one group and device that the method protects, or that it does not."""
+
+    group: Group
+    device: torch.device
+    plan: ReferencePlan
+
+
+@dataclass(frozen=True)
+class _Protection:
+    """What the pass works on of a method's state, and where parameters have theirs."""
+
+    keys: tuple[str, ...]
+    state: ParameterState | None
+
+    @property
+    def places(self) -> dict[Tensor, int]:
+        return {entry: i for i, entry in enumerate(self.state.params)} if self.state else {}
+
+
+class Plans:
+    """Up to two plans per group and device; a parameter joins with its first gradient."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._made_for: list[object] = []
+        self._joined: set[Tensor] = set()  # parameters that have had a gradient
+        self._waiting: list[Tensor] = []  # those that have had none
+
+    def current(self, optimizer: FusedOptimizer) -> list[Part]:
+        """The plans for a step of `optimizer`."""
+        protection = _protection(optimizer)
+        if not _same(self._made_for, _circumstances(optimizer, protection)) or any(
+            entry.grad is not None for entry in self._waiting
+        ):
+            self._parts, self._waiting = [], []
+            for number, group in enumerate(optimizer.param_groups):
+                self._add_group(optimizer, number, group, protection)
+            self._made_for = _circumstances(optimizer, protection)
+        return self._parts
+
+    def _add_group(
+        self, optimizer: FusedOptimizer, number: int, group: Group, protection: _Protection
+    ) -> None:
+        params = group["params"]
+        names = group.get("param_names") or [f"{i} of group {number}" for i in range(len(params))]
+        places = protection.places
+        buckets: dict[tuple[torch.device, bool], dict[str, Tensor]] = {}
+        for name, entry in zip(names, params, strict=True):
+            if entry.grad is None and entry not in self._joined and not optimizer.state.get(entry):
+                self._waiting.append(entry)
+                continue
+            self._joined.add(entry)
+            known = entry in places
+            if protection.state is not None and known:
+                name = protection.state.names[places[entry]]
+            buckets.setdefault((entry.device, known), {})[name] = entry
+        for (device, known), named in buckets.items():
+            check_parameters(named, type(optimizer).__name__)
+            lists = _own_state(optimizer, list(named.values()), optimizer._state_keys(group))
+            steps = lists.pop("step", [])
+            if protection.state is not None and known:
+                for key in protection.keys:
+                    entries = protection.state.lists[key]
+                    lists[key] = [entries[places[entry]] for entry in named.values()]
+            plan = make_plan(list(named), list(named.values()), lists, steps)
+            self._parts.append(Part(group, device, plan))
+
+
+def _protection(optimizer: FusedOptimizer) -> _Protection:
+    """None before there is anything to protect or to follow."""
+    method = optimizer.method
+    if method is None or not method.fused_state:
+        return _Protection((), None)
+    if method.tasks == 0 and "path" not in method.fused_state:
+        return _Protection((), None)
+    return _Protection(method.fused_state, method._state)
+
+
+def _circumstances(optimizer: FusedOptimizer, protection: _Protection) -> list[object]:
+    """All that plans depend on, beside the gradients."""
+    facts: list[object] = [protection.state, optimizer.state, len(optimizer.state)]
+    for group in optimizer.param_groups:
+        facts += (group, len(group["params"]), optimizer._state_keys(group))
+    return facts
+
+
+def _same(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether all are the same objects, or equal numbers and names."""
+    return len(one) == len(other) and all(
+        a is b or (isinstance(a, int | tuple) and a == b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _own_state(
+    optimizer: FusedOptimizer, params: list[Tensor], keys: tuple[str, ...]
+) -> dict[str, list[Tensor]]:
+    incomplete = without_state(optimizer.state, params, keys)
+    if incomplete:
+        # In a graph's memory, and set to zero again by each replay.
+        optimizer._refuse_capture(
+            "it would have to make state for parameters that have none yet; take a step before"
+        )
+        allocate_states(optimizer.state, incomplete, keys)
+    return {key: [optimizer.state[entry][key] for entry in params] for key in keys}

@@ -1,0 +1,171 @@
+"""How the registry of the tests describes an op: its arguments, valid and invalid numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from clext import ops, reference
+
+ROWS, SLICES = 3, 5
+
+Arguments = dict[str, Any]  # in schema order: lists of tensors, tensors and numbers
+
+
+@dataclass(frozen=True)
+class ListArg:
+    """A list of tensors. `kind`: parameter, state or rows. `access`: read, update or write.
+
+    `mutable`: the schema says that it may be written, though this entry's call does not.
+    """
+
+    name: str
+    kind: str
+    access: str = "read"
+    nonnegative: bool = False
+    mutable: bool = False
+
+    @property
+    def written(self) -> bool:
+        return self.access != "read"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A written list of one 0-dim whole number per tensor, in the state's dtype."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A list that is empty in this entry's calls."""
+
+    name: str
+    mutable: bool = False
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A flag, or an optional tensor that is not given."""
+
+    name: str
+    value: bool | None = None
+
+
+@dataclass(frozen=True)
+class TensorArg:
+    """A tensor; of normal random numbers unless there is a `value`."""
+
+    name: str
+    shape: tuple[int, ...]
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number; `edges` are the outermost ones that are still valid."""
+
+    name: str
+    value: float
+    invalid: tuple[float, ...]
+    edges: tuple[float, float]
+
+
+def params(access: str = "read") -> ListArg:
+    return ListArg("params", "parameter", access)
+
+
+def grads(access: str = "read", mutable: bool = False) -> ListArg:
+    return ListArg("grads", "parameter", access, mutable=mutable)
+
+
+def state(name: str, access: str = "read") -> ListArg:
+    """State of any sign."""
+    return ListArg(name, "state", access)
+
+
+def weights(name: str, access: str = "read") -> ListArg:
+    """State that is never negative, and 0 for half of the elements."""
+    return ListArg(name, "state", access, nonnegative=True)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def at_least_zero(name: str, value: float) -> Scalar:
+    return Scalar(name, value, (-1.0, -1e-9, NAN, INF, -INF), (0.0, 1e30))
+
+
+def above_zero(name: str, value: float) -> Scalar:
+    return Scalar(name, value, (0.0, -1.0, NAN, INF), (1e-30, 1e30))
+
+
+def fraction(name: str, value: float) -> Scalar:
+    return Scalar(name, value, (-0.1, 1.0000001, NAN, INF), (0.0, 1.0))
+
+
+def below_one(name: str, value: float) -> Scalar:
+    return Scalar(name, value, (-0.1, 1.0, NAN, INF), (0.0, 0.9999999))
+
+
+def any_number(name: str, value: float) -> Scalar:
+    return Scalar(name, value, (NAN, INF, -INF), (-1e30, 1e30))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Numbers worked out by hand: inputs, and what the written lists and "returns" become."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+
+
+Arg = ListArg | Counts | Unused | Fixed | TensorArg | Scalar
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    args: tuple[Arg, ...]
+    examples: tuple[Example, ...]
+    layout: str = "params"  # the list that gives shapes and strides
+    mixed_dtypes: bool = True  # float32 and float64 parameters in one call
+    couples_tensors: bool = False  # an element of importances depends on all tensors of the call
+    variant: str = ""  # for an op with several entries
+    by_name: bool = False  # all but the lists are keyword arguments
+
+    @property
+    def lists(self) -> list[ListArg]:
+        return [arg for arg in self.args if isinstance(arg, ListArg)]
+
+    @property
+    def scalars(self) -> list[Scalar]:
+        return [arg for arg in self.args if isinstance(arg, Scalar)]
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the lists that a call changes."""
+        return [
+            arg.name
+            for arg in self.args
+            if isinstance(arg, Counts) or (isinstance(arg, ListArg) and arg.written)
+        ]
+
+    def split(self, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
+        """What is passed by position, and what by name."""
+        if not self.by_name:
+            return list(arguments.values()), {}
+        named = {n: value for n, value in arguments.items() if not isinstance(value, list)}
+        return [value for value in arguments.values() if isinstance(value, list)], named
+
+    def kernel(self, arguments: Arguments) -> Any:
+        by_position, by_name = self.split(arguments)
+        return getattr(ops, self.name)(*by_position, **by_name)
+
+    def reference(self, arguments: Arguments) -> Any:
+        by_position, by_name = self.split(arguments)
+        return getattr(reference, self.name)(*by_position, **by_name)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.variant}".strip()

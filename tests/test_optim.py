@@ -1,0 +1,323 @@
+"""Optimizers without a method go the way of their namesakes in torch.optim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from optim_cases import (
+    CASES,
+    CLOSE,
+    PLAIN,
+    assert_same_parameters,
+    batch,
+    loss_of,
+    train,
+    twins,
+)
+from torch.nn import functional as F
+from torch.optim import lr_scheduler
+
+import clext.parameters
+from clext import optim
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_kind = pytest.mark.parametrize("case", PLAIN)
+
+
+@pytest.fixture(params=["compiled", "plain torch"], autouse=True)
+def plan(request, monkeypatch):
+    if request.param == "plain torch":
+        monkeypatch.setattr(clext.parameters, "has_kernels", lambda _device: False)
+    return request.param
+
+
+def pair(case, device, dtype=torch.float64, params=lambda model: model.parameters(), **options):
+    """Twin models, each with its optimizer, clext's first."""
+    mine, theirs, given = CASES[case]
+    models = twins(device, dtype)
+    kinds = (mine, theirs)
+    optimizers = [
+        kind(params(model), **(given | options)) for kind, model in zip(kinds, models, strict=True)
+    ]
+    return list(zip(models, optimizers, strict=True))
+
+
+# ----------------------------------------------------------------------------- trajectories
+
+
+@every_case
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_same_trajectory(case, dtype, device):
+    pairs = pair(case, device, dtype)
+    for start in (0, 10, 20):
+        for model, optimizer in pairs:
+            train(model, optimizer, range(start, start + 10))
+        assert_same_parameters(pairs[0][0], pairs[1][0], dtype)
+    assert pairs[0][1].penalty.item() == 0
+
+
+@every_kind
+def test_param_groups(case, device):
+    def groups(model):
+        return [
+            {"params": model.conv.parameters(), "lr": 0.001, "weight_decay": 0.2},
+            {"params": [*model.body.parameters(), *model.heads.parameters()]},
+        ]
+
+    pairs = pair(case, device, params=groups)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(22))
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+@every_kind
+def test_group_added_later(case, device):
+    pairs = pair(case, device, params=lambda model: model.conv.parameters())
+    for model, optimizer in pairs:
+        train(model, optimizer, range(7))
+        rest = [*model.body.parameters(), *model.heads.parameters()]
+        optimizer.add_param_group({"params": rest, "lr": 0.003})
+        model.zero_grad()
+        train(model, optimizer, range(7, 25))
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+SCHEDULES = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=30),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_schedules(case, schedule, tensor, device, recwarn):
+    lr = {"lr": torch.tensor(0.02, dtype=torch.float64)} if tensor else {}
+    mine, theirs = CASES[case][:2]
+    models = twins(device)
+    for kind, model in zip((mine, theirs), models, strict=True):
+        optimizer = kind(
+            model.parameters(), **CASES[case][2] | {k: v.clone() for k, v in lr.items()}
+        )
+        train(model, optimizer, range(22), after=SCHEDULES[schedule](optimizer).step)
+    assert_same_parameters(*models)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_lr_is_read_from_its_tensor_at_each_step(case, shape, place, device):
+    rates = [0.1, 0.01, 0.2, 0.0]
+    lr = torch.full(shape, 1.0, device="cpu" if place == "cpu" else device)
+    mine, theirs, options = CASES[case]
+    one, other = twins(device)
+    tensor = mine(one.parameters(), **options | {"lr": lr})
+    number = theirs(other.parameters(), **options)
+    for step, rate in enumerate(rates):
+        lr.fill_(rate)
+        number.param_groups[0]["lr"] = float(torch.tensor(rate))
+        train(one, tensor, range(step, step + 1))
+        train(other, number, range(step, step + 1))
+    assert_same_parameters(one, other)
+
+
+@every_kind
+def test_closure(case, device):
+    pairs = pair(case, device)
+    for step in range(20):
+        losses = []
+        for model, optimizer in pairs:
+
+            def closure(model=model, optimizer=optimizer, step=step):
+                optimizer.zero_grad()
+                loss = loss_of(model, step)
+                loss.backward()
+                return loss
+
+            with torch.no_grad():
+                losses.append(optimizer.step(closure).item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+@pytest.mark.parametrize("case", ["sgd", "sgd dampening", "adam"])
+def test_parameters_without_gradient_and_those_that_join_later(case, device):
+    """The second head waits; then both take turns."""
+    pairs = pair(case, device)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(5), head=0)
+        waiting = [p for p in model.parameters() if p not in optimizer.state]
+        assert len(waiting) == (6 if case == "sgd" else 0) + 2
+        for step in range(5, 25):
+            train(model, optimizer, range(step, step + 1), head=step % 2)
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+@every_kind
+def test_frozen_later(case, device):
+    pairs = pair(case, device)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(5))
+        model.conv.requires_grad_(False)
+        train(model, optimizer, range(5, 10))
+        model.conv.requires_grad_(True)
+        train(model, optimizer, range(10, 15))
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+def test_momentum_that_is_switched_on_and_off(device):
+    pairs = pair("sgd", device, dampening=0.5)
+    for model, optimizer in pairs:
+        for number, momentum in enumerate((0.0, 0.9, 0.0, 0.5)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            train(model, optimizer, range(5 * number, 5 * number + 5))
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+@every_kind
+def test_gradients_in_another_layout(case, device):
+    pairs = pair(case, device)
+    for step in range(5):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            weight = model.body.weight
+            weight.grad = weight.grad.t().contiguous().t()
+            model.conv.weight.grad = model.conv.weight.grad.contiguous()
+            optimizer.step()
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_steps_in_float32(case, dtype, device):
+    """As torch does it with state and arithmetic in float32, the parameter rounded at each step."""
+    mine, theirs, options = CASES[case]
+    torch.manual_seed(0)
+    theta = torch.randn(300, device=device).to(dtype)
+    parameter = torch.nn.Parameter(theta.clone())
+    wide = torch.nn.Parameter(theta.float())
+    optimizers = mine([parameter], **options), theirs([wide], **options)
+    for _ in range(20):
+        parameter.grad = torch.randn(300, device=device).to(dtype)
+        wide.grad = parameter.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        # Ties may be rounded the other way, since the arithmetic is not the same to the last bit.
+        torch.testing.assert_close(
+            parameter.float(), wide.to(dtype).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
+        )
+        with torch.no_grad():
+            wide.copy_(parameter)
+    for entry in optimizers[0].state[parameter].values():
+        assert entry.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------- gradients
+
+
+@every_kind
+def test_clear_grad_replaces_zero_grad(case, device):
+    pairs = pair(case, device)
+    (model, _), (other, reference) = pairs
+    optimizer = CASES[case][0](model.parameters(), **CASES[case][2], clear_grad=True)
+    for step in range(20):
+        loss_of(model, step).backward()
+        pointers = [p.grad.data_ptr() for p in model.conv.parameters()]
+        versions = [p.grad._version for p in model.conv.parameters()]
+        optimizer.step()
+        assert all(bool(p.grad.eq(0).all()) for p in model.parameters() if p.grad is not None)
+        assert pointers == [p.grad.data_ptr() for p in model.conv.parameters()]
+        for version, parameter in zip(versions, model.conv.parameters(), strict=True):
+            assert parameter.grad._version > version
+    train(other, reference, range(20))
+    assert_same_parameters(model, other)
+
+
+@every_kind
+def test_gradients_are_left_alone_otherwise(case, device):
+    ((model, optimizer), _) = pair(case, device)
+    loss_of(model, 0).backward()
+    before = [p.grad.clone() for p in model.conv.parameters()]
+    versions = [p._version for p in model.conv.parameters()]
+    optimizer.step()
+    for grad, version, parameter in zip(before, versions, model.conv.parameters(), strict=True):
+        assert torch.equal(parameter.grad, grad)
+        assert parameter._version > version
+
+
+@every_kind
+def test_sparse_gradients_are_refused_by_name(case, device):
+    embedding = torch.nn.Embedding(4, 2, sparse=True, device=device)
+    optimizer = CASES[case][0](embedding.named_parameters(), **CASES[case][2])
+    embedding(torch.tensor([1], device=device)).sum().backward()
+    with pytest.raises(TypeError, match=r"parameter 'weight' has layout .*sparse=False"):
+        optimizer.step()
+
+
+# ----------------------------------------------------------------------------- mixed precision
+
+
+def scaled_step(model, optimizer, scaler, step, poison=False, unscale=False):
+    optimizer.zero_grad()
+    scaler.scale(loss_of(model, step)).backward()
+    if poison:
+        model.conv.bias.grad[0] = torch.inf
+    if unscale:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@every_kind
+@pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "clipped"])
+def test_grad_scaler(case, unscale, device):
+    pairs = pair(case, device, torch.float32)
+    for model, optimizer in pairs:
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=5)
+        for step in range(20):
+            before = [p.detach().clone() for p in model.parameters()]
+            counts = [state["step"].item() for state in optimizer.state.values() if "step" in state]
+            scaled_step(model, optimizer, scaler, step, poison=step in (0, 8), unscale=unscale)
+            same = [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+            if step in (0, 8):
+                assert all(same)
+                after = [s["step"].item() for s in optimizer.state.values() if "step" in s]
+                assert counts == (after if step == 8 else [])
+        assert scaler.get_scale() == 2.0 ** (10 - 2 + 3)
+    assert_same_parameters(pairs[0][0], pairs[1][0], torch.float32)
+
+
+def test_gradients_of_a_skipped_step_are_cleared_too(device):
+    (model,) = twins(device, torch.float32, count=1)
+    optimizer = optim.Adam(model.parameters(), clear_grad=True)
+    scaler = torch.amp.GradScaler(device)
+    scaler.scale(loss_of(model, 0)).backward()
+    model.conv.bias.grad[0] = torch.nan
+    scaler.step(optimizer)
+    assert all(bool(p.grad.eq(0).all()) for p in model.parameters() if p.grad is not None)
+
+
+# ----------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.slow
+def test_compiled_models_and_loops(device):
+    one, other = twins(device)
+    compiled = torch.compile(one, backend="aot_eager")
+    optimizer = optim.Adam(compiled.parameters(), lr=0.02)
+
+    @torch.compile(backend="eager")
+    def step(number):
+        x, y = batch(number, one)
+        F.cross_entropy(compiled(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(5):
+        step(number)
+    train(other, torch.optim.Adam(other.parameters(), lr=0.02), range(5))
+    assert_same_parameters(one, other)
