@@ -20,6 +20,7 @@ from clext.methods.base import option_names
 from clext.progress import say
 from clext.result import PICTURE_NAME
 from clext.scenarios import SCENARIOS
+from clext.settings import PRECISIONS
 from clext.training import NonFiniteLossError
 
 _WRONG_INPUT = 2
@@ -40,6 +41,7 @@ _SHARED_OPTIONS = (
     click.option("--epochs", type=int, default=10, show_default=True, help="Epochs per task."),
     click.option("--batch-size", type=int, default=128, show_default=True, help="Examples a step."),
     click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's learning rate."),
+    click.option("--precision", default="fp32", show_default=True, help=" | ".join(PRECISIONS)),
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
     ),
@@ -58,6 +60,7 @@ class _Shared(TypedDict):
     epochs: int
     batch_size: int
     lr: float
+    precision: str
     seed: int
     device: str | None
     progress: bool

@@ -110,6 +110,7 @@ def compare(
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 1e-4,
+    precision: str = "fp32",
     model: nn.Module | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -131,6 +132,7 @@ def compare(
         epochs: passes over the data of each task.
         batch_size: examples in a step.
         lr: learning rate of Adam.
+        precision: "fp32", or "bf16" for forward and backward in bfloat16.
         model: by default the course's perceptron; each method trains a copy of a given one.
         seed: of everything random, the same for all methods.
         device: by default CUDA if there is one, else the CPU.
@@ -153,6 +155,7 @@ def compare(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        precision=precision,
         seed=seed,
         device=device,
         data_dir=data_dir,

@@ -12,10 +12,11 @@ import torch
 
 from clext._version import __version__
 from clext.data import check_dataset
-from clext.options import integer, number
+from clext.options import choice, integer, number
 from clext.scenarios import check_scenario
 
 _OWNER = "train"
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Settings:
     epochs: int
     batch_size: int
     lr: float
+    precision: str
     seed: int
     device: torch.device
     data_dir: str | os.PathLike[str] | None
@@ -46,6 +48,7 @@ class Settings:
         epochs: int,
         batch_size: int,
         lr: float,
+        precision: str,
         seed: int,
         device: str | torch.device | None,
         data_dir: str | os.PathLike[str] | None,
@@ -61,6 +64,7 @@ class Settings:
             epochs=integer(_OWNER, "epochs", epochs, minimum=1),
             batch_size=integer(_OWNER, "batch_size", batch_size, minimum=1),
             lr=number(_OWNER, "lr", lr, minimum=0.0, open_minimum=True),
+            precision=choice(_OWNER, "precision", precision, PRECISIONS),
             seed=integer(_OWNER, "seed", seed, minimum=0),
             device=resolve_device(device),
             data_dir=data_dir,
@@ -75,6 +79,7 @@ class Settings:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "lr": self.lr,
+            "precision": self.precision,
             "seed": self.seed,
             "dataset": self.dataset,
             "data_dir": None if self.data_dir is None else str(self.data_dir),

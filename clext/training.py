@@ -12,19 +12,19 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from clext.data import Batches, Dataset, Split, load_dataset
 from clext.learner import LearnerSpec, describe_learner, input_dtype
 from clext.methods import Method
 from clext.module_mode import module_mode
+from clext.optim import Adam
 from clext.progress import Progress
 from clext.result import Result
 from clext.scenarios import Task, make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import Settings, describe_machine
+from clext.steps import autocast, make_steps
 from clext.storage import keep, writable_folder
 
 Save = Callable[[Result], Path | None]
@@ -66,6 +66,7 @@ def train(
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 1e-4,
+    precision: str = "fp32",
     strength: float | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
@@ -89,6 +90,8 @@ def train(
         epochs: passes over the data of each task.
         batch_size: examples in a step; the last, smaller batch of an epoch is used too.
         lr: learning rate of Adam.
+        precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
+            parameters, optimizer and method state in float32 as before.
         strength: weight of the method's penalty; by default the method's own.
         model: any module from [N, features] float inputs to logits [N, classes], trained in place
             and moved to `device`; by default the course's 784-1024-512-256-10 perceptron.
@@ -115,6 +118,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
+        precision=precision,
         seed=seed,
         device=device,
         data_dir=data_dir,
@@ -176,27 +180,29 @@ def learn(
     model, device = method.model, settings.device
     data = data.to(device, input_dtype(model))
     shuffle = generator(result.config["seeds"]["shuffle"])
-    steps = math.ceil(len(data.train.labels) / settings.batch_size)
+    step_count = math.ceil(len(data.train.labels) / settings.batch_size)
     clock = Clock(result.timings, device)
     with Progress(
-        method.name, settings.tasks, settings.epochs, steps, show=settings.progress
+        method.name, settings.tasks, settings.epochs, step_count, show=settings.progress
     ) as bar:
         for k, task in enumerate(tasks):
             with clock.measure("training"):
                 train_split = task.transform(data.train)
-                optimizer = make_adam(model, settings.lr)
+                optimizer = Adam(trainable(model), lr=settings.lr, method=method)
+                steps = make_steps(
+                    method, optimizer, train_split, settings.batch_size, settings.precision
+                )
             for epoch in range(settings.epochs):
                 bar.epoch_start(k, epoch)
                 with clock.measure("training"):
                     order = torch.randperm(len(train_split.labels), generator=shuffle).to(device)
-                    batches = order.split(settings.batch_size)
-                    losses = train_epoch(method, optimizer, train_split, batches, bar.step)
+                    losses = steps.run_epoch(order, bar.step)
                     step = first_non_finite(losses, model)
                 if step is not None:
                     raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
                 with clock.measure("evaluation"):
                     seen = (seen_task.transform(data.test) for seen_task in tasks[: k + 1])
-                    accuracies = [evaluate(model, split) for split in seen]
+                    accuracies = [evaluate(model, split, settings.precision) for split in seen]
                 result.curve.append(fmean(accuracies))
                 bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
             result.accuracy[k, : k + 1] = accuracies
@@ -205,43 +211,20 @@ def learn(
             keep(lambda: save(result))
 
 
-def train_epoch(
-    method: Method,
-    optimizer: Optimizer,
-    split: Split,
-    batches: Sequence[Tensor],
-    step_done: Callable[[], object],
-) -> Tensor:
-    """One pass over the data; returns loss plus penalty of each step, still on the device.
-
-    Nothing here waits for the device: its numbers are read when the epoch is over.
-    """
-    model = method.model
-    # Not in half precision: a loss of 70,000 is finite, though float16 has no number for it.
-    dtype = torch.promote_types(split.inputs.dtype, torch.float32)
-    losses = torch.empty(len(batches), device=split.inputs.device, dtype=dtype)
-    for step, rows in enumerate(batches):
-        inputs = split.inputs.index_select(0, rows)
-        labels = split.labels.index_select(0, rows)
-        loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        penalty = method.add_penalty_grad_()
-        optimizer.step()
-        method.update()
-        optimizer.zero_grad()
-        losses[step] = loss.detach() + penalty
-        step_done()
-    return losses
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> float:
+def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> float:
     """The share of `split` that the model, in eval mode, classifies correctly."""
-    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    with module_mode(model, training=False):
+    device = split.labels.device
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    with module_mode(model, training=False), autocast(device, precision):
         for inputs, labels in Batches(split, EVALUATION_BATCH):
             correct += (model(inputs).argmax(dim=1) == labels).sum()
     return int(correct) / len(split.labels)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer is to move."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
@@ -252,15 +235,6 @@ def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
     # The last update can break the model without any loss that shows it.
     finite = all(bool(p.detach().isfinite().all()) for p in model.parameters())
     return None if finite else len(losses) - 1
-
-
-def make_adam(model: nn.Module, lr: float) -> Adam:
-    """Adam over the trainable parameters, in one fused kernel where torch has it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    try:
-        return Adam(parameters, lr=lr, fused=True)
-    except RuntimeError:  # how torch says that it has none for this device or type
-        return Adam(parameters, lr=lr)
 
 
 class Clock:
