@@ -6,25 +6,15 @@ printed and appended to bench/results/ops.jsonl; nothing here fails for being sl
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, Case, Lists
 from sizes import MODELS
-from timing import Stopwatch, machine, record
+from timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-ROUNDS = int(os.environ.get("CLEXT_BENCH_ROUNDS", "0"))
 CALLS_PER_ROUND = 3
-
-
-def rounds_for(elements: int, device: str) -> int:
-    """Enough for a stable median, few enough that the largest model takes well under a minute."""
-    if ROUNDS:
-        return ROUNDS
-    return 30 if device == "cuda" or elements < 5e6 else 10
 
 
 def check_equal(case: Case, shapes: Any, device: str) -> None:
@@ -43,13 +33,6 @@ def check_equal(case: Case, shapes: Any, device: str) -> None:
             torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6, msg=f"{name} differs")
         if value is not None and expected_value is not None:
             torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-8)
-
-
-def copy_contestant(total_bytes: int, device: str) -> Any:
-    """Moves the same number of bytes: half read, half written."""
-    source = torch.rand(total_bytes // 8, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 @pytest.mark.parametrize("device", DEVICES)

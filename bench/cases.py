@@ -412,8 +412,8 @@ CASES: dict[str, Case] = {
     "consolidate_all_anchors_": Case(4, 2, (*PENALTY, "estimate"), consolidate_all_anchors),
     "consolidate_path_integral_": Case(4, 3, (*PENALTY, "path"), consolidate_path_integral),
     "consolidate_riemannian_walk_": Case(
-        # score and task_score are read and written by the first pass; fisher is read twice, for its
-        # maximum and for the sum, and score once more.
-        7, 4, (*PENALTY, "fisher", "score", "task_score"), consolidate_riemannian_walk
+        # The first pass reads and writes score and task_score, the second reads fisher for its
+        # maximum, the third reads fisher, score and param and writes importance and anchor.
+        6, 4, (*PENALTY, "fisher", "score", "task_score"), consolidate_riemannian_walk
     ),
 }  # fmt: skip

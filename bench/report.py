@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -16,7 +17,11 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md"]
+NAMES = {"torch": "plain torch"}
+CONTESTANTS = ("clext", "course")
 MODEL_NAMES = {"mlp": "course MLP, 1.5 M", "resnet18": "ResNet-18, 11.7 M", "vit_b": "ViT-B, 86 M"}
+
+NOT_MEASURED = "Not measured yet."
 
 Entry = dict[str, Any]
 
@@ -57,6 +62,21 @@ def where(entries: list[Entry]) -> str:
     return "Measured on " + "; ".join(sorted(machines)) + "."
 
 
+def by_device(entries: list[Entry], head: list[str], row: Callable[[Entry], list[str]]) -> str:
+    """A table for each device that was measured on, each followed by what it was."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry["machine"]["device"], []).append(entry)
+    parts = [
+        markdown(head, [row(e) for e in group]) + "\n\n" + where(group) for group in groups.values()
+    ]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def times(ratio: float | None, digits: int = 1) -> str:
+    return "" if ratio is None else f"{ratio:.{digits}f}x"
+
+
 def accuracy_table() -> str:
     rows = []
     for name, result in read_comparison().items():
@@ -70,16 +90,6 @@ def accuracy_table() -> str:
 
 def penalty_table() -> str:
     entries = newest(read_lines("ops"), "op", "model")
-    entries = [e for e in entries if e["op"] == "add_quadratic_penalty_grad_"]
-    rows = [
-        [
-            MODEL_NAMES[e["model"]],
-            f"{e['ms']['clext']:.2f}",
-            *(f"{e['ratio'][name]:.1f}x" for name in ("loop", "foreach", "compile")),
-            f"{1 / e['ratio']['copy']:.2f}x",
-        ]
-        for e in entries
-    ]
     head = [
         "model",
         "clext, ms",
@@ -88,49 +98,144 @@ def penalty_table() -> str:
         "`torch.compile`",
         "of a copy",
     ]
-    return markdown(head, rows) + "\n\n" + where(entries)
+
+    def row(e: Entry) -> list[str]:
+        return [
+            MODEL_NAMES[e["model"]],
+            f"{e['ms']['clext']:.2f}",
+            *(times(e["ratio"][name]) for name in ("loop", "foreach", "compile")),
+            f"{1 / e['share_of_copy_bandwidth']:.2f}x",
+        ]
+
+    chosen = [e for e in entries if e["op"] == "add_quadratic_penalty_grad_"]
+    return by_device(chosen, head, row)
+
+
+def traffic_table() -> str:
+    """From the definitions of the benchmarks, not from results."""
+    from cases import CASES
+    from steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, least_traffic
+
+    counts = {f"`{op}`": (case.reads, case.writes) for op, case in CASES.items()}
+    for optimizer in CLEXT_OPTIMIZERS:
+        for method in METHOD_LISTS:
+            counts[step_name(optimizer, method)] = least_traffic(optimizer, method)
+    rows = [
+        [name, str(reads), str(writes), str(4 * (reads + writes))]
+        for name, (reads, writes) in counts.items()
+    ]
+    return markdown(["op", "read", "written", "bytes/element"], rows)
+
+
+def step_name(optimizer: str, method: str) -> str:
+    return f"`{optimizer}_step_`" + ("" if method == "none" else f", {method}")
 
 
 def ops_table() -> str:
-    entries = newest(read_lines("ops"), "op", "model")
-    rows = []
-    for e in entries:
-        ratios = [
-            f"{e['ratio'][n]:.1f}x" if n in e["ratio"] else ""
-            for n in ("loop", "foreach", "compile")
-        ]
-        rows.append(
-            [
-                f"`{e['op']}`",
-                e["model"],
-                f"{e['bytes'] / e['elements']:.0f}",
-                f"{e['ms']['clext']:.3f}",
-                f"{e['gb_per_s']:.0f}",
-                f"{100 * e['share_of_copy_bandwidth']:.0f}%",
-                *ratios,
-            ]
-        )
     head = ["op", "model", "bytes/element", "ms", "GB/s", "of copy", "loop", "foreach", "compile"]
-    return markdown(head, rows) + "\n\n" + where(entries)
+
+    def row(e: Entry) -> list[str]:
+        return [
+            f"`{e['op']}`",
+            e["model"],
+            f"{e['bytes'] / e['elements']:.0f}",
+            f"{e['ms']['clext']:.3f}",
+            f"{e['gb_per_s']:.0f}",
+            f"{100 * e['share_of_copy_bandwidth']:.0f}%",
+            *(times(e["ratio"].get(name)) for name in ("loop", "foreach", "compile")),
+        ]
+
+    return by_device(newest(read_lines("ops"), "op", "model"), head, row)
+
+
+def fused_table() -> str:
+    """The README's part of the table `optim`: Adam with SI."""
+    entries = newest(read_lines("optim"), "optimizer", "method", "model")
+    head = ["model", "clext, ms", "separate passes", "course loops", "of a copy"]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            MODEL_NAMES[e["model"]],
+            f"{e['ms']['fused']:.2f}",
+            times(e["ratio"]["separate"]),
+            times(e["ratio"]["course"]),
+            f"{1 / e['share_of_copy_bandwidth']:.2f}x",
+        ]
+
+    chosen = [e for e in entries if (e["optimizer"], e["method"]) == ("adam", "si")]
+    return by_device(chosen, head, row)
+
+
+def optim_table() -> str:
+    head = ["step", "model", "bytes/element", "ms", "of copy", "separate passes", "course loops"]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            step_name(e["optimizer"], e["method"]),
+            e["model"],
+            f"{e['bytes'] / e['elements']:.0f}",
+            f"{e['ms']['fused']:.3f}",
+            f"{100 * e['share_of_copy_bandwidth']:.0f}%",
+            times(e["ratio"]["separate"], 2),
+            times(e["ratio"]["course"]),
+        ]
+
+    return by_device(newest(read_lines("optim"), "optimizer", "method", "model"), head, row)
+
+
+def protocol_table() -> str:
+    head = [
+        "method",
+        "tasks x epochs",
+        "precision",
+        "clext, s",
+        "course loop, s",
+        "faster",
+        "accuracy",
+        "of the course loop",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        course = e["seconds"].get("course")
+        return [
+            f"`{e['method']}`",
+            f"{e['tasks']} x {e['epochs']}",
+            e["precision"],
+            f"{e['seconds']['clext']:.1f}",
+            "" if course is None else f"{course:.1f}",
+            times(e["ratio"]),
+            *("" if not a else f"{fmean(a):.4f}" for a in map(e["accuracy"].get, CONTESTANTS)),
+        ]
+
+    keys = ("method", "tasks", "epochs", "precision")
+    return by_device(newest(read_lines("protocol"), *keys), head, row)
 
 
 def step_table() -> str:
-    entries = newest(read_lines("step"), "model")
-    rows = [
-        [f"`{name}`", f"{ms:.2f}", f"{e['against_baseline'][name]:.2f}x"]
-        for e in entries
-        for name, ms in e["ms"].items()
-    ]
-    return markdown(["method", "ms a step", "of baseline"], rows) + "\n\n" + where(entries)
+    """A line for each method, the precisions side by side; one table for each device."""
+    runs = newest(({"precision": "fp32", **e} for e in read_lines("step")), "model", "precision")
+    devices: dict[str, list[Entry]] = {}
+    for e in runs:
+        devices.setdefault(e["machine"]["device"], []).append(e)
+    parts = []
+    for entries in devices.values():
+        head = ["method"]
+        rows = {name: [NAMES.get(name, f"`{name}`")] for e in entries for name in e["ms"]}
+        for e in entries:
+            head += [f"{e['precision']}, ms a step", "of baseline"]
+            for name, cells in rows.items():
+                measured = name in e["ms"]
+                cells.append(f"{e['ms'][name]:.2f}" if measured else "")
+                cells.append(times(e["against_baseline"].get(name), 2))
+        parts.append(markdown(head, list(rows.values())) + "\n\n" + where(entries))
+    return "\n\n".join(parts) or NOT_MEASURED
 
 
 def plan_table() -> str:
-    entries = newest(read_lines("plan"), "tensors")
-    rows = [[str(e["tensors"]), f"{e['us']['plan']:.1f}", f"{e['us']['op']:.1f}"] for e in entries]
-    return (
-        markdown(["tensors", "ParameterPlan, us", "dispatcher op, us"], rows)
-        + "\n\n"
-        + where(entries)
+    return by_device(
+        newest(read_lines("plan"), "tensors"),
+        ["tensors", "ParameterPlan, us", "dispatcher op, us"],
+        lambda e: [str(e["tensors"]), f"{e['us']['plan']:.1f}", f"{e['us']['op']:.1f}"],
     )
 
 
@@ -172,7 +277,11 @@ def compared() -> list[Entry]:
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_table,
     "penalty": penalty_table,
+    "traffic": traffic_table,
     "ops": ops_table,
+    "fused": fused_table,
+    "optim": optim_table,
+    "protocol": protocol_table,
     "step": step_table,
     "plan": plan_table,
     "sweep": sweep_table,
@@ -188,21 +297,22 @@ def filled(text: str) -> str:
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def stale() -> list[Path]:
+    """The documents in which a table differs from the results."""
+    texts = {path: path.read_text() for path in DOCUMENTS}
+    return [path for path, text in texts.items() if filled(text) != text]
+
+
 @click.command(help=__doc__)
 @click.option("--check", is_flag=True, help="Compare only.")
 def report(check: bool) -> None:
-    stale = []
-    for path in DOCUMENTS:
-        text = path.read_text()
-        if filled(text) != text:
-            stale.append(path.relative_to(ROOT).as_posix())
-            if not check:
-                path.write_text(filled(text))
-    if check and stale:
-        raise SystemExit(
-            f"{', '.join(stale)}: tables differ from bench/results; run bench/report.py"
-        )
-    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'nothing'}")
+    paths = stale()
+    names = ", ".join(path.relative_to(ROOT).as_posix() for path in paths) or "nothing"
+    if check and paths:
+        raise SystemExit(f"{names}: tables differ from bench/results; run bench/report.py")
+    for path in paths:
+        path.write_text(filled(path.read_text()))
+    print(f"{'stale' if check else 'written'}: {names}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -17,6 +18,22 @@ import torch
 from clext._extension import build_info
 
 RESULTS = Path(__file__).parent / "results"
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ROUNDS = int(os.environ.get("CLEXT_BENCH_ROUNDS", "0"))
+
+
+def rounds_for(elements: int, device: str) -> int:
+    """Enough for a stable median, few enough that the largest model takes well under a minute."""
+    if ROUNDS:
+        return ROUNDS
+    return 30 if device == "cuda" or elements < 5e6 else 10
+
+
+def copy_contestant(total_bytes: int, device: str) -> Callable[[], object]:
+    """Moves the same number of bytes: half read, half written."""
+    source = torch.rand(total_bytes // 8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 class Stopwatch:
@@ -38,6 +55,11 @@ class Stopwatch:
 
     def medians(self) -> dict[str, float]:
         return {name: median(seconds) for name, seconds in self.seconds.items()}
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median of `name` over `base`, each taken within one round: slow spells cancel out."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return median(seconds / reference for seconds, reference in pairs)
 
 
 def machine(device: str) -> dict[str, object]:

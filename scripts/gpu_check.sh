@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Evidence from a machine with a GPU: builds in place, runs the whole test suite with skips turned
-# into failures, small cases under compute-sanitizer, and the benchmarks. Needs torch with CUDA, a
-# CUDA toolkit, pytest, pytest-benchmark and hypothesis; no network.
+# Evidence from a machine with a GPU: builds in place, checks the compiler's report on the kernels,
+# runs the whole test suite with skips turned into failures, small cases under compute-sanitizer, the
+# benchmarks, and the course's whole protocol where MNIST is at hand. Needs torch with CUDA, a CUDA
+# toolkit, pytest, pytest-benchmark and hypothesis; no network.
 #
 #   scripts/gpu_check.sh            everything
-#   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench
+#   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench, protocol
 #
-# PYTHON chooses the interpreter. Summaries go to bench/results/gpu_check.txt, full logs to build/.
+# PYTHON chooses the interpreter, CLEXT_BENCH_ARGS selects among the benchmarks (-k ...), CLEXT_DATA
+# is the folder with MNIST. Summaries go to bench/results/gpu_check.txt, full logs to build/, timings
+# to bench/results/*.jsonl and from there into the tables of the documents.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-parts=${*:-tests sanitizer bench}
+parts=${*:-tests sanitizer bench protocol}
 logs=build/gpu_check
 report=bench/results/gpu_check.txt
 mkdir -p "$logs" bench/results
 
 export CLEXT_CUDA=1 CLEXT_REQUIRE_CUDA=1
+for data in shared/data ../shared/data; do
+  if [ -z "${CLEXT_DATA:-}" ] && [ -d "$data" ]; then export CLEXT_DATA=$PWD/$data; fi
+done
 # The checkout is what is tested: its clext/ comes first, in child processes as well.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -27,6 +33,10 @@ note() {
   echo "$1"
 }
 
+# The lines of a log that tell how it went: pytest's last, the sanitizer's, those of our scripts.
+summaries='=+ .*(passed|failed|error|no tests).*=+|[0-9]+ passed.*|========= .*SUMMARY.*'
+summaries+='|sm_[0-9a-z]+: .*|no kernel uses .*|kernels .*|\w+ (fp32|bf16), .* tasks of .*'
+
 # step NAME COMMAND...: runs it, keeps its log, notes how it ended.
 step() {
   local name=$1 start=$SECONDS outcome=passed
@@ -35,8 +45,7 @@ step() {
   "$@" >"$logs/$name.log" 2>&1 || outcome=FAILED
   tail -n 15 "$logs/$name.log"
   local summary
-  summary=$(grep -E '^(=+ .*(passed|failed|error|no tests).*=+|[0-9]+ passed.*|========= .*SUMMARY.*)$' \
-    "$logs/$name.log" | tail -n 2 | tr -d '=' | tr '\n' ';')
+  summary=$(grep -E "^($summaries)\$" "$logs/$name.log" | tail -n 4 | tr -d '=' | tr '\n' ';')
   note "$name: $outcome in $((SECONDS - start)) s; ${summary:-see $logs/$name.log}"
   [ "$outcome" = passed ] || status=1
 }
@@ -44,6 +53,11 @@ step() {
 commit() {
   git rev-parse --verify -q HEAD 2>/dev/null || { echo unknown; return; }
   git diff --quiet HEAD || echo "with local changes"
+}
+
+has_mnist() {
+  "$python" -c 'import sys; from clext.data import whereabouts
+sys.exit(whereabouts()["mnist"].startswith("not found"))'
 }
 
 find_sanitizer() {
@@ -61,6 +75,9 @@ if [ $status -ne 0 ]; then
   exit 1
 fi
 
+# Older toolkits and bare machines have no cuobjdump; CI checks the kernels too.
+step kernels "$python" scripts/check_kernels.py --optional clext/_C.*.so
+
 for part in $parts; do
   case $part in
     tests) step tests "$python" -m pytest -q -rfE tests ;;
@@ -77,13 +94,24 @@ for part in $parts; do
         note "sanitizer: NOT RUN, compute-sanitizer was not found"
       fi
       ;;
-    bench) step bench "$python" -m pytest -q bench ;;
+    # shellcheck disable=SC2086  (several arguments)
+    bench) step bench "$python" -m pytest -q bench ${CLEXT_BENCH_ARGS:-} ;;
+    protocol)
+      if has_mnist; then
+        # 5 tasks of 10 epochs with evaluation after each, the course's 20 minutes.
+        step protocol "$python" bench/bench_protocol.py si --epochs 10 --device cuda --no-course
+      else
+        note "protocol: NOT RUN, MNIST was not found; set CLEXT_DATA"
+      fi
+      ;;
     *)
-      echo "unknown part '$part': expected tests, sanitizer or bench" >&2
+      echo "unknown part '$part': expected tests, sanitizer, bench or protocol" >&2
       exit 2
       ;;
   esac
 done
+# A test fails while results and tables differ.
+case $parts in *bench* | *protocol*) step tables "$python" bench/report.py ;; esac
 
 {
   echo "commit:" $(commit)
