@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 #include "cpu/instruction_set.h"
 #include "plan.h"
 
@@ -30,6 +32,17 @@ py::dict build_info() {
 #endif
   info["cpu_path"] = clext::instruction_set_name();
   return info;
+}
+
+// Binds a step. Python's lock is handed over while a long one runs; for a short one that would cost
+// more than the step itself.
+template <class Result, class... Arguments>
+auto step(Result (clext::ParameterPlan::*method)(Arguments...)) {
+  return [method](clext::ParameterPlan& plan, Arguments... arguments) {
+    std::optional<py::gil_scoped_release> release;
+    if (!plan.is_short()) release.emplace();
+    return (plan.*method)(arguments...);
+  };
 }
 
 // Keyword arguments of Python, in the order of the binding below.
@@ -74,15 +87,15 @@ PYBIND11_MODULE(_C, m) {
                     std::vector<at::Tensor>>(),
            py::arg("names"), py::arg("params"), py::arg("state"),
            py::arg("steps") = std::vector<at::Tensor>())
-      .def("quadratic_penalty", &ParameterPlan::quadratic_penalty, no_gil)
-      .def("add_quadratic_penalty_grad_", &ParameterPlan::add_quadratic_penalty_grad_,
-           py::arg("strength"), no_gil)
-      .def("accumulate_path_integral_", &ParameterPlan::accumulate_path_integral_,
-           py::arg("strength"), no_gil)
-      .def("riemannian_walk_step_", &ParameterPlan::riemannian_walk_step_, py::arg("strength"),
-           py::arg("decay"), no_gil)
-      .def("accumulate_riemannian_walk_score_", &ParameterPlan::accumulate_riemannian_walk_score_,
-           py::arg("eps"), no_gil)
+      .def("quadratic_penalty", step(&ParameterPlan::quadratic_penalty))
+      .def("add_quadratic_penalty_grad_", step(&ParameterPlan::add_quadratic_penalty_grad_),
+           py::arg("strength"))
+      .def("accumulate_path_integral_", step(&ParameterPlan::accumulate_path_integral_),
+           py::arg("strength"))
+      .def("riemannian_walk_step_", step(&ParameterPlan::riemannian_walk_step_),
+           py::arg("strength"), py::arg("decay"))
+      .def("accumulate_riemannian_walk_score_",
+           step(&ParameterPlan::accumulate_riemannian_walk_score_), py::arg("eps"))
       .def("consolidate_importance_", &ParameterPlan::consolidate_importance_, py::arg("estimate"),
            py::arg("gamma"), no_gil)
       .def("consolidate_all_anchors_", &ParameterPlan::consolidate_all_anchors_,

@@ -6,7 +6,6 @@
 // and chunks) while the pointers stay the same.
 #pragma once
 
-#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <map>
@@ -28,6 +27,12 @@ class ParameterPlan {
   // optimizer steps that count, one 0-dim tensor of the state's dtype per parameter; else empty.
   ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params, State state,
                 std::vector<at::Tensor> steps = {});
+  // Launches point into their own tables.
+  ParameterPlan(const ParameterPlan&) = delete;
+  ParameterPlan& operator=(const ParameterPlan&) = delete;
+
+  // Whether a step takes microseconds: few parameters, on the CPU.
+  bool is_short() const { return is_short_; }
 
   // The value alone, without autograd; strength not included.
   at::Tensor quadratic_penalty();
@@ -56,29 +61,31 @@ class ParameterPlan {
     const char* state = nullptr;
   };
 
-  // A pointer that may change between calls, and where it stands in the launch.
-  struct Cell {
-    size_t parameter;
-    size_t active;  // its index among the parameters that take part
-    Source::Kind kind;
-    Access access;
-    size_t group;
-    size_t position;  // in the group's pointers
+  // A parameter that takes part, as it was when the launch was checked, and where the launch keeps
+  // its pointers. Each call compares all of them, so the record is small and holds no tensors.
+  struct Active {
+    at::TensorImpl* parameter;
+    at::TensorImpl* gradient;  // of this call; read only where the op has a list of gradients
+    c10::StorageImpl* parameter_storage;
+    c10::StorageImpl* gradient_storage;
+    void** parameter_pointer;  // null where the op has no such list
+    void** gradient_pointer;
+    size_t geometry;  // its place in Launch::geometry
+    uint32_t dim;
+    at::ScalarType dtype;
   };
 
   // State stays where it is unless somebody gives a tensor other memory (`.data = ...`).
   struct StateCell {
-    const at::Tensor* tensor;
-    c10::Storage storage;  // held, so that the launch's pointers are valid whatever happens
+    const at::TensorImpl* tensor;  // kept alive by the plan's state
+    const c10::StorageImpl* storage;
   };
 
-  // How a parameter was laid out when the launch was checked.
-  struct Geometry {
-    at::DimVector sizes;
-    at::DimVector strides;
-    at::ScalarType dtype;
-
-    bool fits(const at::Tensor& tensor) const;
+  // The memory behind the state: state tensors usually share it, one buffer for a whole list.
+  struct StateMemory {
+    c10::Storage storage;  // held, so that the launch's pointers are valid whatever happens
+    const void* data;      // moves with share_memory_() or a resized storage
+    bool written;
   };
 
   // What happens to a parameter that has no gradient.
@@ -88,11 +95,14 @@ class ParameterPlan {
     Missing missing;
     bool valid = false;
     Prepared prepared = {};
-    std::vector<size_t> active = {};      // the parameters that take part
-    std::vector<size_t> left_out = {};    // the others
-    std::vector<Geometry> geometry = {};  // [active]
-    std::vector<Cell> cells = {};
+    c10::DispatchKeySet keys = {};  // of a normal tensor on this device
+    Access parameter_access = Access::Read;
+    Access gradient_access = Access::Read;
+    std::vector<Active> active = {};     // the parameters that take part
+    std::vector<size_t> left_out = {};   // the others
+    std::vector<int64_t> geometry = {};  // sizes, then strides, of each active parameter
     std::vector<StateCell> state = {};
+    std::vector<StateMemory> memory = {};
   };
 
   template <class Op>
@@ -100,7 +110,12 @@ class ParameterPlan {
                   const Op& op);
   void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
                const std::vector<ListKind>& kinds);
+  std::vector<size_t> choose_active(Launch& launch) const;
+  void remember(Launch& launch, const std::vector<Source>& sources,
+                const std::vector<ListArgument>& arguments) const;
   bool refresh(Launch& launch) const;
+  static constexpr size_t kPrefetchDistance = 8;
+  static void prefetch(const Active& active);
   bool takes_part(const at::Tensor& param, Missing missing) const;
   const std::vector<at::Tensor>& state(const char* op_name, const char* name) const;
   const std::vector<at::Tensor>& tensors_of(const char* op_name, const Source& source) const;
@@ -114,6 +129,7 @@ class ParameterPlan {
   std::vector<at::Tensor> params_;
   State state_;
   std::vector<at::Tensor> steps_;
+  bool is_short_ = false;
   Launch penalty_{Missing::Irrelevant};
   Launch penalty_grad_{Missing::Created};
   Launch path_{Missing::LeftOut};

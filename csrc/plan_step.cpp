@@ -37,9 +37,9 @@ Protection ParameterPlan::protection(const char* op_name) {
 }
 
 std::optional<at::Tensor> ParameterPlan::finish_step(at::Tensor value, bool clear_grad) const {
-  for (const size_t i : step_.active) {
-    params_[i].unsafeGetTensorImpl()->bump_version();
-    if (clear_grad) params_[i].grad().unsafeGetTensorImpl()->bump_version();
+  for (const Active& active : step_.active) {
+    active.parameter->bump_version();
+    if (clear_grad) active.gradient->bump_version();
   }
   if (!value.defined()) return std::nullopt;
   // Without any gradient nothing was launched, on whatever device.

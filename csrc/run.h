@@ -2,13 +2,14 @@
 // turns partial results into a 0-dim tensor. Shared by the ops and by ParameterPlan.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/util/SmallVector.h>
 
-#include <vector>
+#include <optional>
 
 #if defined(CLEXT_WITH_CUDA)
 #include <c10/cuda/CUDAStream.h>
@@ -49,7 +50,7 @@ template <class Op>
 void run_cpu(const Prepared& prepared, const Op& op, at::Tensor& result) {
   // Inside a parallel region of somebody else's there are no threads to take.
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  std::vector<double> partials;
+  c10::SmallVector<double, 512> partials;
   if constexpr (Op::reduction != Reduction::None) {
     partials.resize(static_cast<size_t>(prepared.chunk_count()));
   }
@@ -73,7 +74,8 @@ at::Tensor run(const Prepared& prepared, const Op& op,
                std::optional<at::ScalarType> dtype = std::nullopt) {
   at::Tensor result;
   if constexpr (Op::reduction != Reduction::None) {
-    result = at::empty({}, at::TensorOptions().dtype(dtype.value_or(prepared.state_dtype)));
+    // Past the dispatcher, which costs more than the arithmetic of a small model.
+    result = at::detail::empty_cpu({}, dtype.value_or(prepared.state_dtype));
   }
 #if defined(CLEXT_WITH_CUDA)
   if (prepared.device && prepared.device->is_cuda()) {

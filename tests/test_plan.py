@@ -197,6 +197,45 @@ def test_a_parameter_at_the_same_address_in_another_layout(implementation, devic
     torch.testing.assert_close(problem.plan.quadratic_penalty(), expected)
 
 
+def test_a_gradient_with_other_strides_where_they_do_not_matter(implementation, device):
+    """A dimension of one element has a stride that nothing reads."""
+    problem = Problem(implementation, device, entries=(Entry((3, 1)), Entry((1, 4))))
+    twin = Twin(problem, implementation)
+    for step in range(4):
+        problem.backward()
+        if step % 2:
+            for theta, strides in zip(problem.params, ((1, 7), (9, 1)), strict=True):
+                theta.grad = theta.grad.clone().as_strided(theta.shape, strides)
+        run_step(problem, twin, pull=True)
+
+
+def test_state_that_moves_to_shared_memory(implementation):
+    """Its storage stays the same object and gets other memory."""
+    problem = Problem(implementation)
+    twin = Twin(problem, implementation)
+    for step in range(4):
+        problem.backward()
+        if step == 2:
+            for key in ("path", "importance"):
+                for tensor in problem.state[key]:
+                    tensor.share_memory_()
+        run_step(problem, twin, pull=True)
+
+
+def test_a_lazy_clone_of_what_is_written_keeps_its_values(implementation, device):
+    """Copy on write: the memory is shared until one of the two is written."""
+    problem = Problem(implementation, device, entries=(Entry((5, 3)), Entry((7,))))
+    twin = Twin(problem, implementation)
+    for step in range(4):
+        problem.backward() if step < 2 else None
+        tensors = [problem.state["path"][0], problem.params[1].grad]
+        clones = [torch._lazy_clone(tensor) for tensor in tensors]
+        before = [clone.tolist() for clone in clones]
+        run_step(problem, twin, pull=True)
+        assert [clone.tolist() for clone in clones] == before
+        assert [tensor.tolist() for tensor in tensors] != before
+
+
 @pytest.mark.parametrize("calls_before", [0, 2])
 def test_sparse_gradients_are_refused_by_name(calls_before, implementation, device):
     problem = Problem(implementation, device, entries=(Entry((3,)), Entry((4, 2))))

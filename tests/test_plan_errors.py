@@ -126,6 +126,24 @@ def test_state_that_gets_new_memory_later_on_is_noticed(implementation):
     assert problem.plan.quadratic_penalty().item() == 0
 
 
+@pytest.mark.parametrize("calls_before", [0, 2])
+def test_a_gradient_made_in_inference_mode_is_refused_unchanged(calls_before):
+    problem = Problem("compiled", entries=SMALL)
+    problem.backward()
+    for _ in range(calls_before):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+    with torch.inference_mode():
+        gradient = torch.ones(2, 3)
+    problem.params[1].grad = gradient
+    message = r"grads\[1\] of parameter 'layer1.weight' was made in torch.inference_mode"
+    with pytest.raises(ValueError, match=message):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+    assert torch.equal(gradient, torch.ones(2, 3))
+    with torch.inference_mode():
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+    assert not torch.equal(gradient, torch.ones(2, 3))
+
+
 def test_devices_without_kernels_are_refused():
     params = [torch.ones(3, device="meta")]
     with pytest.raises(

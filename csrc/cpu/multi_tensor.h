@@ -13,6 +13,7 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "cpu/instruction_set.h"
@@ -34,6 +35,9 @@ static constexpr int64_t kSerialElements = 32 * 1024;
 
 static constexpr size_t kMaxLists = 10;
 using ChunkPointers = std::array<char*, kMaxLists>;
+
+// How many chunks ahead the first line of a tensor is fetched.
+static constexpr int64_t kPrefetchDistance = 4;
 
 // List k of an op, for storage type T: its element type, its load and its store.
 template <class L, class T>
@@ -125,30 +129,50 @@ CLEXT_HOST_DEVICE A fold(A a, A b) {
   return a + b;
 }
 
+// Folds the upper half of the lanes onto the lower half until one is left. The widths are constants
+// so that the lanes stay in registers.
+template <Reduction R, int64_t Width, class A>
+CLEXT_HOST_DEVICE A fold_lanes(const A* lanes) {
+  if constexpr (Width == 1) {
+    return lanes[0];
+  } else {
+    A half[Width / 2];
+    for (int64_t lane = 0; lane < Width / 2; ++lane) {
+      half[lane] = fold<R>(lanes[lane], lanes[lane + Width / 2]);
+    }
+    return fold_lanes<R, Width / 2>(half);
+  }
+}
+
+// What changes nothing when it is folded into a lane; lanes begin at zero.
+template <Reduction R, class A>
+static constexpr A kIdentity = R == Reduction::Max ? -std::numeric_limits<A>::infinity() : A(0);
+
+// The number of element results in a block of n, filled up with identities to whole lanes.
+template <Reduction R, class A>
+CLEXT_HOST_DEVICE int64_t pad_block(A* results, int64_t n) {
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t lane = 1; lane <= kLanes; ++lane) results[padded - lane] = kIdentity<R, A>;
+  return padded;
+}
+
 // Folds a block of element results: element i goes to lane i % kLanes, lanes are folded
 // as a tree at the end.
 template <Reduction R, class A>
-CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t n) {
+CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t padded) {
   A lanes[kLanes] = {};
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
+  for (int64_t i = 0; i < padded; i += kLanes) {
 #pragma omp simd
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       lanes[lane] = fold<R>(lanes[lane], results[i + lane]);
     }
   }
-  for (int64_t i = whole; i < n; ++i) lanes[i - whole] = fold<R>(lanes[i - whole], results[i]);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      lanes[lane] = fold<R>(lanes[lane], lanes[lane + width]);
-    }
-  }
-  return static_cast<double>(lanes[0]);
+  return static_cast<double>(fold_lanes<R, kLanes>(lanes));
 }
 
 template <class Op, class T>
-CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& at, int64_t row_stride,
-                                     int64_t n) {
+CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& at,
+                                     int64_t row_stride, int64_t n) {
   constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
   // A copy that no store to the lists can change: what it holds is constant in the loops.
   const Op op = shared_op;
@@ -167,54 +191,21 @@ CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& a
     double total = 0;
     for (int64_t start = 0; start < n; start += kBlockSize) {
       const int64_t size = std::min(kBlockSize, n - start);
+      const int64_t padded = pad_block<Op::reduction>(results, size);
 #pragma omp simd
       for (int64_t i = 0; i < size; ++i) {
         results[i] = apply_element<Op, T>(op, at, row_stride, start + i, kLists);
       }
       clear_elements<Op, T>(op, at, start, size, kLists);
-      total = fold<Op::reduction>(total, fold_block<Op::reduction>(results, size));
+      total = fold<Op::reduction>(total, fold_block<Op::reduction>(results, padded));
     }
     return total;
   }
 }
 
-// The same chunk loop for each instruction set. Everything above is force-inlined into these.
-template <class Op, class T>
-double apply_chunk_baseline(const Op& op, const ChunkPointers& at, int64_t row_stride, int64_t n) {
-  return apply_chunk<Op, T>(op, at, row_stride, n);
-}
-
-#if defined(CLEXT_X86_DISPATCH)
-template <class Op, class T>
-CLEXT_TARGET_AVX2 double apply_chunk_avx2(const Op& op, const ChunkPointers& at, int64_t row_stride,
-                                          int64_t n) {
-  return apply_chunk<Op, T>(op, at, row_stride, n);
-}
-
-template <class Op, class T>
-CLEXT_TARGET_AVX512 double apply_chunk_avx512(const Op& op, const ChunkPointers& at,
-                                              int64_t row_stride, int64_t n) {
-  return apply_chunk<Op, T>(op, at, row_stride, n);
-}
-#endif
-
-template <class Op, class T>
-auto select_apply_chunk() {
-#if defined(CLEXT_X86_DISPATCH)
-  switch (instruction_set()) {
-    case InstructionSet::Avx512:
-      return &apply_chunk_avx512<Op, T>;
-    case InstructionSet::Avx2:
-      return &apply_chunk_avx2<Op, T>;
-    case InstructionSet::Baseline:
-      break;
-  }
-#endif
-  return &apply_chunk_baseline<Op, T>;
-}
-
 template <class Op, class T, size_t... K>
-ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk, std::index_sequence<K...>) {
+CLEXT_HOST_DEVICE ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk,
+                                            std::index_sequence<K...>) {
   return {(static_cast<char*>(lists.pointer(K, chunk.tensor)) +
            chunk.offset *
                static_cast<int64_t>(sizeof(
@@ -223,13 +214,74 @@ ChunkPointers pointers_of(const TensorLists& lists, const Chunk& chunk, std::ind
 
 // The functor as the elements of one tensor need it.
 template <class Op, class T>
-Op for_tensor(const Op& op, const TensorLists& lists, int64_t tensor) {
+CLEXT_HOST_DEVICE Op for_tensor(const Op& op, const TensorLists& lists, int64_t tensor) {
   Op result = op;
   if constexpr (kHasScalars<Op>) {
     const void* scalars = lists.pointer(Op::lists::count - 1, tensor);
     result.prepare_tensor(static_cast<const accumulate_t<T>*>(scalars));
   }
   return result;
+}
+
+// Many small tensors lie all over memory, where the processor cannot foresee the next one.
+template <size_t... K>
+CLEXT_HOST_DEVICE void prefetch(const TensorLists& lists, int64_t chunk,
+                                std::index_sequence<K...>) {
+  const Chunk& next = lists.chunks[static_cast<size_t>(chunk)];
+  if (next.offset == 0) (__builtin_prefetch(lists.pointer(K, next.tensor)), ...);
+}
+
+template <class Op, class T>
+CLEXT_HOST_DEVICE void apply_chunks(const TensorLists& lists, const Op& op, double* partials,
+                                    int64_t begin, int64_t end) {
+  constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
+  const auto last = static_cast<int64_t>(lists.chunks.size()) - 1;
+  for (int64_t c = begin; c < end; ++c) {
+    prefetch(lists, std::min(c + kPrefetchDistance, last), kLists);
+    const Chunk& chunk = lists.chunks[static_cast<size_t>(c)];
+    const int64_t row_stride =
+        lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(chunk.tensor)];
+    const double partial =
+        apply_chunk<Op, T>(for_tensor<Op, T>(op, lists, chunk.tensor),
+                           pointers_of<Op, T>(lists, chunk, kLists), row_stride, chunk.size);
+    if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
+  }
+}
+
+// The same loop for each instruction set. Everything above is force-inlined into these.
+template <class Op, class T>
+void apply_chunks_baseline(const TensorLists& lists, const Op& op, double* partials, int64_t begin,
+                           int64_t end) {
+  apply_chunks<Op, T>(lists, op, partials, begin, end);
+}
+
+#if defined(CLEXT_X86_DISPATCH)
+template <class Op, class T>
+CLEXT_TARGET_AVX2 void apply_chunks_avx2(const TensorLists& lists, const Op& op, double* partials,
+                                         int64_t begin, int64_t end) {
+  apply_chunks<Op, T>(lists, op, partials, begin, end);
+}
+
+template <class Op, class T>
+CLEXT_TARGET_AVX512 void apply_chunks_avx512(const TensorLists& lists, const Op& op,
+                                             double* partials, int64_t begin, int64_t end) {
+  apply_chunks<Op, T>(lists, op, partials, begin, end);
+}
+#endif
+
+template <class Op, class T>
+auto select_apply_chunks() {
+#if defined(CLEXT_X86_DISPATCH)
+  switch (instruction_set()) {
+    case InstructionSet::Avx512:
+      return &apply_chunks_avx512<Op, T>;
+    case InstructionSet::Avx2:
+      return &apply_chunks_avx2<Op, T>;
+    case InstructionSet::Baseline:
+      break;
+  }
+#endif
+  return &apply_chunks_baseline<Op, T>;
 }
 
 template <class Op, class T>
@@ -242,27 +294,18 @@ void apply(const TensorLists& lists, Op op, double* partials, int threads) {
     }
     return;
   }
-  const auto apply_chunk = select_apply_chunk<Op, T>();
-  const auto run_chunk = [&](int64_t c) {
-    const Chunk& chunk = lists.chunks[static_cast<size_t>(c)];
-    const int64_t row_stride =
-        lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(chunk.tensor)];
-    const auto at = pointers_of<Op, T>(lists, chunk, std::make_index_sequence<kElementLists<Op>>{});
-    const double partial =
-        apply_chunk(for_tensor<Op, T>(op, lists, chunk.tensor), at, row_stride, chunk.size);
-    if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
-  };
+  const auto apply_range = select_apply_chunks<Op, T>();
   const auto count = static_cast<int64_t>(lists.chunks.size());
 #if defined(_OPENMP)
   if (threads > 1 && lists.element_count() > kSerialElements) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t c = 0; c < count; ++c) run_chunk(c);
+    for (int64_t c = 0; c < count; ++c) apply_range(lists, op, partials, c, c + 1);
     return;
   }
 #else
   static_cast<void>(threads);
 #endif
-  for (int64_t c = 0; c < count; ++c) run_chunk(c);
+  apply_range(lists, op, partials, 0, count);
 }
 
 }  // namespace cpu
