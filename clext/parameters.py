@@ -96,7 +96,7 @@ def make_plan(
     names: Sequence[str],
     params: Sequence[Tensor],
     state: Mapping[str, Sequence[Tensor]],
-    steps: Sequence[Tensor] | None = None,
+    steps: Sequence[Tensor] = (),
 ) -> ReferencePlan:
     """A plan over `params` and `state`: the compiled one where the device has kernels.
 
@@ -105,9 +105,6 @@ def make_plan(
     """
     if params and has_kernels(params[0].device):
         lists = {key: list(entries) for key, entries in state.items()}
-        if steps is None:
-            return cast("ReferencePlan", C.ParameterPlan(list(names), list(params), lists))
-        if hasattr(C.ParameterPlan, "adam_step_"):
-            plan = C.ParameterPlan(list(names), list(params), lists, list(steps))
-            return cast("ReferencePlan", plan)
-    return ReferencePlan(names, params, state, steps or ())
+        plan = C.ParameterPlan(list(names), list(params), lists, list(steps))
+        return cast("ReferencePlan", plan)
+    return ReferencePlan(names, params, state, steps)

@@ -120,10 +120,8 @@ class GraphedSteps(TaskSteps):
         batches = order.split(self.batch_size)
         first = self._warm_up(batches[:whole], step_done)
         self._position.fill_(first)
-        if self._replay is None and first < whole:
-            self._replay = self._captured()
         for _ in range(first, whole):
-            self._replay()
+            self._recorded()()
             self.method.after_step()
             step_done()
         for step in range(whole, len(batches)):
@@ -141,17 +139,20 @@ class GraphedSteps(TaskSteps):
         self._warm += count
         return count
 
-    def _captured(self) -> Function:
-        try:
-            return self._capture(self._step_at_position)
-        except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            warnings.warn(
-                f"clext: a step of this model cannot be recorded as a CUDA graph ({reason}); its "
-                "kernels are launched one by one, which is slower",
-                stacklevel=2,
-            )
-            return self._step_at_position
+    def _recorded(self) -> Function:
+        """What replays the step; it is recorded when first asked for."""
+        if self._replay is None:
+            try:
+                self._replay = self._capture(self._step_at_position)
+            except RuntimeError as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                warnings.warn(
+                    f"clext: a step of this model cannot be recorded as a CUDA graph ({reason}); "
+                    "its kernels are launched one by one, which is slower",
+                    stacklevel=2,
+                )
+                self._replay = self._step_at_position
+        return self._replay
 
     def _step_at_position(self) -> None:
         """The step that is recorded: everything that changes from step to step is on the device."""

@@ -100,7 +100,8 @@ def test_schema_shape_function_and_tracing(op, device):
     if op is PENALTY:
         for theta in arguments["params"]:
             theta.requires_grad_()
-    opcheck(getattr(torch.ops.clext, op.name).default, tuple(arguments.values()))
+    by_position, by_name = op.split(arguments)
+    opcheck(getattr(torch.ops.clext, op.name).default, tuple(by_position), by_name)
 
 
 @every_op
@@ -153,7 +154,9 @@ def test_compiled_op_changes_the_same_tensors(op, fresh_compiler):
     eager, compiled = copy(arguments), copy(arguments)
     function = torch.compile(getattr(ops, op.name), fullgraph=True, backend="aot_eager")
     expected = outputs_of(op, eager, op.kernel(eager))
-    assert_same_bits(outputs_of(op, compiled, function(*compiled.values())), expected)
+    by_position, by_name = op.split(compiled)
+    returned = function(*by_position, **by_name)
+    assert_same_bits(outputs_of(op, compiled, returned), expected)
 
 
 def test_a_mix_with_the_meta_device_is_refused():

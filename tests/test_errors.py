@@ -245,7 +245,7 @@ def test_numbers_out_of_range(op, implementation, device):
     for scalar in op.scalars:
         for value in scalar.invalid:
             arguments = {**sample(op, THREE, device), scalar.name: value}
-            message = rf"{scalar.name} is -?[\w.+-]+, expected a (finite )?number "
+            message = rf"{scalar.name} is -?[\w.+-]+, expected a (finite )?number( |$)"
             assert_refused(op, implementation, arguments, message)
 
 
@@ -253,8 +253,7 @@ def test_numbers_out_of_range(op, implementation, device):
 @every_implementation
 def test_numbers_at_the_edge_of_their_range(op, implementation, device):
     for scalar in op.scalars:
-        edges = {-0.1: (0.0, 1.0), -1.0: (0.0, 1e30)}.get(scalar.invalid[0], (1e-30, 1e30))
-        for value in edges:
+        for value in scalar.edges:
             getattr(op, implementation)({**sample(op, THREE, device), scalar.name: value})
 
 

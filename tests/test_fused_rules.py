@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy_training import assert_same_state, make_model, make_task, train_steps, train_tasks
 
 from clext import EWC, MAS, METHODS, SCP, SI, Baseline, RWalk, optim
@@ -56,22 +57,17 @@ def test_previous_is_given_back(kind, device):
     model = make_model().to(device)
     method = kind(model)
     assert "previous" in method._state.lists
-    buffer = method._state.lists["previous"][0].untyped_storage().data_ptr()
+    buffer = StorageWeakRef(method._state.lists["previous"][0].untyped_storage())
     optimizer = optim.Adam(model.parameters(), method=method)
     gc.collect()
     assert "previous" not in method._state.lists
-    alive = [entry.untyped_storage().data_ptr() for entry in gc.get_objects() if is_plain(entry)]
-    assert buffer not in alive or device == "cpu"  # the allocator may have handed it out again
+    assert buffer.expired()
     learn(model, method, 2, optimizer)
     assert "previous" not in method.state_dict()["state"]
     model[0].weight.data = model[0].weight.data.clone()
     model.add_module("new", torch.nn.Linear(2, 2).to(device).double())
     method.refresh_parameters()
     assert "previous" not in method._state.lists
-
-
-def is_plain(entry):
-    return type(entry) is torch.Tensor and entry.layout == torch.strided
 
 
 def test_the_loop_of_the_other_way_is_refused(kind):
@@ -293,9 +289,12 @@ def test_a_captured_step_is_replayed(kind, optimizer, device):
         steps_of(model, stepper, method, batches, captured)
         results.append((model, method, stepper))
     (model, method, stepper), (other, expected, replayed) = results
-    assert_same_state(model.state_dict(), other.state_dict())
-    assert_same_state(method.state_dict(), expected.state_dict())
-    assert torch.equal(stepper.penalty, replayed.penalty)
+    assert method.state_dict()["counters"] == expected.state_dict()["counters"]
+    # Matrix products of a graph may be done by another kernel.
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+    states = [each.state_dict()["state"] for each in (method, expected)]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stepper.penalty, replayed.penalty, rtol=1e-3, atol=1e-4)
 
 
 def steps_of(model, stepper, method, batches, captured):

@@ -69,11 +69,6 @@ def sgd_step_(
     check_scalar(name, "momentum", momentum)
     check_finite(name, "dampening", dampening)
     check_scalar(name, "weight_decay", weight_decay)
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError(
-            f"{name}: nesterov with momentum {momentum} and dampening {dampening}, expected a "
-            "momentum and no dampening"
-        )
     if momentum == 0 and (len(momentum_buffers) > 0 or len(steps) > 0):
         raise ValueError(
             f"{name}: momentum_buffers has {len(momentum_buffers)} and steps {len(steps)} tensors, "
