@@ -151,6 +151,7 @@ class GraphedSteps(TaskSteps):
                     "its kernels are launched one by one, which is slower",
                     stacklevel=2,
                 )
+                self.optimizer.zero_grad()  # what it got to before it failed
                 self._replay = self._step_at_position
         return self._replay
 
