@@ -301,7 +301,6 @@ _REFERENCES: dict[str, Callable[..., object]] = {
 
 def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
     """`fake`, refusing tensors of several devices: a mix with the meta device arrives here."""
-    # Lists come by position; what follows them by keyword has a check of its own.
     names = [
         label
         for label, parameter in inspect.signature(_REFERENCES[name]).parameters.items()
@@ -318,6 +317,13 @@ def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., obje
                         f"{name}: {argument}[{index}] is on {entry.device}, expected {expected} "
                         "(all tensors of one call share a device)"
                     )
+        for argument, option in options.items():
+            on_host = argument == "lr" and isinstance(option, Tensor) and option.is_cpu
+            if isinstance(option, Tensor) and expected not in (None, option.device) and not on_host:
+                raise ValueError(
+                    f"{name}: {argument} is on {option.device}, expected {expected} "
+                    "(the device of params)"
+                )
         return fake(*arguments, **options)
 
     return checked

@@ -170,12 +170,11 @@ CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t padded) {
   return static_cast<double>(fold_lanes<R, kLanes>(lanes));
 }
 
+// `op` is a copy that no store to the lists can change: what it holds is constant in the loops.
 template <class Op, class T>
-CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& at,
-                                     int64_t row_stride, int64_t n) {
+CLEXT_HOST_DEVICE double apply_loop(const Op op, const ChunkPointers& at, int64_t row_stride,
+                                    int64_t n) {
   constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
-  // A copy that no store to the lists can change: what it holds is constant in the loops.
-  const Op op = shared_op;
   if constexpr (Op::reduction == Reduction::None) {
     // Without anything to clear the chunk is one block.
     const int64_t block = clears_any_list<Op>(kLists) ? kBlockSize : n;
@@ -200,6 +199,20 @@ CLEXT_HOST_DEVICE double apply_chunk(const Op& shared_op, const ChunkPointers& a
       total = fold<Op::reduction>(total, fold_block<Op::reduction>(results, padded));
     }
     return total;
+  }
+}
+
+template <class Op, class T>
+CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int64_t row_stride,
+                                     int64_t n) {
+  if constexpr (HasMode<Op>::value) {
+    Op in_mode = op;
+    in_mode.*Op::mode = true;
+    if (op.*Op::mode) return apply_loop<Op, T>(in_mode, at, row_stride, n);
+    in_mode.*Op::mode = false;
+    return apply_loop<Op, T>(in_mode, at, row_stride, n);
+  } else {
+    return apply_loop<Op, T>(op, at, row_stride, n);
   }
 }
 

@@ -7,8 +7,9 @@
 //   operator()(...)                           the formula for one element, in the accumulate type A
 //   void prepare()                            optional: read device-side scalars once per thread
 //   void prepare_tensor(const A*)             with a Scalars list: take the tensor's values
-//   bool skip() const                         optional, asked after prepare(): leave everything as
-//   is bool clear                                with a ReadAndClear list: whether to clear it
+//   bool skip() const                         optional, after prepare(): leave everything as it is
+//   bool clear                                with a ReadAndClear list: whether to clear it
+//   static constexpr bool Op::* mode          optional: a member worth a loop for each value
 //   static constexpr bool rounds              optional: operator() takes a StorageTag first
 // and never loops, loads or stores by itself. Nothing here includes torch or CUDA headers.
 #pragma once
@@ -135,6 +136,11 @@ CLEXT_HOST_DEVICE bool is_skipped(const Op& op) {
     return false;
   }
 }
+
+template <class Op, class = void>
+struct HasMode : std::false_type {};
+template <class Op>
+struct HasMode<Op, std::void_t<decltype(Op::mode)>> : std::bool_constant<Op::mode != nullptr> {};
 
 // Tells a functor the storage type of the parameters: its formula needs what will be stored.
 template <class T>

@@ -81,6 +81,10 @@ struct FusedStep : StepOptions {
   static constexpr Reduction reduction =
       P == Protection::None ? Reduction::None : Reduction::Sum;  // of the penalty's value
 
+  // A division less for most steps.
+  static constexpr bool StepOptions::* mode =
+      P == Protection::None ? nullptr : &StepOptions::proximal;
+
   // Coefficients of the formula, ready after prepare().
   double rate = 0;
   double grad_factor = 1;
@@ -150,9 +154,9 @@ struct FusedStep : StepOptions {
   // The proximal step solves for the pull at its end, so that no importance is too large for it.
   template <class A>
   CLEXT_HOST_DEVICE A pulled(A target, A anchor, A importance) const {
+    if (!proximal) return target;
     const A weight = A(prox) * importance;
-    const A nearest = (target + weight * anchor) / (A(1) + weight);
-    return proximal ? nearest : target;
+    return (target + weight * anchor) / (A(1) + weight);
   }
 };
 
