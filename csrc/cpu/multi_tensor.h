@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "cpu/instruction_set.h"
+#include "cpu/rows.h"
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
@@ -137,6 +138,9 @@ template <class Op, class T>
 CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int64_t row_stride,
                                      int64_t n) {
   constexpr auto kLists = std::make_index_sequence<Op::lists::count>{};
+  if constexpr (kRowsList<Op> >= 0) {
+    if (apply_packs<Op, accumulate_t<T>>(op, at, row_stride, n)) return 0;
+  }
   if constexpr (Op::reduction == Reduction::None) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) apply_element<Op, T>(op, at, row_stride, i, kLists);
