@@ -46,29 +46,34 @@ struct Pack {
   }
 };
 
+// By reference throughout: such wide values are passed in other ways by other instruction sets.
+
 template <class T>
-CLEXT_HOST_DEVICE Pack<T> operator+(Pack<T> a, const Pack<T>& b) {
-  a.vector += b.vector;
-  return a;
+CLEXT_HOST_DEVICE Pack<T> operator+(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  result.vector = a.vector + b.vector;
+  return result;
 }
 
 template <class T>
-CLEXT_HOST_DEVICE Pack<T> operator*(Pack<T> a, const Pack<T>& b) {
-  a.vector *= b.vector;
-  return a;
+CLEXT_HOST_DEVICE Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  result.vector = a.vector * b.vector;
+  return result;
 }
 
 template <class T>
 CLEXT_HOST_DEVICE Pack<T> operator*(T a, const Pack<T>& b) {
-  Pack<T> product;
-  product.vector = b.vector * a;
-  return product;
+  Pack<T> result;
+  result.vector = a * b.vector;
+  return result;
 }
 
 template <class T>
-CLEXT_HOST_DEVICE Pack<T> positive_part(Pack<T> a) {
-  a.vector = a.vector < T(0) ? typename Pack<T>::Vector{} : a.vector;
-  return a;
+CLEXT_HOST_DEVICE Pack<T> positive_part(const Pack<T>& a) {
+  Pack<T> result;
+  result.vector = a.vector < T(0) ? typename Pack<T>::Vector{} : a.vector;
+  return result;
 }
 
 }  // namespace cpu
