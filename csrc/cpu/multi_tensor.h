@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cpu/instruction_set.h"
+#include "cpu/rows.h"
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
@@ -175,6 +176,9 @@ template <class Op, class T>
 CLEXT_HOST_DEVICE double apply_loop(const Op op, const ChunkPointers& at, int64_t row_stride,
                                     int64_t n) {
   constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
+  if constexpr (kRowsList<Op> >= 0) {
+    if (apply_packs<Op, accumulate_t<T>>(op, at, row_stride, n)) return 0;
+  }
   if constexpr (Op::reduction == Reduction::None) {
     // Without anything to clear the chunk is one block.
     const int64_t block = clears_any_list<Op>(kLists) ? kBlockSize : n;

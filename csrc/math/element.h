@@ -113,6 +113,12 @@ struct MutableRows {
   CLEXT_HOST_DEVICE A& operator[](int64_t k) const { return first[k * stride]; }
 };
 
+// The type of one element's number, where A may stand for several of them.
+template <class A>
+struct ScalarOf {
+  using type = A;
+};
+
 template <class Op, class = void>
 struct HasPrepare : std::false_type {};
 template <class Op>

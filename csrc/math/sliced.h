@@ -17,12 +17,14 @@ struct SlicedImportance {
 
   template <class A>
   CLEXT_HOST_DEVICE void operator()(A& acc, Rows<A> jacobian) const {
-    const A* row = static_cast<const A*>(gram);
+    const auto* row = static_cast<const typename ScalarOf<A>::type*>(gram);
     A form = A(0);
+    // The matrix is symmetric: what lies below its diagonal counts twice.
     for (int64_t k = 0; k < outputs; ++k, row += outputs) {
-      A projected = A(0);
-      for (int64_t m = 0; m < outputs; ++m) projected += row[m] * jacobian[m];
-      form += jacobian[k] * projected;
+      A below = A(0);
+      for (int64_t m = 0; m < k; ++m) below += row[m] * jacobian[m];
+      const A value = jacobian[k];
+      form += value * (below + below + row[k] * value);
     }
     // The form is a sum of squares; rounding must not make it negative.
     acc += A(scale) * positive_part(form);

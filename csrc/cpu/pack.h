@@ -1,0 +1,86 @@
+// Several neighbouring elements as one number, so that a formula with loops of its own (over the
+// rows of a Jacobian) is computed for a whole vector register at a time. The same operations in the
+// same order as for a single element, hence the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "math/element.h"
+
+namespace clext {
+namespace cpu {
+
+static constexpr int64_t kPackBytes = 64;
+
+template <class T>
+struct Pack {
+  // Split by the compiler where the registers are narrower.
+  typedef T Vector __attribute__((vector_size(kPackBytes)));
+  static constexpr int64_t kSize = kPackBytes / static_cast<int64_t>(sizeof(T));
+
+  Vector vector;
+
+  CLEXT_HOST_DEVICE Pack() : vector{} {}
+  CLEXT_HOST_DEVICE explicit Pack(double value) : vector(Vector{} + static_cast<T>(value)) {}
+
+  CLEXT_HOST_DEVICE void load(const T* from, int64_t count) {
+    if (count == kSize) {
+      memcpy(&vector, from, kPackBytes);
+    } else {
+      memcpy(&vector, from, static_cast<size_t>(count) * sizeof(T));
+    }
+  }
+
+  CLEXT_HOST_DEVICE void store(T* to, int64_t count) const {
+    if (count == kSize) {
+      memcpy(to, &vector, kPackBytes);
+    } else {
+      memcpy(to, &vector, static_cast<size_t>(count) * sizeof(T));
+    }
+  }
+
+  CLEXT_HOST_DEVICE Pack& operator+=(const Pack& other) {
+    vector += other.vector;
+    return *this;
+  }
+};
+
+// By reference throughout: such wide values are passed in other ways by other instruction sets.
+
+template <class T>
+CLEXT_HOST_DEVICE Pack<T> operator+(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  result.vector = a.vector + b.vector;
+  return result;
+}
+
+template <class T>
+CLEXT_HOST_DEVICE Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
+  Pack<T> result;
+  result.vector = a.vector * b.vector;
+  return result;
+}
+
+template <class T>
+CLEXT_HOST_DEVICE Pack<T> operator*(T a, const Pack<T>& b) {
+  Pack<T> result;
+  result.vector = a * b.vector;
+  return result;
+}
+
+template <class T>
+CLEXT_HOST_DEVICE Pack<T> positive_part(const Pack<T>& a) {
+  Pack<T> result;
+  result.vector = a.vector < T(0) ? typename Pack<T>::Vector{} : a.vector;
+  return result;
+}
+
+}  // namespace cpu
+
+template <class T>
+struct ScalarOf<cpu::Pack<T>> {
+  using type = T;
+};
+
+}  // namespace clext
