@@ -5,8 +5,10 @@ result = clext.train("rwalk")            # Permuted MNIST, 5 tasks of 10 epochs
 print(result)
 
 reg = clext.SI(model, strength=1.0)      # drop-in, for any module and any loop
+optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 """
 
+import clext.registration  # noqa: F401  (for its effect)
 from clext import ops, optim, reference
 from clext._extension import build_info
 from clext._version import __version__

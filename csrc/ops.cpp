@@ -223,7 +223,7 @@ void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anc
 
 TORCH_LIBRARY(clext, m) {
   // Shape functions and autograd formulas live there.
-  m.set_python_module("clext.ops");
+  m.set_python_module("clext.registration");
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("quadratic_penalty(Tensor[] params, Tensor[] anchors, Tensor[] importances) -> Tensor",
         tags);
