@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,7 +14,7 @@ from clext.reference import ReferencePlan
 from clext.tensor_lists import PARAMETER_DTYPES, is_dense, state_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 # A cache line, and more than the widest vector load of CPU or CUDA.
 _ALIGNMENT_BYTES = 64
@@ -33,14 +34,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def check_parameters(named: Mapping[str, Tensor], owner: str) -> None:
+def check_parameters(
+    named: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]], owner: str
+) -> None:
     """Raise unless `named` are dense float parameters of one device, at least one of them."""
+    named = list(named.items() if isinstance(named, Mapping) else named)
     if not named:
         raise ValueError(
             f"{owner} has no trainable parameter: expected at least one with requires_grad=True"
         )
-    first, device = next((name, entry.device) for name, entry in named.items())
-    for name, entry in named.items():
+    first, device = next((name, entry.device) for name, entry in named)
+    for name, entry in named:
         label = f"parameter '{name}' of {owner}"
         if is_lazy(entry):
             raise ValueError(

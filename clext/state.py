@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ class ParameterState:
         self.lists = {key: allocate_state(self.params) for key in keys}
         for key in COPIES_OF_PARAMETERS:
             self.restart(key)
+        self.plan = make_plan(self.names, self.params, self.lists)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "plan"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copy, or what was pickled
         self.plan = make_plan(self.names, self.params, self.lists)
 
     def view(self, key: str) -> dict[str, Tensor]:

@@ -81,6 +81,17 @@ def test_the_loop_of_the_other_way_is_refused(kind):
     assert method.penalty().item() == 0  # may still be looked at
 
 
+def test_the_penalty_in_the_loss_of_an_attached_method_is_reported(recwarn):
+    model = make_model()
+    method = SI(model)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, method=method)
+    method.penalty().item()
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"penalty\(\) of si is in the loss.*leave it out"):
+        method.penalty().backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("before", ["fused", "apart"])
 @pytest.mark.parametrize("after", ["fused", "apart"])
 def test_state_goes_from_one_way_to_the_other(kind, before, after, device):
@@ -198,6 +209,43 @@ def test_overriding_what_the_pass_replaces_takes_a_method_out_of_it():
     assert Watched.fused_state is None
     assert Doubled.fused_state is None
     assert Faster.fused_state == Renamed.fused_state == SI.fused_state
+
+
+class OnlyPenalty(EWC):
+    """Of which the gradient is nowhere written down."""
+
+    def penalty(self):
+        return 2 * super().penalty()
+
+
+@pytest.mark.parametrize("kind", [OnlyPenalty, Doubled])
+@pytest.mark.parametrize("way", ["fused", "apart"])
+def test_a_penalty_of_their_own_is_what_pulls(kind, way, device):
+    results = []
+    for each, strength in ((kind, 2.0), (EWC, 4.0)):
+        model = make_model().to(device)
+        method = each(model, strength=strength, anchors="all")
+        if way == "fused":
+            learn(model, method, 3)
+        else:
+            train_tasks(model, method, tasks=3)
+        results.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in results), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
+
+
+class Silent(SI):
+    def add_penalty_grad_(self):
+        super().add_penalty_grad_()
+
+
+def test_a_penalty_that_is_not_returned():
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=0.1, method=Silent(model))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(TypeError, match=r"of si must return the penalty, .* got NoneType"):
+        learn_one_step(model, None, optimizer)
+    assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("clear_grad", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -206,3 +207,16 @@ def test_state_follows_the_model_to_another_device(device):
     for name, entry in method.importance.items():
         assert torch.equal(entry.cpu(), before["state"]["importance"][name])
     train_tasks(model, method, tasks=1)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_with_the_model_go_on_alike(kind, how):
+    model = make_model()
+    method = kind(model)
+    train_tasks(model, method, tasks=1)
+    twin_model, twin = how((model, method))
+    assert twin.model is twin_model
+    for each in ((model, method), (twin_model, twin)):
+        train_tasks(*each, tasks=2)
+    assert_same_state(twin_model.state_dict(), model.state_dict())
+    assert_same_state(twin.state_dict(), method.state_dict())

@@ -177,6 +177,55 @@ def test_momentum_that_is_switched_on_and_off(device):
 
 
 @every_kind
+def test_names_that_are_not_unique(case, device):
+    """As those of two modules are: no parameter is left out for it."""
+
+    def named(model):
+        return [*model.conv.named_parameters(), *model.body.named_parameters()]
+
+    pairs = pair(case, device, params=named)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(5))
+    assert_same_parameters(pairs[0][0], pairs[1][0])
+
+
+def replace_parameter(model, optimizer):
+    new = torch.nn.Parameter(torch.ones_like(model.body.bias))
+    params = optimizer.param_groups[0]["params"]
+    params[next(i for i, entry in enumerate(params) if entry is model.body.bias)] = new
+    model.body.bias = new
+
+
+def forget_state(model, optimizer):
+    optimizer.state[model.body.weight] = {}
+
+
+def replace_state(model, optimizer):
+    state = optimizer.state[model.conv.weight]
+    for key in state.keys() - {"step"}:
+        state[key] = torch.ones(state[key].shape, device=model.conv.weight.device).double()
+
+
+def widen(model, optimizer):
+    model.double()
+    for state in optimizer.state.values():
+        for key in state.keys() - {"step"}:
+            state[key] = state[key].double()
+
+
+@every_kind
+@pytest.mark.parametrize("change", [replace_parameter, forget_state, replace_state, widen])
+def test_changes_by_hand(case, change, device):
+    pairs = pair(case, device, torch.float32 if change is widen else torch.float64)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(5))
+        change(model, optimizer)
+        train(model, optimizer, range(5, 10))
+    tolerance = torch.float32 if change is widen else torch.float64
+    assert_same_parameters(pairs[0][0], pairs[1][0], tolerance)
+
+
+@every_kind
 def test_gradients_in_another_layout(case, device):
     pairs = pair(case, device)
     for step in range(5):
@@ -255,6 +304,18 @@ def test_sparse_gradients_are_refused_by_name(case, device):
     embedding(torch.tensor([1], device=device)).sum().backward()
     with pytest.raises(TypeError, match=r"parameter 'weight' has layout .*sparse=False"):
         optimizer.step()
+
+
+def test_a_refused_gradient_moves_nothing(device):
+    """Not even the groups before it."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Embedding(4, 2, sparse=True)])
+    layers.to(device)
+    optimizer = optim.Adam([{"params": layer.parameters()} for layer in layers])
+    before = layers[0].weight.detach().clone()
+    layers[0](layers[1](torch.tensor([1], device=device))).sum().backward()
+    with pytest.raises(TypeError, match="'0 of group 1' has layout torch.sparse_coo"):
+        optimizer.step()
+    assert torch.equal(layers[0].weight, before)
 
 
 # ----------------------------------------------------------------------------- mixed precision

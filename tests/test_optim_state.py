@@ -136,6 +136,33 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(change, message)
     assert_same_parameters(model, other)
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "what state_dict.. returns, .* got NoneType"),
+        ({}, "got dict of nothing"),
+        ({"state": {}}, "got dict of 'state'"),
+        ({"state": {0: 3}, "param_groups": [{"params": [0]}]}, "got dict of 'state', 'param_gr"),
+    ],
+    ids=str,
+)
+def test_what_is_no_state_dict(state, message):
+    optimizer = optim.Adam([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=f"Adam: load_state_dict .*{message}"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("library", [optim, torch.optim], ids=["clext", "torch"])
+def test_a_state_dict_of_another_class(library):
+    theta = torch.nn.Parameter(torch.ones(3))
+    sgd, adam = library.SGD([theta]).state_dict(), library.AdamW([theta]).state_dict()
+    with pytest.raises(ValueError, match="Adam: the state dict has no option 'betas'"):
+        optim.Adam([theta]).load_state_dict(sgd)
+    with pytest.raises(ValueError, match="SGD: the state dict has no option 'momentum'"):
+        optim.SGD([theta]).load_state_dict(adam)
+    optim.Adam([theta]).load_state_dict(adam)
+
+
 @every_kind
 @pytest.mark.parametrize("how", ["clear", "new dict"])
 def test_forgetting_the_state_by_hand(case, how, device):
@@ -241,6 +268,53 @@ def test_options_of_groups_are_checked_too():
     with pytest.raises(ValueError, match="eps must be"):
         optimizer.add_param_group({"params": [other], "eps": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "message"),
+    [
+        (optim.Adam, "lr", "fast", "lr must be a finite number >= 0, got 'fast'"),
+        (optim.Adam, "lr", torch.ones(2), "float tensor of one element"),
+        (optim.Adam, "betas", (0.9,), "betas must be two numbers"),
+        (optim.Adam, "eps", None, "eps must be a finite number"),
+        (optim.Adam, "amsgrad", True, "amsgrad=True is not supported"),
+        (optim.SGD, "momentum", -1.0, "momentum must be"),
+        (optim.SGD, "nesterov", True, "nesterov needs momentum"),
+    ],
+    ids=str,
+)
+def test_options_set_later_are_checked_before_anything_moves(kind, option, value, message):
+    one, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = kind([{"params": [one]}, {"params": [other]}], lr=0.1)
+    optimizer.param_groups[1][option] = value
+    one.grad, other.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert one.eq(1).all()
+    assert not optimizer.state
+
+
+def test_flags_set_later_are_checked_too():
+    theta = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([theta])
+    optimizer.proximal = "often"
+    with pytest.raises(ValueError, match="SGD: proximal must be True or False, got 'often'"):
+        optimizer.step()
+    with pytest.raises(AttributeError, match="method"):
+        optimizer.method = None
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_twice_in_a_group():
+    theta = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="SGD: a parameter is in group 0 twice"):
+        optim.SGD([theta, theta])
+
+
+def test_a_group_without_parameters():
+    optimizer = optim.Adam([{"params": []}])
+    optimizer.step()
+    assert optimizer.penalty.item() == 0
 
 
 def test_tensors_do_where_torch_takes_them():

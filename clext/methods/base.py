@@ -73,6 +73,13 @@ class Method:
         owner = next(base for base in cls.__mro__ if "fused_state" in base.__dict__)
         if any(getattr(cls, name) is not getattr(owner, name) for name in _REPLACED_BY_A_STEP):
             cls.fused_state = None
+        # A penalty of its own has a gradient of its own, whoever defined the fused one.
+        definitions = (
+            next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
+            for name in ("penalty", "add_penalty_grad_")
+        )
+        if next(definitions) < next(definitions) and cls.fused_state is None:
+            cls.add_penalty_grad_ = Method._add_penalty_grad_by_autograd_  # type: ignore[method-assign]
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         self.model = model
@@ -96,7 +103,10 @@ class Method:
         """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
         state = self._state
         anchors, importances = state.lists["anchor"], state.lists["importance"]
-        return self.strength * ops.quadratic_penalty(state.params, anchors, importances)
+        value = self.strength * ops.quadratic_penalty(state.params, anchors, importances)
+        if self._attached and value.requires_grad:
+            value.register_hook(self._warn_of_a_second_pull)
+        return value
 
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim).
@@ -105,6 +115,14 @@ class Method:
         """
         self._refuse_if_attached("add_penalty_grad_")
         return self._state.plan.add_quadratic_penalty_grad_(self._strength)
+
+    def _add_penalty_grad_by_autograd_(self) -> Tensor:
+        """What `add_penalty_grad_` is where only `penalty` was overridden."""
+        with torch.enable_grad():
+            value = self.penalty()
+        if value.requires_grad:
+            value.backward()
+        return value.detach()
 
     def update(self) -> None:
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
@@ -165,8 +183,16 @@ class Method:
         if self._attached:
             raise RuntimeError(
                 f"{self.name}: {name}() is not to be called: this method was given to an optimizer "
-                "of clext.optim, whose step() does it; leave the call out"
+                "of clext.optim, whose step() does it; leave the call out (for an optimizer of "
+                f"another kind make a new {self.name} and load this one's state_dict())"
             )
+
+    def _warn_of_a_second_pull(self, _grad: Tensor) -> None:
+        warnings.warn(
+            f"clext: penalty() of {self.name} is in the loss, and the step() of the optimizer that "
+            "was given this method adds its gradient as well: leave it out of the loss",
+            stacklevel=2,
+        )
 
     def _kept_names(self) -> list[str]:
         dropped = self.separate_state if self._attached else ()

@@ -26,7 +26,8 @@ class RWalk(Method):
     task (which closes its last interval) score = (1 - mix) * score + mix * the task's score, the
     task's own at the first task, and importance = F / max F + score / max score.
 
-    `strength` at `update` must be the one that the gradient was made with.
+    `strength` at `update` must be the one that the gradient was made with. Of several optimizers
+    that were given this method the steps of each are counted: use param groups of one.
 
     Args:
         model: see `Method`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from clext.methods.base import Method
 from clext.optim.options import flag
-from clext.optim.plans import Plans
+from clext.optim.plans import Plans, identical
 from clext.optim.state import allocate_states, check_state
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class FusedOptimizer(Optimizer):
         ValueError: an option is out of range, or the method knows none of the parameters.
     """
 
+    # Options that a param group of this class has, and of its namesake, but none of other classes.
+    own_options: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -58,7 +61,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(
                 f"{owner}: method must be a method of clext or None, got {type(method).__name__}"
             )
-        self.method = method
+        self._method = method
         self.proximal = flag(owner, "proximal", proximal)
         self.clear_grad = flag(owner, "clear_grad", clear_grad)
         if proximal and (method is None or method.fused_state is None):
@@ -73,6 +76,7 @@ class FusedOptimizer(Optimizer):
         self._plans = Plans()
         self._penalty: Tensor | None = None
         self._offset = 0.0
+        self._checked: list[object] = []  # options as they were last checked
 
     def _attach(self, method: Method) -> None:
         known = {id(entry) for entry in method.model.parameters()}
@@ -101,11 +105,17 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ the step
 
     @property
+    def method(self) -> Method | None:
+        """The method that was given; for another one, make another optimizer."""
+        return self._method
+
+    @property
     def penalty(self) -> Tensor:
         """The method's penalty before the last step: 0-dim; zero where there was none."""
         value = self._penalty
         if value is None:
-            value = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+            params = (entry for group in self.param_groups for entry in group["params"])
+            value = torch.zeros((), device=next((entry.device for entry in params), None))
         return value + self._offset if self._offset else value
 
     @property
@@ -165,7 +175,12 @@ class FusedOptimizer(Optimizer):
         self._launch(method, self.clear_grad)
 
     def _launch(self, method: Method | None, clear_grad: bool) -> None:
-        numbers = {"strength": 0.0, "decay": 0.0} if method is None else method.step_options()
+        self._check_options()
+        proximal = flag(type(self).__name__, "proximal", self.proximal)
+        clear_grad = flag(type(self).__name__, "clear_grad", clear_grad)
+        numbers = {"strength": 0.0, "decay": 0.0}
+        if method is not None:
+            numbers |= method.step_options()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         values = []
         for part in self._plans.current(self):
@@ -177,7 +192,7 @@ class FusedOptimizer(Optimizer):
                 part.group,
                 lr=lr,
                 **numbers,
-                proximal=self.proximal,
+                proximal=proximal,
                 clear_grad=clear_grad,
                 grad_scale=_on(part.device, scale),
                 found_inf=_on(part.device, found_inf),
@@ -199,12 +214,26 @@ class FusedOptimizer(Optimizer):
                 f"{owner}: {method.name} adds to the gradients by itself, so they have to be "
                 "unscaled before; grad_scale is not expected"
             )
+        self._check_options()
         value = method.add_penalty_grad_()
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{owner}: add_penalty_grad_() of {method.name} must return the penalty, a 0-dim "
+                f"tensor, got {type(value).__name__}"
+            )
         self._launch(None, clear_grad=False)
         self._penalty = value.detach()
         method.update()
         if self.clear_grad:
             self._clear_grads()
+
+    def _check_options(self) -> None:
+        """Check the options of all groups, before any moves, if a hand or a scheduler set one."""
+        options = [value for group in self.param_groups for value in group.values()]
+        if not identical(options, self._checked):
+            for group in self.param_groups:
+                self._check_group(group)
+            self._checked = [value for group in self.param_groups for value in group.values()]
 
     @torch.no_grad()
     def _clear_grads(self) -> None:
@@ -220,10 +249,19 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ torch's habits
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters with options of their own; ValueError if one is out of range."""
+        """Add parameters with options of their own.
+
+        ValueError if an option is out of range, or a parameter is there twice.
+        """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_group(self.param_groups[-1])
+            if len(set(group["params"])) < len(group["params"]):
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter is in group {len(self.param_groups) - 1} "
+                    "twice (tied weights, say); name it once"
+                )
+            self._check_group(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -232,12 +270,14 @@ class FusedOptimizer(Optimizer):
         """Take over a copy of a state of this class, or of its namesake in torch.optim.
 
         Raises:
-            ValueError: it does not fit the param groups, or has an option out of range; nothing is
-                changed.
+            ValueError: it is of another class, does not fit the param groups, or has an option out
+                of range; nothing is changed.
         """
+        self._check_form(state_dict)
         given: dict[Tensor, dict[str, Any]] = {}
 
         def check(_optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+            self._check_form(loaded)
             for group in loaded["param_groups"]:
                 self._check_group({**self.defaults, **group})
             saved = (entry for group in loaded["param_groups"] for entry in group["params"])
@@ -269,13 +309,37 @@ class FusedOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _check_form(self, state_dict: object) -> None:
+        """Raise ValueError for what cannot be a state dict of this class or its namesake."""
+        owner = type(self).__name__
+        parts = state_dict if isinstance(state_dict, dict) else {}
+        states, groups = parts.get("state"), parts.get("param_groups")
+        if not (
+            isinstance(states, dict)
+            and isinstance(groups, list | tuple)
+            and all(isinstance(state, dict) for state in states.values())
+            and all(isinstance(group, dict) and "params" in group for group in groups)
+        ):
+            raise ValueError(
+                f"{owner}: load_state_dict expects what state_dict() returns, a dict of 'state' "
+                f"and 'param_groups', got {type(state_dict).__name__}"
+                + (f" of {', '.join(map(repr, parts)) or 'nothing'}" if parts is state_dict else "")
+            )
+        for group in groups[:1]:
+            missing = [option for option in self.own_options if option not in group]
+            if missing:
+                raise ValueError(
+                    f"{owner}: the state dict has no option {missing[0]!r}, so it is of another "
+                    f"optimizer; expected one of {owner} here or in torch.optim"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         if self.method is not None:
             raise TypeError(
                 f"{type(self).__name__}: an optimizer with a method cannot be pickled or copied; "
                 "save its state_dict() and the method's"
             )
-        own = {"method": None, "proximal": self.proximal, "clear_grad": self.clear_grad}
+        own = {"_method": None, "proximal": self.proximal, "clear_grad": self.clear_grad}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,19 +49,23 @@ class Plans:
     def __init__(self) -> None:
         self._parts: list[Part] = []
         self._made_for: list[object] = []
+        self._keys: list[tuple[str, ...]] = []
         self._joined: set[Tensor] = set()  # parameters that have had a gradient
         self._waiting: list[Tensor] = []  # those that have had none
 
     def current(self, optimizer: FusedOptimizer) -> list[Part]:
         """The plans for a step of `optimizer`."""
         protection = _protection(optimizer)
-        if not _same(self._made_for, _circumstances(optimizer, protection)) or any(
-            entry.grad is not None for entry in self._waiting
+        keys = [optimizer._state_keys(group) for group in optimizer.param_groups]
+        if (
+            keys != self._keys
+            or not identical(self._made_for, _circumstances(optimizer, protection))
+            or any(entry.grad is not None for entry in self._waiting)
         ):
-            self._parts, self._waiting = [], []
+            self._made_for, self._parts, self._waiting = [], [], []
             for number, group in enumerate(optimizer.param_groups):
                 self._add_group(optimizer, number, group, protection)
-            self._made_for = _circumstances(optimizer, protection)
+            self._made_for, self._keys = _circumstances(optimizer, protection), keys
         return self._parts
 
     def _add_group(
@@ -69,25 +74,27 @@ class Plans:
         params = group["params"]
         names = group.get("param_names") or [f"{i} of group {number}" for i in range(len(params))]
         places = protection.places
-        buckets: dict[tuple[torch.device, bool], dict[str, Tensor]] = {}
+        buckets: dict[tuple[torch.device, bool], list[tuple[str, Tensor]]] = {}
         for name, entry in zip(names, params, strict=True):
             if entry.grad is None and entry not in self._joined and not optimizer.state.get(entry):
                 self._waiting.append(entry)
                 continue
+            _check_gradient(name, entry, optimizer)
             self._joined.add(entry)
             known = entry in places
             if protection.state is not None and known:
                 name = protection.state.names[places[entry]]
-            buckets.setdefault((entry.device, known), {})[name] = entry
+            buckets.setdefault((entry.device, known), []).append((name, entry))
         for (device, known), named in buckets.items():
             check_parameters(named, type(optimizer).__name__)
-            lists = _own_state(optimizer, list(named.values()), optimizer._state_keys(group))
+            entries = [entry for _, entry in named]  # names need not be unique, in torch neither
+            lists = _own_state(optimizer, entries, optimizer._state_keys(group))
             steps = lists.pop("step", [])
             if protection.state is not None and known:
                 for key in protection.keys:
-                    entries = protection.state.lists[key]
-                    lists[key] = [entries[places[entry]] for entry in named.values()]
-            plan = make_plan(list(named), list(named.values()), lists, steps)
+                    kept = protection.state.lists[key]
+                    lists[key] = [kept[places[entry]] for entry in entries]
+            plan = make_plan([name for name, _ in named], entries, lists, steps)
             self._parts.append(Part(group, device, plan))
 
 
@@ -102,18 +109,30 @@ def _protection(optimizer: FusedOptimizer) -> _Protection:
 
 
 def _circumstances(optimizer: FusedOptimizer, protection: _Protection) -> list[object]:
-    """All that plans depend on, beside the gradients."""
-    facts: list[object] = [protection.state, optimizer.state, len(optimizer.state)]
+    """All objects that plans depend on, beside the gradients."""
+    objects: list[object] = [protection.state, optimizer.state]
     for group in optimizer.param_groups:
-        facts += (group, len(group["params"]), optimizer._state_keys(group))
-    return facts
+        objects.append(group)
+        objects += group["params"]
+    for state in optimizer.state.values():
+        objects.append(state)
+        objects += state.values()
+    return objects
 
 
-def _same(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether all are the same objects, or equal numbers and names."""
-    return len(one) == len(other) and all(
-        a is b or (isinstance(a, int | tuple) and a == b) for a, b in zip(one, other, strict=True)
-    )
+def identical(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether both hold the same objects in the same order."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _check_gradient(name: str, entry: Tensor, optimizer: FusedOptimizer) -> None:
+    """Here rather than in the step, which could have moved other groups before it comes to this."""
+    if entry.grad is not None and entry.grad.layout != torch.strided:
+        raise TypeError(
+            f"{type(optimizer).__name__}: gradient of parameter '{name}' has layout "
+            f"{entry.grad.layout}, expected a dense (strided) tensor; build layers such as "
+            "Embedding with sparse=False"
+        )
 
 
 def _own_state(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clext.optim.base import FusedOptimizer
 from clext.optim.options import flag, learning_rate, refuse, scalar
@@ -37,6 +37,8 @@ class SGD(FusedOptimizer):
     Raises:
         ValueError: an option is out of range, or the method knows none of the parameters.
     """
+
+    own_options: ClassVar[tuple[str, ...]] = ("momentum", "dampening")
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.parameters import allocate_state
+from clext.tensor_lists import same_layout, state_dtype
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
@@ -18,12 +19,26 @@ State = dict[str, Any]
 def without_state(
     states: MutableMapping[Tensor, State], params: Sequence[Tensor], keys: Sequence[str]
 ) -> list[Tensor]:
-    """Those of `params` that have no tensor for one of `keys` yet."""
+    """Those of `params` that lack a tensor for one of `keys`, or have one that is laid out anew."""
     return [
         entry
         for entry in params
-        if not all(isinstance(states.get(entry, {}).get(key), Tensor) for key in keys)
+        if not all(_is_usable(entry, key, states.get(entry, {}).get(key)) for key in keys)
     ]
+
+
+def _is_usable(parameter: Tensor, key: str, value: object) -> bool:
+    """False for what `allocate_states` can mend; a wrong shape is an error that the plan names."""
+    if not isinstance(value, Tensor):
+        return False
+    expected = () if key == "step" else parameter.shape
+    if value.shape != expected:
+        return key != "step" or value.numel() != 1
+    return (
+        value.dtype == state_dtype(parameter.dtype)
+        and value.device == parameter.device
+        and (key == "step" or same_layout(value.shape, value.stride(), parameter.stride()))
+    )
 
 
 def check_state(parameter: Tensor, state: State) -> None:
