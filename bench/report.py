@@ -132,7 +132,17 @@ def step_name(optimizer: str, method: str) -> str:
 
 
 def ops_table() -> str:
-    head = ["op", "model", "bytes/element", "ms", "GB/s", "of copy", "loop", "foreach", "compile"]
+    head = [
+        "op",
+        "model",
+        "bytes/element",
+        "ms",
+        "GB/s",
+        "of copy bandwidth",
+        "loop",
+        "foreach",
+        "compile",
+    ]
 
     def row(e: Entry) -> list[str]:
         return [
@@ -167,7 +177,15 @@ def fused_table() -> str:
 
 
 def optim_table() -> str:
-    head = ["step", "model", "bytes/element", "ms", "of copy", "separate passes", "course loops"]
+    head = [
+        "step",
+        "model",
+        "bytes/element",
+        "ms",
+        "of copy bandwidth",
+        "separate passes",
+        "course loops",
+    ]
 
     def row(e: Entry) -> list[str]:
         return [

@@ -154,7 +154,10 @@ class Result:
         config, average = self.config, self.average_accuracy
         data = config.get("data", {}).get("name", config.get("dataset", ""))
         what = f"{self.label} on {config.get('scenario', '')} {data}"
-        done = f"after {len(average)} of {config['tasks']} tasks, {config['epochs']} epochs each"
+        if config.get("precision", "fp32") != "fp32":
+            what += f" in {config['precision']}"
+        epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
+        done = f"after {len(average)} of {config['tasks']} tasks, {epochs}"
         value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
         return f"{what}: {value}"
 

@@ -27,15 +27,18 @@ class Adam(FusedOptimizer):
         betas: weights of the old averages of the gradient and its square, in [0, 1).
         eps: added to the root of the second average, >= 0.
         weight_decay: >= 0.
-        amsgrad: only False.
+        amsgrad: must be False.
         foreach: taken for compatibility; the step is always fused.
         maximize: climb instead.
         capturable: taken for compatibility; the step can always be captured.
-        differentiable: only False.
+        differentiable: must be False.
         fused: taken for compatibility.
         decoupled_weight_decay: beside the gradient (AdamW) rather than through it.
-        method: the method to protect with, see `FusedOptimizer`.
-        proximal: pull to the anchor after the step, see `FusedOptimizer`.
+        method: a method of clext, such as `clext.SI(model)`: the step pulls to its anchor and
+            follows its path integral in the same pass, so its `add_penalty_grad_` and `update` are
+            not to be called. See `FusedOptimizer`.
+        proximal: solve for the pull after the step rather than follow its gradient: stable at any
+            strength, see `FusedOptimizer`.
         clear_grad: set the gradients to zero in the same pass.
 
     Raises:

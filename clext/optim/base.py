@@ -37,7 +37,7 @@ class FusedOptimizer(Optimizer):
             cannot do (a subclass with an `update` of its own) has them called by `step`.
         proximal: pull to the anchor after the step, parameter <- (parameter + p * anchor) / (1 + p)
             with p = 2 * lr * strength * importance, rather than through the gradient: stable at
-            any strength.
+            any strength. Adam's averages do not scale it, so it needs a far larger strength there.
         clear_grad: set the gradients to zero in the same pass.
 
     Raises:

@@ -28,10 +28,13 @@ class SGD(FusedOptimizer):
         nesterov: look ahead; needs momentum and no dampening.
         maximize: climb instead.
         foreach: taken for compatibility; the step is always fused.
-        differentiable: only False.
+        differentiable: must be False.
         fused: taken for compatibility.
-        method: the method to protect with, see `FusedOptimizer`.
-        proximal: pull to the anchor after the step, see `FusedOptimizer`.
+        method: a method of clext, such as `clext.SI(model)`: the step pulls to its anchor and
+            follows its path integral in the same pass, so its `add_penalty_grad_` and `update` are
+            not to be called. See `FusedOptimizer`.
+        proximal: solve for the pull after the step rather than follow its gradient: stable at any
+            strength, see `FusedOptimizer`.
         clear_grad: set the gradients to zero in the same pass.
 
     Raises:
