@@ -4,7 +4,7 @@ import clext
 result = clext.train("rwalk")            # Permuted MNIST, 5 tasks of 10 epochs
 print(result)
 
-reg = clext.SI(model, strength=1.0)      # drop-in, for any module and any loop
+reg = clext.SI(model)                    # drop-in, for any module and any loop
 optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 """
 

@@ -19,6 +19,7 @@ from clext.learner import LearnerSpec, describe_learner, input_dtype
 from clext.methods import Method
 from clext.module_mode import module_mode
 from clext.optim import Adam
+from clext.parameters import trainable_parameters
 from clext.progress import Progress
 from clext.result import Result
 from clext.scenarios import Task, make_scenario
@@ -188,7 +189,8 @@ def learn(
         for k, task in enumerate(tasks):
             with clock.measure("training"):
                 train_split = task.transform(data.train)
-                optimizer = Adam(trainable(model), lr=settings.lr, method=method)
+                parameters = trainable_parameters(model).values()
+                optimizer = Adam(parameters, lr=settings.lr, method=method)
                 steps = make_steps(
                     method, optimizer, train_split, settings.batch_size, settings.precision
                 )
@@ -220,11 +222,6 @@ def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> float:
         for inputs, labels in Batches(split, EVALUATION_BATCH):
             correct += (model(inputs).argmax(dim=1) == labels).sum()
     return int(correct) / len(split.labels)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer is to move."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:

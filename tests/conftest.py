@@ -68,6 +68,14 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=["compiled", "plain torch"])
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test with compiled plans, and with the ones for devices without kernels."""
+    if request.param == "plain torch":
+        monkeypatch.setattr("clext.parameters.has_kernels", lambda _device: False)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     import torch

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from naive_methods import CASES as METHOD_CASES
 from toy_training import CLASSES, make_model, make_task, train_steps
 
-import clext
-import clext.parameters
 from clext import EWC, METHODS, SCP, SI, Baseline, RWalk, optim
 
 pytestmark = [
@@ -39,13 +37,6 @@ def case(request):
 @pytest.fixture(params=METHODS)
 def kind(request):
     return METHODS[request.param]
-
-
-@pytest.fixture(params=["compiled", "plain torch"])
-def plan(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(clext.parameters, "has_kernels", lambda _device: False)
-    return request.param
 
 
 def make(case, device="cpu", dtype=torch.float64):

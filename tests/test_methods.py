@@ -17,7 +17,6 @@ from toy_training import (
     train_tasks,
 )
 
-import clext.parameters
 from clext import EWC, MAS, METHODS, SCP, SI, Baseline, RWalk
 from clext.reference import ReferencePlan
 
@@ -35,13 +34,6 @@ def case(request):
 @pytest.fixture(params=METHODS)
 def kind(request):
     return METHODS[request.param]
-
-
-@pytest.fixture(params=["compiled", "plain torch"])
-def plan(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(clext.parameters, "has_kernels", lambda _device: False)
-    return request.param
 
 
 def test_method_trains_like_its_definition(case, device, plan):

@@ -17,18 +17,12 @@ from optim_cases import (
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-import clext.parameters
 from clext import optim
+
+pytestmark = pytest.mark.usefixtures("plan")
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_kind = pytest.mark.parametrize("case", PLAIN)
-
-
-@pytest.fixture(params=["compiled", "plain torch"], autouse=True)
-def plan(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(clext.parameters, "has_kernels", lambda _device: False)
-    return request.param
 
 
 def pair(case, device, dtype=torch.float64, params=lambda model: model.parameters(), **options):

@@ -3,7 +3,7 @@
 Drop-in for their namesakes in `torch.optim`; with `method=` the step adds the pull to the anchor
 and follows the path integral in the pass that updates the parameters::
 
-    reg = clext.SI(model, strength=1.0)
+    reg = clext.SI(model)
     optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
     for task in tasks:
         for x, y in task:
