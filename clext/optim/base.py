@@ -172,7 +172,10 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}.launch: the step of {method.name} is more than one pass "
                 "(it has an update of its own); call step()"
             )
-        self._launch(method, self.clear_grad)
+        try:
+            self._launch(method, self.clear_grad)
+        except (TypeError, ValueError) as error:
+            raise (error if method is None else method._explained(error)) from None
 
     def _launch(self, method: Method | None, clear_grad: bool) -> None:
         self._check_options()
@@ -182,6 +185,7 @@ class FusedOptimizer(Optimizer):
         if method is not None:
             numbers |= method.step_options()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        task_scale = None if method is None else method.take_task_scale()
         values = []
         for part in self._plans.current(self):
             lr = part.group["lr"]
@@ -196,6 +200,7 @@ class FusedOptimizer(Optimizer):
                 clear_grad=clear_grad,
                 grad_scale=_on(part.device, scale),
                 found_inf=_on(part.device, found_inf),
+                task_scale=_on(part.device, task_scale),
             )
             if value is not None:
                 values.append(value)
