@@ -71,7 +71,7 @@ class Defined:
     """The same by the method's slow definition, which knows the task's gradient by itself."""
 
     def __init__(self, case, way="apart", model=None, dtype=torch.float64):
-        kind, naive, strength, options = CASES[case]
+        _, naive, strength, options = CASES[case]
         self.naive = naive(make_model(dtype) if model is None else model, strength)
         for name, value in options.items():
             setattr(self.naive, {"fisher": "kind"}.get(name, name), value)

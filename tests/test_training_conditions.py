@@ -11,7 +11,7 @@ from condition_loops import WAYS, Defined, Trained, assert_agree
 from naive_methods import CASES
 from toy_training import STEPS, make_model, make_task
 
-from clext import EWC, SI, RWalk, optim
+from clext import SI
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
