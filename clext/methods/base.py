@@ -91,6 +91,7 @@ class Method(Stateful):
         # What the gradients in `.grad` were multiplied with since the last step, on their device.
         self._task_scale: Tensor | None = None
         self._pull_scale: Tensor | None = None
+        self._scaled = 0  # the stamp of these gradients
 
     # ------------------------------------------------------------------ in the loop
 
@@ -125,13 +126,14 @@ class Method(Stateful):
                 changed after this call (for methods with a path integral).
         """
         self._refuse_if_attached("add_penalty_grad_")
+        self._forget_old_scales()
         try:
             value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
         except (TypeError, ValueError) as error:
             raise self._explained(error) from None
-        self._pull_scale = None
         if "path" in self._state.lists:
-            leave_stamp(self)
+            self._pull_scale = None
+            self._scaled = leave_stamp(self)
         return value
 
     def _add_penalty_grad_by_autograd_(self) -> Tensor:
@@ -151,7 +153,9 @@ class Method(Stateful):
         next step: the path integral is then the one of the task's gradient before the clipping,
         over the movement that the clipped gradient caused. Call it where the gradients are
         complete: after the last backward pass, after `add_penalty_grad_` (whose gradient is then
-        clipped with the task's), and after `scaler.unscale_(optimizer)`.
+        clipped with the task's), and after `scaler.unscale_(optimizer)`. With an optimizer of
+        `clext.optim` that has the method, the task's gradient alone is clipped, and the next step
+        of one such optimizer takes what was kept.
 
         Args:
             max_norm: largest total norm of the gradients of the method's parameters, >= 0.
@@ -164,11 +168,12 @@ class Method(Stateful):
         """
         if not max_norm >= 0:
             raise ValueError(f"{self.name}: max_norm must be a number >= 0, got {max_norm!r}")
+        self._forget_old_scales()
         norm, factor = clip_grads_(self._state.params, max_norm, norm_type, error_if_nonfinite)
         if "path" in self._state.lists:
             self._task_scale = factor if self._task_scale is None else self._task_scale * factor
             self._pull_scale = factor if self._pull_scale is None else self._pull_scale * factor
-            renew_stamp(self)
+            self._scaled = renew_stamp(self)
         return norm
 
     def update(self) -> None:
@@ -213,6 +218,11 @@ class Method(Stateful):
                 f"{self.name}: {broken} holds NaN or infinity, which a step with such a gradient "
                 "has left: go back to state dicts of the model and the method saved before it"
             )
+
+    def _forget_old_scales(self) -> None:
+        """Of gradients that are gone: a GradScaler has skipped their step, and nobody told us."""
+        if self._task_scale is not None and self._scaled != self._state.plan.gradient_stamp():
+            self._task_scale = self._pull_scale = None
 
     def _take_scales(self) -> tuple[Tensor | None, Tensor | None]:
         """What the task's gradient and the penalty's were multiplied with for the step that was."""

@@ -94,7 +94,11 @@ class RWalk(Method):
         self.interval_steps = 0  # since the interval began
 
     def update(self) -> None:
-        """Follow a step: after `optimizer.step()`, before `zero_grad()`."""
+        """Follow a step: after `optimizer.step()`, before `zero_grad()`.
+
+        A step that a GradScaler has skipped is counted. Where its gradient is not finite it leaves
+        no other trace; what was finite of it is averaged into Fisher.
+        """
         super().update()
         decay = self.decay
         if self.variant == "released":

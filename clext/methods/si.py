@@ -39,7 +39,10 @@ class SI(Method):
         self.xi = number(self.name, "xi", xi, minimum=0.0, open_minimum=True)
 
     def update(self) -> None:
-        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`."""
+        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`.
+
+        A step that a GradScaler has skipped leaves no trace.
+        """
         super().update()
         try:
             self._state.plan.accumulate_path_integral_(self._strength, *self._take_scales())

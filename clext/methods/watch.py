@@ -23,19 +23,19 @@ _stamps: WeakKeyDictionary[Method, int] = WeakKeyDictionary()
 _is_registered = False
 
 
-def leave_stamp(method: Method) -> None:
-    """From now until the step, the gradients of `method` are to stay as they are."""
+def leave_stamp(method: Method) -> int:
+    """From now until the step, the gradients of `method` are to stay as they are; their stamp."""
     global _is_registered
     if not _is_registered:
         register_optimizer_step_pre_hook(_compare)
         _is_registered = True
-    _stamps[method] = method._state.plan.gradient_stamp()
+    stamp = _stamps[method] = method._state.plan.gradient_stamp()
+    return stamp
 
 
-def renew_stamp(method: Method) -> None:
-    """The method has changed the gradients itself, and knows how."""
-    if method in _stamps:
-        leave_stamp(method)
+def renew_stamp(method: Method) -> int:
+    """The method has changed the gradients itself, and knows how; their stamp."""
+    return leave_stamp(method) if method in _stamps else method._state.plan.gradient_stamp()
 
 
 def drop_stamp(method: Method) -> None:

@@ -27,7 +27,8 @@ class FusedOptimizer(Optimizer):
     They differ from torch.optim's in this: the averages of parameters in half precision are kept
     in float32, and an optimizer with a method cannot be pickled or deep-copied (save the state
     dicts of both). A parameter without gradient is left out of everything, as ever, and so of the
-    pull to the anchor.
+    pull to the anchor. `method.clip_grad_norm_` before the step clips the task's gradient; clipped
+    by a function of torch, the clipped gradient is the task's to the path integral.
 
     Args:
         params: as for any optimizer of torch.
