@@ -116,7 +116,9 @@ class Indexed:
 
 
 @pytest.mark.parametrize(
-    "data", [iter(make_task(0)), (batch for batch in make_task(0)), Indexed()], ids=str
+    "data",
+    [iter(make_task(0)), (batch for batch in make_task(0)), Indexed()],
+    ids=["iterator", "generator", "indexed"],
 )
 def test_samples_of_any_iterable_are_counted(data):
     expected, method = EWC(make_model(), weighting="sum"), EWC(make_model(), weighting="sum")

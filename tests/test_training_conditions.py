@@ -50,21 +50,25 @@ def test_gradients_of_several_batches_are_one_step(case, way, device):
     assert_agree(*train_both(case, way, device, accumulate=3))
 
 
-def test_the_penalty_in_parts_of_the_loss_is_the_penalty_once(device):
+@every_path
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_the_penalty_in_parts_of_the_loss_is_the_penalty_once(case, clip, device):
     """In an accumulation: 1/k of penalty() in each of k losses, or add_penalty_grad_() once."""
     results = []
     for in_parts in (False, True):
-        trained = Trained("si", "apart", device)
+        trained = Trained(case, "apart", device)
         for number in range(2):
             batches = make_task(number, device=device)
             for group in in_groups(batches, 3):
                 if not in_parts:
-                    trained.step(*group)
+                    trained.step(*group, clip=[clip] if clip else None)
                     continue
                 trained.optimizer.zero_grad()
                 for x, y in group:
                     loss = F.cross_entropy(trained.model(x), y) + trained.method.penalty()
                     (loss / len(group)).backward()
+                if clip:
+                    trained.method.clip_grad_norm_(clip)
                 trained.optimizer.step()
                 trained.method.update()
             trained.end_task(batches)

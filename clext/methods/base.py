@@ -98,12 +98,14 @@ class Method(Stateful):
     def penalty(self) -> Tensor:
         """The penalty, strength included: 0-dim, differentiable, to be added to the loss.
 
-        Frozen parameters without a gradient have no part in it, here and in `add_penalty_grad_`.
+        Frozen parameters without a gradient have no part in it, here and in `add_penalty_grad_`. A
+        method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
+        step: clip with the method's `clip_grad_norm_`, not with torch's.
         """
         state = self._state
         lists = [state.params, state.lists["anchor"], state.lists["importance"]]
-        moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
-        if not all(moving):
+        if not all(entry.requires_grad for entry in state.params):
+            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
             lists = [list(compress(entries, moving)) for entries in lists]
         try:
             value = self.strength * ops.quadratic_penalty(*lists)
