@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import OPS, Entry, assert_same_bits, copy, outputs_of, sample, tensors_of
+from plan_problem import Problem
 
 SEPARATE = [op for op in OPS if op.name in ("accumulate_path_integral_", "riemannian_walk_step_")]
 FUSED = [op for op in OPS if op.variant.split()[:1] in (["path"], ["walk"])]
@@ -142,3 +143,32 @@ def test_scales_that_do_not_fit_are_refused(op, implementation, device):
             with pytest.raises(ValueError, match=f"{op.name}: {name} is on cpu, expected cuda"):
                 getattr(op, implementation)({**arguments, name: torch.ones(())})
     assert_same_bits(tensors_of(arguments), tensors_of(before))
+
+
+# ------------------------------------------------------------------ the stamp of gradients
+
+
+@pytest.mark.parametrize("implementation", ["compiled", "reference"])
+def test_the_stamp_tells_changed_gradients_from_read_ones(implementation, device):
+    problem = Problem(implementation, device)
+    problem.backward(1)
+    plan, first = problem.plan, problem.params[0]
+    stamp = plan.gradient_stamp()
+    assert plan.gradient_stamp() == stamp
+    problem.optimize()  # reads the gradients and changes the parameters
+    plan.accumulate_path_integral_(0.5)
+    assert plan.gradient_stamp() == stamp
+    stamps = {stamp}
+    changes = (
+        lambda: first.grad.mul_(2),
+        lambda: setattr(first, "grad", first.grad.clone()),
+        lambda: setattr(first, "grad", None),
+        lambda: setattr(problem.params[1], "grad", torch.zeros_like(problem.params[1])),
+        lambda: plan.add_quadratic_penalty_grad_(0.5),
+    )
+    kept = []  # so that no gradient gets the memory of another
+    for change in changes:
+        kept.extend(theta.grad for theta in problem.params)
+        change()
+        stamps.add(plan.gradient_stamp())
+    assert len(stamps) == 1 + len(changes)
