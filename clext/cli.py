@@ -198,10 +198,11 @@ def _print_section(title: str, rows: dict[str, str]) -> None:
 
 
 def _text_of_options(method: type[clext.Method]) -> str:
-    """The options and their defaults as they would be given to `--option`."""
+    """The options as they would be given to `--option`: defaults, or all values, default first."""
     parameters = inspect.signature(method).parameters
     defaults = {name: parameters[name].default for name in option_names(method)}
     defaults["strength"] = f"{method.default_strength:g}"
+    defaults |= {name: "|".join(values) for name, values in method.choices.items()}
     return " ".join(f"{name}={value}" for name, value in defaults.items())
 
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import clext
 from clext import cli
+from clext.methods.base import option_names
 
 QUICK = ("--dataset", "digits", "--tasks", "2", "--epochs", "1", "--quiet")
 
@@ -141,6 +143,17 @@ def test_info_shows_versions_build_data_and_methods():
     assert outcome.exit_code == 0, outcome.output
     for expected in (clext.__version__, "cpu_path", "fashion_mnist", "scikit-learn", "rwalk"):
         assert expected in outcome.stdout
+
+
+@pytest.mark.parametrize("kind", clext.METHODS.values(), ids=clext.METHODS)
+def test_info_lists_the_values_of_options_in_words_the_default_first(kind):
+    method = kind(torch.nn.Linear(2, 2))
+    line = next(row for row in run("info").stdout.splitlines() if row.split()[:1] == [kind.name])
+    worded = {name for name in option_names(kind) if isinstance(getattr(method, name), str)}
+    assert worded - {"slices"} == set(kind.choices)  # slices: a number or "exact"
+    for name, values in kind.choices.items():
+        assert f" {name}={'|'.join(values)}" in line
+        assert getattr(method, name) == values[0]
 
 
 @pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("info",)])

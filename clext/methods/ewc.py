@@ -9,15 +9,12 @@ from torch import Tensor, nn
 
 from clext.importance import FISHER_KINDS, fisher_information
 from clext.methods.base import Method
-from clext.options import choice, integer, number
+from clext.options import integer, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from clext.importance.evaluation import Batches
-
-ANCHORS = ("latest", "all")
-WEIGHTINGS = ("mean", "sum")
 
 
 class EWC(Method):
@@ -48,6 +45,11 @@ class EWC(Method):
     default_strength: ClassVar[float] = 250.0
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "constant")
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "fisher": FISHER_KINDS,
+        "anchors": ("latest", "all"),
+        "weighting": ("mean", "sum"),
+    }
 
     def __init__(
         self,
@@ -61,10 +63,10 @@ class EWC(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(model, strength=strength)
-        self.fisher = choice(self.name, "fisher", fisher, FISHER_KINDS)
+        self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
-        self.anchors = choice(self.name, "anchors", anchors, ANCHORS)
-        self.weighting = choice(self.name, "weighting", weighting, WEIGHTINGS)
+        self.anchors = self._choice("anchors", anchors)
+        self.weighting = self._choice("weighting", weighting)
         self.seed = integer(self.name, "seed", seed, minimum=0)
         self.constant = 0.0  # of the penalty, without strength; 0 for anchors="latest"
 

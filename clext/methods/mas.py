@@ -8,7 +8,7 @@ from torch import nn
 
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
 from clext.methods.base import Method
-from clext.options import choice, number
+from clext.options import number
 
 if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
@@ -31,6 +31,7 @@ class MAS(Method):
     name: ClassVar[str] = "mas"
     default_strength: ClassVar[float] = 0.05
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"estimator": MAS_ESTIMATORS}
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class MAS(Method):
     ) -> None:
         super().__init__(model, strength=strength)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
-        self.estimator = choice(self.name, "estimator", estimator, MAS_ESTIMATORS)
+        self.estimator = self._choice("estimator", estimator)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         sensitivity = output_sensitivity(

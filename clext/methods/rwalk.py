@@ -8,13 +8,11 @@ from torch import nn
 
 from clext.methods.base import Method
 from clext.methods.rwalk_released import close_interval, consolidate, drop_interval
-from clext.options import choice, integer, number
+from clext.options import integer, number
 from clext.state import COPIES_OF_PARAMETERS
 
 if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
-
-VARIANTS = ("paper", "released")
 
 
 class RWalk(Method):
@@ -69,6 +67,7 @@ class RWalk(Method):
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class RWalk(Method):
         mix: float = 0.5,
         variant: str = "paper",
     ) -> None:
-        self.variant = choice(self.name, "variant", variant, VARIANTS)
+        self.variant = self._choice("variant", variant)
         if variant == "released":
             # "fisher" is the mean of the interval so far: the weight of a step changes with each.
             self.state_names = (*self.state_names, "running_fisher")

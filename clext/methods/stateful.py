@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from clext.options import number
+from clext.options import choice, number
 from clext.parameters import check_parameters, trainable_parameters
 from clext.state import ParameterState
 
@@ -27,6 +27,8 @@ class Stateful:
     state_names: tuple[str, ...] = ("anchor", "importance")
     counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
     separate_state: ClassVar[tuple[str, ...]] = ()
+    # The values that an option in words may have, the default first.
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         self.model = model
@@ -34,6 +36,9 @@ class Stateful:
         self.tasks = 0  # ended so far
         self._attached = False  # to an optimizer, whose steps do the work
         self._state = ParameterState(trainable_parameters(model), self.state_names)
+
+    def _choice(self, option: str, value: object) -> str:
+        return choice(self.name, option, value, self.choices[option])
 
     @property
     def strength(self) -> float:
