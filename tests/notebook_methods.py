@@ -75,7 +75,7 @@ class EWC(Baseline):
 
 
 class MAS(EWC):
-    def objective(self, output, label):
+    def objective(self, output, label):  # noqa: ARG002
         return torch.stack([(row**2).sum() for row in output]).mean()
 
     def size(self, grad):
@@ -88,7 +88,7 @@ class SCP(EWC):
         super().__init__(model, dataloader, device, prev_guards)
         self._state_parameters = self.p_old
 
-    def objective(self, output, label):
+    def objective(self, output, label):  # noqa: ARG002
         columns = np.random.randn(output.shape[1], self.L)  # noqa: NPY002
         columns = columns / np.linalg.norm(columns, axis=0)
         directions = torch.from_numpy(columns.T).to(self.device, output.dtype)
@@ -116,7 +116,7 @@ class SI(Notebook):
             self.model.register_buffer(name + "_SI_prev_task", p)
         self.W, self.p_old = self.zeros(underscored), self.now(underscored)
 
-    def denominator(self, name, change):
+    def denominator(self, name, change):  # noqa: ARG002
         return change**2 + self.epsilon
 
     def merge(self, old, gain):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_training import CLASSES, FEATURES, make_model
 from torch.utils.data import DataLoader, TensorDataset
+from toy_training import CLASSES, FEATURES, make_model
 
 from clext import course
 from clext.models import mlp
@@ -63,7 +63,7 @@ def train_one_task(model, optimizer, dataloader, epochs, guard, strength, device
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            penalties.append(float(penalty))
+            penalties.append(penalty.item())
         model.eval()  # by its evaluation after each epoch
     return penalties
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sized
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ class CourseMethod:
     def __init__(self, model: nn.Module, dataloader: Batches | None, device: Device) -> None:
         self.params = trainable_parameters(model)
         self._check_device(device)
-        self._check_dataloader(dataloader)
         self.model, self.dataloader, self.device = model, dataloader, device
 
     def penalty(self, model: nn.Module) -> Tensor:
@@ -53,12 +51,12 @@ class CourseMethod:
         return {self._key(name): entry for name, entry in self.params.items()}
 
     def _zeros(self) -> Tensors:
-        return {k: torch.zeros_like(p, dtype=state_dtype(p.dtype)) for k, p in self._keyed().items()}
+        return {
+            k: torch.zeros_like(p, dtype=state_dtype(p.dtype)) for k, p in self._keyed().items()
+        }
 
     def _copies(self) -> Tensors:
-        return {
-            k: p.detach().to(state_dtype(p.dtype), copy=True) for k, p in self._keyed().items()
-        }
+        return {k: p.detach().to(state_dtype(p.dtype), copy=True) for k, p in self._keyed().items()}
 
     def _trained(self, model: nn.Module, known: Tensors) -> Tensors:
         """The parameters of `model` that are not frozen, by key."""
@@ -84,32 +82,14 @@ class CourseMethod:
     def _order(self) -> str:
         return f"the order is {self._owner}({', '.join(inspect.signature(type(self)).parameters)})"
 
-    def _check_device(self, device: object) -> None:
+    def _check_device(self, device: Any) -> None:  # noqa: ANN401  (that is the check)
         try:
-            torch.device(device)  # type: ignore[arg-type]  # that is the check
+            torch.device(device)
         except (TypeError, RuntimeError):
             raise ValueError(
                 f"{self._owner}: device must be a torch.device or the name of one, got "
                 f"{brief(device)}; {self._order}"
             ) from None
-
-    def _check_dataloader(self, dataloader: object) -> None:
-        if dataloader is not None and batch_count(dataloader) < 1:
-            raise ValueError(
-                f"{self._owner}: dataloader must be None (before the first task) or the DataLoader "
-                "of the task that has ended, with a length and at least one batch, got "
-                f"{brief(dataloader)}; {self._order}"
-            )
-
-
-def batch_count(dataloader: object) -> int:
-    """How many batches `dataloader` says it has; 0 if it cannot be one."""
-    if not isinstance(dataloader, Sized) or isinstance(dataloader, str | Mapping | Tensor):
-        return 0
-    try:
-        return len(dataloader)
-    except TypeError:  # a DataLoader over an IterableDataset
-        return 0
 
 
 def brief(value: object) -> str:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext import ops
-from clext.course.base import CourseMethod, Device, Tensors, batch_count, brief
+from clext.course.base import CourseMethod, Device, Tensors, brief
 from clext.importance.evaluation import read_batches
 from clext.module_mode import module_mode
 from clext.options import integer
@@ -32,12 +32,14 @@ Guards = Sequence[Mapping[str, Tensor] | None]
 class Guarded(CourseMethod):
     """Importances measured on data, added to those of earlier objects."""
 
+    p_old: Tensors
     _precision_matrices: Tensors
 
     def __init__(
         self, model: nn.Module, dataloader: Batches | None, device: Device, prev_guards: Guards
     ) -> None:
         super().__init__(model, dataloader, device)
+        self._check_dataloader(dataloader)
         self._check_guards(prev_guards)
         self.previous_guards_list = prev_guards
 
@@ -59,7 +61,9 @@ class Guarded(CourseMethod):
             with module_mode(self.model, training=False), torch.enable_grad():
                 if self.dataloader is not None:
                     scale = weight / batch_count(self.dataloader)
-                    for x, y in read_batches(self._owner, self.dataloader, torch.device(self.device)):
+                    for x, y in read_batches(
+                        self._owner, self.dataloader, torch.device(self.device)
+                    ):
                         self.model.zero_grad()
                         self._objective(self.model(x), y).backward()
                         found = {k: p.grad for k, p in self._keyed().items() if p.grad is not None}
@@ -70,17 +74,32 @@ class Guarded(CourseMethod):
             raise
         self.model.eval()
 
+    def _quadratic(self) -> tuple[Tensors, Tensors]:
+        return self.p_old, self._precision_matrices
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_dataloader(self, dataloader: object) -> None:
+        if dataloader is not None and batch_count(dataloader) < 1:
+            raise ValueError(
+                f"{self._owner}: dataloader must be None (before the first task) or the DataLoader "
+                "of the task that has ended, with a length and at least one batch, got "
+                f"{brief(dataloader)}; {self._order}"
+            )
+
     def _check_guards(self, guards: object) -> None:
         if not isinstance(guards, Sequence) or isinstance(guards, str):
             raise ValueError(
-                f"{self._owner}: prev_guards must be a list of earlier objects' "
-                f"_precision_matrices, got {brief(guards)}; {self._order}"
+                f"{self._owner}: prev_guards must be a list of the _precision_matrices of earlier "
+                f"objects, got {brief(guards)}; {self._order}"
             )
         for index, guard in enumerate(guards):
             label = f"{self._owner}: prev_guards[{index}]"
-            if guard is not None and not isinstance(guard, Mapping):
+            if guard is None:
+                continue
+            if not isinstance(guard, Mapping):
                 raise ValueError(
-                    f"{label} must be an earlier object's _precision_matrices or None, got "
+                    f"{label} must be the _precision_matrices of an earlier object, or None, got "
                     f"{brief(guard)}"
                 )
             for key, p in self._keyed().items() if guard else ():
@@ -92,9 +111,19 @@ class Guarded(CourseMethod):
                     )
                 if entry.shape != p.shape:
                     raise ValueError(
-                        f"{label}['{key}'] is {list(entry.shape)}, expected {list(p.shape)} as "
-                        "the model's parameter has"
+                        f"{label}['{key}'] has shape {list(entry.shape)}, expected "
+                        f"{list(p.shape)} as the parameter; take guards of this model only"
                     )
+
+
+def batch_count(dataloader: object) -> int:
+    """How many batches `dataloader` says it has; 0 if it does not say."""
+    if not isinstance(dataloader, Sized) or isinstance(dataloader, str | Mapping | Tensor):
+        return 0
+    try:
+        return len(dataloader)
+    except TypeError:  # a DataLoader over an IterableDataset
+        return 0
 
 
 class ewc(Guarded):  # noqa: N801  (the notebook's name)
@@ -136,9 +165,6 @@ class ewc(Guarded):  # noqa: N801  (the notebook's name)
     def _objective(self, output: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(output, label)
 
-    def _quadratic(self) -> tuple[Tensors, Tensors]:
-        return self.p_old, self._precision_matrices
-
 
 class mas(Guarded):  # noqa: N801  (the notebook's name)
     """Memory Aware Synapses (Aljundi et al. 2018, arXiv:1711.09601), the course's way.
@@ -165,9 +191,6 @@ class mas(Guarded):  # noqa: N801  (the notebook's name)
 
     def _objective(self, output: Tensor, label: Tensor) -> Tensor:  # noqa: ARG002
         return output.square().sum(dim=1).mean()
-
-    def _quadratic(self) -> tuple[Tensors, Tensors]:
-        return self.p_old, self._precision_matrices
 
 
 class scp(Guarded):  # noqa: N801  (the notebook's name)

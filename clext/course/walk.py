@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext import ops
@@ -66,26 +67,24 @@ class Walk(CourseMethod):
 
     def _check_buffers(self) -> None:
         """Whether the object of the task that has ended left its state on the model."""
-        if self.dataloader is None:
-            return
-        for key, p in self._keyed().items():
-            for kind, remedy in (
-                ("SI_prev_task", f"make the first {self._owner} with dataloader=None"),
-                ("W", "call update(model) in the loop, at every step, before zero_grad()"),
-                ("SI_omega", ""),
-            ):
+        remedies = {
+            "SI_prev_task": f"make the first {self._owner} with dataloader=None",
+            "W": "call update(model) in the loop, at every step, before zero_grad()",
+        }
+        for key, p in self._keyed().items() if self.dataloader is not None else ():
+            for kind in ("SI_prev_task", "W", "SI_omega"):
                 name = f"{key}_{kind}"
-                found = getattr(self.model, name, None)
-                if found is None and kind != "SI_omega":
+                entry = getattr(self.model, name, None)
+                if entry is None and kind in remedies:
                     raise ValueError(
                         f"{self._owner}: the model has no buffer '{name}', expected one from the "
-                        f"task that has ended: {remedy}"
+                        f"task that has ended; {remedies[kind]}"
                     )
-                if isinstance(found, Tensor) and found.shape != p.shape:
+                if entry is not None and entry.shape != p.shape:
                     raise ValueError(
-                        f"{self._owner}: buffer '{name}' is {list(found.shape)}, expected "
-                        f"{list(p.shape)} as the model's parameter has: make a {self._owner} with "
-                        "dataloader=None after a change of the model"
+                        f"{self._owner}: buffer '{name}' of the model has shape "
+                        f"{list(entry.shape)}, expected {list(p.shape)} as the parameter; a model "
+                        f"that has changed needs a first {self._owner} with dataloader=None"
                     )
 
     @torch.no_grad()
@@ -121,7 +120,7 @@ class si(Walk):  # noqa: N801  (the notebook's name)
 
     Args:
         model: its trainable parameters are protected.
-        dataloader: None before the first task, anything with a length and a batch after each.
+        dataloader: None before the first task, that of the task that has ended after it.
         epsilon: damping, > 0.
         device: not used.
 
@@ -209,7 +208,7 @@ class rwalk(Walk, Guarded):  # noqa: N801  (the notebook's name)
         return total
 
     def _objective(self, output: Tensor, label: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output, label)
+        return F.cross_entropy(output, label)
 
     def _merged(self, old: Tensor, gain: Tensor) -> Tensor:
         return (1 - SCORE_SHARE) * old + SCORE_SHARE * gain
