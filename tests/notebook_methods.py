@@ -129,7 +129,7 @@ class SI(Notebook):
         for dotted, p in model.named_parameters():
             name = underscored(dotted)
             if p.grad is not None:
-                self.W[name] -= p.grad * (p.detach() - self.p_old[name])
+                self.W[name] += -p.grad * (p.detach() - self.p_old[name])
                 self.model.register_buffer(name + "_W", self.W[name])
             self.p_old[name] = p.detach().clone()
 
