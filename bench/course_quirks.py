@@ -3,9 +3,9 @@
 Permuted MNIST as in `clext.train`'s defaults: `clext.train` for the papers' formulas, and for the
 classes of `clext.course` the notebook's loop with the same permutations, initial weights and order
 of examples. Some runs take one quirk out of a class. Appends a line per run to
-bench/results/course.jsonl; `--steps` instead times penalty and update of one training step, of
-these classes and of the notebook's own, and appends to course_step.jsonl. `python bench/report.py`
-makes the README's tables from both.
+bench/results/course.jsonl. `--sizes` instead compares importances after the first task
+(course_sizes.jsonl), `--steps` times penalty and update of one training step, of these classes and
+of the notebook's own (course_step.jsonl). `python bench/report.py` makes the README's tables.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 import clext
 from clext import course
 from clext.data import Batches, Dataset, Split, load_dataset
+from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
 from clext.models import mlp
 from clext.scenarios import make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
@@ -87,6 +88,8 @@ RUNS = [
     Run("rwalk", AT_COURSE_STRENGTH, 100.0),
 ]
 
+FORMULAS = {run.formula for run in RUNS}
+
 
 def learn_in_the_notebook(run: Run, data: Dataset, epochs: int, seed: int) -> list[list[float]]:
     """The notebook's loop; the accuracies on the tasks seen, after each task."""
@@ -103,13 +106,7 @@ def learn_in_the_notebook(run: Run, data: Dataset, epochs: int, seed: int) -> li
     accuracies = []
     for k, task in enumerate(scenario.tasks):
         split = task.transform(data.train)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-        model.train()
-        model.zero_grad()
-        for _ in range(epochs):
-            order = torch.randperm(len(split.labels), generator=shuffle).to(device)
-            for rows in order.split(BATCH):
-                step(model, optimizer, split, rows, guard, run.strength)
+        train_task(model, split, guard, run.strength, epochs, shuffle)
         accuracies.append(evaluated(model, data, scenario.tasks[: k + 1]))
         more = {}
         if run.method not in ("baseline", "si"):
@@ -121,20 +118,26 @@ def learn_in_the_notebook(run: Run, data: Dataset, epochs: int, seed: int) -> li
     return accuracies
 
 
-def step(
+def train_task(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     split: Split,
-    rows: torch.Tensor,
     guard: Any,
     strength: float,
+    epochs: int,
+    shuffle: torch.Generator,
 ) -> None:
-    loss = F.cross_entropy(model(split.inputs[rows]), split.labels[rows])
-    loss += strength * guard.penalty(model)
-    guard.update(model)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    model.train()
+    model.zero_grad()
+    for _ in range(epochs):
+        order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
+        for rows in order.split(BATCH):
+            loss = F.cross_entropy(model(split.inputs[rows]), split.labels[rows])
+            loss += strength * guard.penalty(model)
+            guard.update(model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 def evaluated(model: nn.Module, data: Dataset, tasks: Any) -> list[float]:
@@ -178,6 +181,48 @@ def measure(run: Run, epochs: int, seed: int) -> None:
     )
     line = f"{run.method}, {run.formula}, {run.strength:g}: {fmean(accuracies[-1]):.4f}"
     print(line, flush=True)
+
+
+def measure_sizes(epochs: int, seed: int) -> None:
+    """How large importances are by either formula, on the same model at the end of a task."""
+    seeds, device = Seeds.derive(seed), resolve_device(None)
+    model, split = first_task(epochs, seeds, device)
+    params, batches = list(model.parameters()), Batches(split, BATCH)
+    np.random.seed(seeds.method)  # noqa: NPY002  (scp draws from it)
+    pairs = {
+        "ewc": (course.ewc(model, batches, device), fisher_information(model, params, batches)),
+        "mas": (course.mas(model, batches, device), output_sensitivity(model, params, batches)),
+        "scp": (
+            course.scp(model, batches, SLICED["L"], device),
+            sliced_cramer_importance(model, params, batches),
+        ),
+    }
+    for method, (guard, paper) in pairs.items():
+        sums = [
+            sum(float(e.sum()) for e in found)
+            for found in (guard._precision_matrices.values(), paper)
+        ]
+        mean = dict(
+            zip(
+                ("course", "paper"), (s / sum(p.numel() for p in params) for s in sums), strict=True
+            )
+        )
+        entry = {"method": method, "epochs": epochs, "seed": seed, "mean": mean}
+        record("course_sizes", {**entry, "machine": machine(device.type)})
+        print(f"{method}: course {mean['course']:.3g}, paper {mean['paper']:.3g}", flush=True)
+
+
+def first_task(epochs: int, seeds: Seeds, device: torch.device) -> tuple[nn.Module, Split]:
+    """The model after the first task, as every run above has it, and the task's data."""
+    data = load_dataset("mnist", None, show=False)
+    scenario = make_scenario("permuted", data, TASKS, seeds.scenario)
+    with isolated_rng(seeds.model, device):
+        model = mlp(data.features, scenario.num_outputs).to(device)
+    split = scenario.tasks[0].transform(data.to(device, torch.float32).train)
+    train_task(
+        model, split, course.baseline(model, None, device), 0.0, epochs, generator(seeds.shuffle)
+    )
+    return model, split
 
 
 def time_steps() -> None:
@@ -232,19 +277,27 @@ def one_step(kind: Any, options: dict[str, Any], device: torch.device) -> Callab
 
 @click.command(help=__doc__)
 @click.argument("methods", nargs=-1, type=click.Choice([*clext.METHODS]))
-@click.option("--formula", "formulas", multiple=True, help="Only these rows of the table.")
+@click.option("--formula", "formulas", multiple=True, type=click.Choice(sorted(FORMULAS)))
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--sizes", is_flag=True, help="Compare importances instead.")
 @click.option("--steps", is_flag=True, help="Time a step instead.")
 def main(
-    methods: tuple[str, ...], formulas: tuple[str, ...], epochs: int, seed: int, steps: bool
+    methods: tuple[str, ...],
+    formulas: tuple[str, ...],
+    epochs: int,
+    seed: int,
+    sizes: bool,
+    steps: bool,
 ) -> None:
     if steps:
         time_steps()
-        return
-    for run in RUNS:
-        if (not methods or run.method in methods) and (not formulas or run.formula in formulas):
-            measure(run, epochs, seed)
+    elif sizes:
+        measure_sizes(epochs, seed)
+    else:
+        for run in RUNS:
+            if run.method in (methods or clext.METHODS) and run.formula in (formulas or FORMULAS):
+                measure(run, epochs, seed)
 
 
 if __name__ == "__main__":

@@ -268,6 +268,15 @@ def course_table() -> str:
     return by_device(sorted(entries, key=lambda e: methods.index(e["method"])), head, row)
 
 
+def course_sizes_table() -> str:
+    def row(e: Entry) -> list[str]:
+        course, paper = e["mean"]["course"], e["mean"]["paper"]
+        return [f"`{e['method']}`", f"{course:.2g}", f"{paper:.2g}", f"{paper / course:.0f}"]
+
+    head = ["class", "mean importance, course", "paper", "times smaller"]
+    return by_device(newest(read_lines("course_sizes"), "method"), head, row)
+
+
 def course_step_table() -> str:
     return by_device(
         newest(read_lines("course_step"), "method"),
@@ -334,6 +343,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "plan": plan_table,
     "course": course_table,
+    "course_sizes": course_sizes_table,
     "course_step": course_step_table,
     "sweep": sweep_table,
 }
