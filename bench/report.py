@@ -271,7 +271,7 @@ def course_table() -> str:
 def course_sizes_table() -> str:
     def row(e: Entry) -> list[str]:
         course, paper = e["mean"]["course"], e["mean"]["paper"]
-        return [f"`{e['method']}`", f"{course:.2g}", f"{paper:.2g}", f"{paper / course:.0f}"]
+        return [f"`{e['method']}`", f"{course:.2g}", f"{paper:.2g}", f"{paper / course:.1f}"]
 
     head = ["class", "mean importance, course", "paper", "times smaller"]
     return by_device(newest(read_lines("course_sizes"), "method"), head, row)
