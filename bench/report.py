@@ -249,6 +249,46 @@ def step_table() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def course_table() -> str:
+    """A method's rows side by side: the course's formula, parts of it, the paper's."""
+    head = ["method", "formula", "strength", "tasks x epochs", "average accuracy", "worst task"]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            f"`{e['method']}`",
+            e["formula"],
+            f"{e['strength']:g}",
+            f"{e['tasks']} x {e['epochs']}",
+            f"{e['average_accuracy'][-1]:.4f}",
+            f"{min(e['final_accuracy']):.4f}",
+        ]
+
+    entries = newest(read_lines("course"), "method", "formula", "strength")
+    methods = list(dict.fromkeys(e["method"] for e in entries))
+    return by_device(sorted(entries, key=lambda e: methods.index(e["method"])), head, row)
+
+
+def course_sizes_table() -> str:
+    def row(e: Entry) -> list[str]:
+        course, paper = e["mean"]["course"], e["mean"]["paper"]
+        return [f"`{e['method']}`", f"{course:.2g}", f"{paper:.2g}", f"{paper / course:.1f}"]
+
+    head = ["class", "mean importance, course", "paper", "times smaller"]
+    return by_device(newest(read_lines("course_sizes"), "method"), head, row)
+
+
+def course_step_table() -> str:
+    return by_device(
+        newest(read_lines("course_step"), "method"),
+        ["class", "notebook, ms", "clext.course, ms", "faster"],
+        lambda e: [
+            f"`{e['method']}`",
+            *(f"{e['ms'][name]:.2f}" for name in ("notebook", "clext")),
+            times(e["ratio"]),
+        ],
+    )
+
+
 def plan_table() -> str:
     return by_device(
         newest(read_lines("plan"), "tensors"),
@@ -302,6 +342,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "protocol": protocol_table,
     "step": step_table,
     "plan": plan_table,
+    "course": course_table,
+    "course_sizes": course_sizes_table,
+    "course_step": course_step_table,
     "sweep": sweep_table,
 }
 

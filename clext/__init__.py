@@ -9,7 +9,7 @@ optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 """
 
 import clext.registration  # noqa: F401  (for its effect)
-from clext import ops, optim, reference
+from clext import course, ops, optim, reference
 from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
@@ -34,6 +34,7 @@ __all__ = [
     "__version__",
     "build_info",
     "compare",
+    "course",
     "ops",
     "optim",
     "reference",
