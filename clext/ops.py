@@ -53,10 +53,21 @@ def accumulate_path_integral_(
     anchors: TensorList,
     importances: TensorList,
     strength: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
 ) -> None:
     """Subtract task gradient * step from `path`; `previous` becomes the parameters (SI)."""
     _ops.accumulate_path_integral_.default(
-        path, previous, params, grads, anchors, importances, strength
+        path,
+        previous,
+        params,
+        grads,
+        anchors,
+        importances,
+        strength,
+        task_scale=task_scale,
+        pull_scale=pull_scale,
     )
 
 
@@ -70,10 +81,23 @@ def riemannian_walk_step_(
     importances: TensorList,
     strength: float,
     decay: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
 ) -> None:
     """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
     _ops.riemannian_walk_step_.default(
-        path, previous, fisher, params, grads, anchors, importances, strength, decay
+        path,
+        previous,
+        fisher,
+        params,
+        grads,
+        anchors,
+        importances,
+        strength,
+        decay,
+        task_scale=task_scale,
+        pull_scale=pull_scale,
     )
 
 
@@ -180,6 +204,7 @@ def sgd_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
 ) -> Tensor:
     """One protected step of SGD in one pass; returns the penalty's value before it."""
     return cast(
@@ -205,6 +230,7 @@ def sgd_step_(
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            task_scale=task_scale,
         ),
     )
 
@@ -233,6 +259,7 @@ def adam_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
 ) -> Tensor:
     """One protected step of Adam (AdamW if `decoupled`) in one pass; returns as `sgd_step_`."""
     return cast(
@@ -260,5 +287,6 @@ def adam_step_(
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            task_scale=task_scale,
         ),
     )

@@ -101,7 +101,7 @@ def _register() -> None:
         # Any device, and lists without any tensor; the kernels of CPU and CUDA come first.
         _library.impl(name, function, "CompositeExplicitAutograd")
         # In-place ops return nothing unless said otherwise.
-        fake = _FAKES.get(name, lambda *_arguments: None)
+        fake = _FAKES.get(name, lambda *_arguments, **_options: None)
         torch.library.register_fake(f"clext::{name}", _on_one_device(name, fake), lib=_library)
         if name.endswith("_"):
             # Not differentiable, though parameters require gradients: nothing is to be recorded.

@@ -13,8 +13,10 @@ from clext.tensor_lists import same_layout, state_dtype
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+# Where a movement is measured from: the last step, the start of an interval.
+_STARTS = frozenset({"previous", "interval_start"})
 # These begin as a copy of the parameters, all other state as zeros.
-COPIES_OF_PARAMETERS = frozenset({"anchor", "previous", "interval_start"})
+COPIES_OF_PARAMETERS = _STARTS | {"anchor"}
 
 
 class ParameterState:
@@ -23,16 +25,18 @@ class ParameterState:
     def __init__(self, named: Mapping[str, Tensor], keys: Sequence[str]) -> None:
         self.names = list(named)
         self.params = list(named.values())
+        self.ids = frozenset(map(id, self.params))
         self.lists = {key: allocate_state(self.params) for key in keys}
         for key in COPIES_OF_PARAMETERS:
             self.restart(key)
         self.plan = make_plan(self.names, self.params, self.lists)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "plan"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "ids")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # a copy, or what was pickled
+        self.ids = frozenset(map(id, self.params))
         self.plan = make_plan(self.names, self.params, self.lists)
 
     def view(self, key: str) -> dict[str, Tensor]:
@@ -45,6 +49,16 @@ class ParameterState:
             with torch.no_grad():
                 for entry, parameter in zip(self.lists[key], self.params, strict=True):
                     entry.copy_(parameter)
+
+    def broken(self, keys: Sequence[str]) -> str:
+        """Which of the parameters, or of the state `keys`, is not finite; "" if all are."""
+        lists = {"parameter": self.params} | {key: self.lists[key] for key in keys}
+        for key, entries in lists.items():
+            finite = torch.stack([entry.isfinite().all() for entry in entries]).tolist()
+            if not all(finite):
+                name = self.names[finite.index(False)]
+                return f"{key} '{name}'" if key == "parameter" else f"{key} of parameter '{name}'"
+        return ""
 
     def drop(self, keys: Sequence[str]) -> None:
         """Keep these lists no longer: their memory is given back."""
@@ -68,16 +82,36 @@ class ParameterState:
             for entry, parameter in zip(entries, self.params, strict=True)
         )
 
+    @torch.no_grad()
     def adopt(self, old: ParameterState) -> None:
         """Copy what `old` knows of parameters of the same names.
 
         Where a parameter has grown (a head with more classes), the leading part keeps its state
-        and the rest starts anew.
+        and the rest starts anew. Being given other values is not a movement: where a movement is
+        measured from changes alike.
+
+        Raises:
+            ValueError: a parameter has shrunk, or has another number of dimensions.
         """
+        places = {name: index for index, name in enumerate(old.names)}
         for key, entries in self.lists.items():
-            known = old.view(key)
-            for name, entry in zip(self.names, entries, strict=True):
-                if name in known and known[name].dim() == entry.dim():
-                    shapes = zip(entry.shape, known[name].shape, strict=True)
-                    common = tuple(slice(min(new, before)) for new, before in shapes)
-                    entry[common].copy_(known[name][common])
+            for name, parameter, entry in zip(self.names, self.params, entries, strict=True):
+                if name not in places or key not in old.lists:
+                    continue
+                known, before = old.lists[key][places[name]], old.params[places[name]]
+                leading = _leading_part(name, known, entry)
+                entry[leading].copy_(known)
+                if key in _STARTS and before is not parameter:
+                    jump = parameter[leading].to(entry) - before.to(entry)
+                    entry[leading].add_(jump)
+
+
+def _leading_part(name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:
+    """Where `old` lies in `new`; ValueError unless it fits in."""
+    if old.dim() != new.dim() or any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
+        raise ValueError(
+            f"parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: its "
+            "importance and anchor can be kept only where no dimension gets smaller; give the new "
+            "parameter another name, or make a new method for this model"
+        )
+    return tuple(slice(size) for size in old.shape)

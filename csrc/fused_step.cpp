@@ -67,6 +67,7 @@ void check_common(const char* op, const StepArguments& arguments) {
   check_fraction(op, "decay", arguments.decay);
   check_number(op, "grad_scale", arguments.grad_scale);
   check_number(op, "found_inf", arguments.found_inf);
+  check_scale(op, "task_scale", arguments.task_scale);
 }
 
 StepOptions options_of(const StepArguments& arguments, bool decoupled) {
@@ -74,6 +75,7 @@ StepOptions options_of(const StepArguments& arguments, bool decoupled) {
   options.lr = read_rate(arguments);
   if (arguments.grad_scale) options.grad_scale = arguments.grad_scale->const_data_ptr<float>();
   if (arguments.found_inf) options.found_inf = arguments.found_inf->const_data_ptr<float>();
+  options.task_scale.scale = scale_of(arguments.task_scale);
   options.weight_decay = arguments.weight_decay;
   options.decoupled = decoupled;
   options.maximize = arguments.maximize;
@@ -176,6 +178,7 @@ void check_devices(const char* op, const StepArguments& arguments,
   if (rate != nullptr && !rate->is_cpu()) check("lr", *rate, " or cpu");
   if (arguments.grad_scale) check("grad_scale", *arguments.grad_scale, "");
   if (arguments.found_inf) check("found_inf", *arguments.found_inf, "");
+  if (arguments.task_scale) check("task_scale", *arguments.task_scale, "");
 }
 
 Protection protection_of(const char* op, bool anchors, bool importances, bool path, bool fisher) {

@@ -24,6 +24,7 @@ struct StepArguments {
   bool clear_grad;
   std::optional<at::Tensor> grad_scale;
   std::optional<at::Tensor> found_inf;
+  std::optional<at::Tensor> task_scale;
 };
 
 struct SgdArguments : StepArguments {
@@ -42,7 +43,7 @@ struct AdamArguments : StepArguments {
 // Everything that can be told without the lists.
 void check_arguments(const char* op, const SgdArguments& arguments);
 void check_arguments(const char* op, const AdamArguments& arguments);
-// That lr, grad_scale and found_inf are where the lists are (none: the lists are empty).
+// That lr and the other numbers of one element are where the lists are (none: the lists are empty).
 void check_devices(const char* op, const StepArguments& arguments,
                    std::optional<at::Device> device);
 

@@ -56,9 +56,12 @@ at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList para
 
 void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
                                at::TensorList grads, at::TensorList anchors,
-                               at::TensorList importances, double strength) {
-  check_scalar("accumulate_path_integral_", "strength", strength);
-  const auto prepared = check_lists<AccumulatePathIntegral>("accumulate_path_integral_",
+                               at::TensorList importances, double strength,
+                               const std::optional<at::Tensor>& task_scale,
+                               const std::optional<at::Tensor>& pull_scale) {
+  constexpr const char* kName = "accumulate_path_integral_";
+  check_scalar(kName, "strength", strength);
+  const auto prepared = check_lists<AccumulatePathIntegral>(kName,
                                                             {{{"path", path},
                                                               {"previous", previous},
                                                               {"params", params},
@@ -66,16 +69,21 @@ void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at:
                                                               {"anchors", anchors},
                                                               {"importances", importances}}},
                                                             2);
-  run(prepared, AccumulatePathIntegral{strength});
+  check_scale(kName, "task_scale", task_scale, prepared.device);
+  check_scale(kName, "pull_scale", pull_scale, prepared.device);
+  run(prepared, AccumulatePathIntegral{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}});
   mark_changed({path, previous});
 }
 
 void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
                            at::TensorList params, at::TensorList grads, at::TensorList anchors,
-                           at::TensorList importances, double strength, double decay) {
-  check_scalar("riemannian_walk_step_", "strength", strength);
-  check_fraction("riemannian_walk_step_", "decay", decay);
-  const auto prepared = check_lists<RiemannianWalkStep>("riemannian_walk_step_",
+                           at::TensorList importances, double strength, double decay,
+                           const std::optional<at::Tensor>& task_scale,
+                           const std::optional<at::Tensor>& pull_scale) {
+  constexpr const char* kName = "riemannian_walk_step_";
+  check_scalar(kName, "strength", strength);
+  check_fraction(kName, "decay", decay);
+  const auto prepared = check_lists<RiemannianWalkStep>(kName,
                                                         {{{"path", path},
                                                           {"previous", previous},
                                                           {"fisher", fisher},
@@ -84,7 +92,10 @@ void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::Ten
                                                           {"anchors", anchors},
                                                           {"importances", importances}}},
                                                         3);
-  run(prepared, RiemannianWalkStep{strength, decay});
+  check_scale(kName, "task_scale", task_scale, prepared.device);
+  check_scale(kName, "pull_scale", pull_scale, prepared.device);
+  run(prepared,
+      RiemannianWalkStep{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}, decay});
   mark_changed({path, previous, fisher});
 }
 
@@ -237,12 +248,13 @@ TORCH_LIBRARY(clext, m) {
       tags);
   m.def(
       "accumulate_path_integral_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor[] params, "
-      "Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength) -> ()",
+      "Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength, *, "
+      "Tensor? task_scale=None, Tensor? pull_scale=None) -> ()",
       tags);
   m.def(
       "riemannian_walk_step_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor(c!)[] fisher, "
       "Tensor[] params, Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength, "
-      "float decay) -> ()",
+      "float decay, *, Tensor? task_scale=None, Tensor? pull_scale=None) -> ()",
       tags);
   m.def(
       "accumulate_riemannian_walk_score_(Tensor(a!)[] task_score, Tensor(b!)[] path, "
@@ -275,7 +287,7 @@ TORCH_LIBRARY(clext, m) {
       "Tensor[] importances, *, Tensor lr, float momentum=0, float dampening=0, "
       "float weight_decay=0, bool nesterov=False, bool maximize=False, float strength=0, "
       "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> Tensor",
+      "Tensor? found_inf=None, Tensor? task_scale=None) -> Tensor",
       tags);
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
@@ -283,7 +295,7 @@ TORCH_LIBRARY(clext, m) {
       "Tensor[] anchors, Tensor[] importances, *, Tensor lr, float beta1, float beta2, float eps, "
       "float weight_decay=0, bool decoupled=False, bool maximize=False, float strength=0, "
       "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> Tensor",
+      "Tensor? found_inf=None, Tensor? task_scale=None) -> Tensor",
       tags);
 }
 

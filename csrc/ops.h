@@ -20,10 +20,14 @@ at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList para
                                        double strength);
 void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
                                at::TensorList grads, at::TensorList anchors,
-                               at::TensorList importances, double strength);
+                               at::TensorList importances, double strength,
+                               const std::optional<at::Tensor>& task_scale,
+                               const std::optional<at::Tensor>& pull_scale);
 void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
                            at::TensorList params, at::TensorList grads, at::TensorList anchors,
-                           at::TensorList importances, double strength, double decay);
+                           at::TensorList importances, double strength, double decay,
+                           const std::optional<at::Tensor>& task_scale,
+                           const std::optional<at::Tensor>& pull_scale);
 void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList path,
                                        at::TensorList interval_start, at::TensorList fisher,
                                        at::TensorList params, double eps);
@@ -46,7 +50,8 @@ at::Tensor sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList
                      double momentum, double dampening, double weight_decay, bool nesterov,
                      bool maximize, double strength, double decay, bool proximal, bool clear_grad,
                      const std::optional<at::Tensor>& grad_scale,
-                     const std::optional<at::Tensor>& found_inf);
+                     const std::optional<at::Tensor>& found_inf,
+                     const std::optional<at::Tensor>& task_scale);
 at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                       at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList path,
                       at::TensorList fisher, at::TensorList anchors, at::TensorList importances,
@@ -54,6 +59,7 @@ at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorLis
                       double weight_decay, bool decoupled, bool maximize, double strength,
                       double decay, bool proximal, bool clear_grad,
                       const std::optional<at::Tensor>& grad_scale,
-                      const std::optional<at::Tensor>& found_inf);
+                      const std::optional<at::Tensor>& found_inf,
+                      const std::optional<at::Tensor>& task_scale);
 
 }  // namespace clext

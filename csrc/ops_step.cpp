@@ -41,13 +41,14 @@ at::Tensor sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList
                      double momentum, double dampening, double weight_decay, bool nesterov,
                      bool maximize, double strength, double decay, bool proximal, bool clear_grad,
                      const std::optional<at::Tensor>& grad_scale,
-                     const std::optional<at::Tensor>& found_inf) {
+                     const std::optional<at::Tensor>& found_inf,
+                     const std::optional<at::Tensor>& task_scale) {
   constexpr const char* kName = "sgd_step_";
-  const SgdArguments arguments{
-      {lr, weight_decay, maximize, strength, decay, proximal, clear_grad, grad_scale, found_inf},
-      momentum,
-      dampening,
-      nesterov};
+  const SgdArguments arguments{{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
+                                grad_scale, found_inf, task_scale},
+                               momentum,
+                               dampening,
+                               nesterov};
   check_arguments(kName, arguments);
   const bool counts = momentum != 0;
   TORCH_CHECK_VALUE(counts || (momentum_buffers.empty() && steps.empty()), kName,
@@ -79,14 +80,15 @@ at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorLis
                       double weight_decay, bool decoupled, bool maximize, double strength,
                       double decay, bool proximal, bool clear_grad,
                       const std::optional<at::Tensor>& grad_scale,
-                      const std::optional<at::Tensor>& found_inf) {
+                      const std::optional<at::Tensor>& found_inf,
+                      const std::optional<at::Tensor>& task_scale) {
   constexpr const char* kName = "adam_step_";
-  const AdamArguments arguments{
-      {lr, weight_decay, maximize, strength, decay, proximal, clear_grad, grad_scale, found_inf},
-      beta1,
-      beta2,
-      eps,
-      decoupled};
+  const AdamArguments arguments{{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
+                                 grad_scale, found_inf, task_scale},
+                                beta1,
+                                beta2,
+                                eps,
+                                decoupled};
   check_arguments(kName, arguments);
   const Protection protection =
       protection_of(kName, !anchors.empty(), !importances.empty(), !path.empty(), !fisher.empty());

@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/Exception.h>
+#include <c10/util/hash.h>
 
 #include <utility>
 
@@ -82,6 +83,20 @@ at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
   return result;
 }
 
+size_t ParameterPlan::gradient_stamp() const {
+  size_t stamp = 0;
+  for (const at::Tensor& param : params_) {
+    const at::Tensor& gradient = param.unsafeGetTensorImpl()->grad();
+    if (!gradient.defined()) continue;
+    const size_t version =
+        gradient.is_inference()
+            ? 0
+            : gradient.unsafeGetTensorImpl()->version_counter().current_version();
+    stamp = c10::hash_combine(stamp, c10::get_hash(gradient.unsafeGetTensorImpl(), version));
+  }
+  return stamp;
+}
+
 at::Tensor ParameterPlan::quadratic_penalty() {
   static const std::vector<Source> sources = {{Source::kParameter, "params"},
                                               {Source::kState, "anchors", "anchor"},
@@ -99,16 +114,25 @@ at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
               AddQuadraticPenaltyGrad{strength});
 }
 
-void ParameterPlan::accumulate_path_integral_(double strength) {
+void ParameterPlan::accumulate_path_integral_(double strength,
+                                              const std::optional<at::Tensor>& task_scale,
+                                              const std::optional<at::Tensor>& pull_scale) {
+  constexpr const char* kName = "accumulate_path_integral_";
   static const std::vector<Source> sources = {
       {Source::kState, "path", "path"},      {Source::kState, "previous", "previous"},
       {Source::kParameter, "params"},        {Source::kGradient, "grads"},
       {Source::kState, "anchors", "anchor"}, {Source::kState, "importances", "importance"}};
-  check_scalar("accumulate_path_integral_", "strength", strength);
-  call("accumulate_path_integral_", path_, sources, AccumulatePathIntegral{strength});
+  check_scalar(kName, "strength", strength);
+  check_scale(kName, "task_scale", task_scale, params_[0].device());
+  check_scale(kName, "pull_scale", pull_scale, params_[0].device());
+  call(kName, path_, sources,
+       AccumulatePathIntegral{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}});
 }
 
-void ParameterPlan::riemannian_walk_step_(double strength, double decay) {
+void ParameterPlan::riemannian_walk_step_(double strength, double decay,
+                                          const std::optional<at::Tensor>& task_scale,
+                                          const std::optional<at::Tensor>& pull_scale) {
+  constexpr const char* kName = "riemannian_walk_step_";
   static const std::vector<Source> sources = {{Source::kState, "path", "path"},
                                               {Source::kState, "previous", "previous"},
                                               {Source::kState, "fisher", "fisher"},
@@ -116,9 +140,12 @@ void ParameterPlan::riemannian_walk_step_(double strength, double decay) {
                                               {Source::kGradient, "grads"},
                                               {Source::kState, "anchors", "anchor"},
                                               {Source::kState, "importances", "importance"}};
-  check_scalar("riemannian_walk_step_", "strength", strength);
-  check_fraction("riemannian_walk_step_", "decay", decay);
-  call("riemannian_walk_step_", walk_, sources, RiemannianWalkStep{strength, decay});
+  check_scalar(kName, "strength", strength);
+  check_fraction(kName, "decay", decay);
+  check_scale(kName, "task_scale", task_scale, params_[0].device());
+  check_scale(kName, "pull_scale", pull_scale, params_[0].device());
+  call(kName, walk_, sources,
+       RiemannianWalkStep{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}, decay});
 }
 
 void ParameterPlan::accumulate_riemannian_walk_score_(double eps) {

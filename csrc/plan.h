@@ -34,13 +34,19 @@ class ParameterPlan {
   // Whether a step takes microseconds: few parameters, on the CPU.
   bool is_short() const { return is_short_; }
 
+  // A number that changes when a gradient is replaced, or changed in place.
+  size_t gradient_stamp() const;
+
   // The value alone, without autograd; strength not included.
   at::Tensor quadratic_penalty();
   // Creates `.grad` where there is none. Frozen parameters without gradient are left out.
   at::Tensor add_quadratic_penalty_grad_(double strength);
   // Parameters without gradient are left out: no optimizer has moved them.
-  void accumulate_path_integral_(double strength);
-  void riemannian_walk_step_(double strength, double decay);
+  void accumulate_path_integral_(double strength, const std::optional<at::Tensor>& task_scale,
+                                 const std::optional<at::Tensor>& pull_scale);
+  void riemannian_walk_step_(double strength, double decay,
+                             const std::optional<at::Tensor>& task_scale,
+                             const std::optional<at::Tensor>& pull_scale);
   void accumulate_riemannian_walk_score_(double eps);
 
   void consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma);

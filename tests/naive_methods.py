@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from toy_training import CLASSES, STEPS, TASKS, make_task
+from toy_training import STEPS, TASKS, make_task
 
 from clext import EWC, MAS, SCP, SI, Baseline, RWalk
 
@@ -14,7 +14,7 @@ class Naive:
 
     def __init__(self, model, strength):
         self.model, self.strength = model, strength
-        self.params = list(model.parameters())
+        self.params = [p for p in model.parameters() if p.requires_grad]
         self.omega = self.zeros()
         self.anchor = self.now()
 
@@ -38,7 +38,9 @@ class Naive:
         pass
 
     def gradients(self, value):
-        return torch.autograd.grad(value, self.params, retain_graph=True)
+        found = torch.autograd.grad(value, self.params, retain_graph=True, allow_unused=True)
+        pairs = zip(found, self.params, strict=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in pairs]
 
     def train(self, tasks=TASKS):
         for number in range(tasks):
@@ -56,7 +58,7 @@ class Naive:
 
 
 class NaiveEWC(Naive):
-    kind, gamma, anchors = "empirical", 1.0, "latest"
+    kind, gamma, anchors, weighting = "empirical", 1.0, "latest", "mean"
 
     def fisher(self, batches):
         total, count = self.zeros(), sum(len(x) for x, _ in batches)
@@ -69,7 +71,7 @@ class NaiveEWC(Naive):
                 continue
             for n in range(len(x)):
                 log_p = self.model(x[n : n + 1]).log_softmax(1)[0]
-                for k in range(CLASSES):
+                for k in range(len(log_p)):
                     p = log_p[k].detach().exp() if self.kind == "exact" else float(k == y[n])
                     for t, g in zip(total, self.gradients(log_p[k]), strict=False):
                         t += p * g**2 / count
@@ -86,15 +88,18 @@ class NaiveEWC(Naive):
 
     def end_task(self, batches):
         fisher = self.fisher(batches)
+        if self.weighting == "sum":
+            fisher = [f * sum(len(x) for x, _ in batches) for f in fisher]
         self.old_tasks = [*getattr(self, "old_tasks", []), (fisher, self.now())]
         self.omega = [self.gamma * w + f for w, f in zip(self.omega, fisher, strict=False)]
         self.anchor = self.now()
 
 
 class NaiveMAS(Naive):
-    estimator = "per_sample"
+    estimator, gamma = "per_sample", 1.0
 
     def end_task(self, batches):
+        self.omega = [self.gamma * w for w in self.omega]
         count = sum(len(x) for x, _ in batches)
         for x, _ in batches:
             parts = [x] if self.estimator == "batch" else x.split(1)
@@ -108,9 +113,9 @@ class NaiveMAS(Naive):
 class NaiveSCP(Naive):
     def end_task(self, batches):
         mean_output = torch.cat([self.model(x) for x, _ in batches]).mean(0)
-        for k in range(CLASSES):
-            for w, g in zip(self.omega, self.gradients(mean_output[k]), strict=True):
-                w += g**2 / CLASSES
+        for value in mean_output:
+            for w, g in zip(self.omega, self.gradients(value), strict=True):
+                w += g**2 / len(mean_output)
         self.anchor = self.now()
 
 
@@ -169,6 +174,50 @@ class NaiveRWalk(Naive):
         self.anchor = self.now()
 
 
+class NaiveReleasedRWalk(NaiveRWalk):
+    def __init__(self, model, strength):
+        super().__init__(model, strength)
+        self.squares = self.zeros()
+
+    def after_step(self):
+        for i, (g, new) in enumerate(zip(self.grads, self.now(), strict=True)):
+            self.fall[i] -= g * (new - self.old[i])
+            self.squares[i] += g**2
+        self.steps += 1
+        if self.steps == self.interval:
+            self.close_interval()
+
+    def close_interval(self):
+        for i, new in enumerate(self.now()):
+            distance = self.fisher[i] * (new - self.start[i]) ** 2
+            self.task_score[i] += self.fall[i].clamp(min=0) / (distance + self.eps)
+            mean = self.squares[i] / self.interval
+            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * mean
+        self.drop_interval()
+
+    def drop_interval(self):
+        self.fall, self.squares = self.zeros(), self.zeros()
+        self.start, self.steps = self.now(), 0
+
+    def end_task(self, batches):  # noqa: ARG002
+        self.drop_interval()
+        if self.score is None:
+            self.score = self.task_score
+        else:
+            pairs = zip(self.score, self.task_score, strict=True)
+            self.score = [
+                old + (1 - self.mix) * old + self.mix * new for old, new in pairs
+            ]  # old + (old + new) / 2 by default
+        self.task_score = self.zeros()
+        parts = [self.scaled(self.fisher), self.scaled(self.score)]
+        self.omega = [f + s for f, s in zip(*parts, strict=True)]
+        self.anchor = self.now()
+
+    def scaled(self, tensors):
+        flat = torch.cat([entry.flatten() for entry in tensors])
+        return [(entry - flat.min()) / (flat.max() - flat.min()) for entry in tensors]
+
+
 # Method, its naive form, strength, options.
 CASES = {
     "baseline": (Baseline, Naive, 0.0, {}),
@@ -176,10 +225,18 @@ CASES = {
     "ewc exact": (EWC, NaiveEWC, 20.0, {"fisher": "exact", "gamma": 0.7}),
     "ewc batch": (EWC, NaiveEWC, 20.0, {"fisher": "batch"}),
     "ewc all": (EWC, NaiveEWC, 20.0, {"anchors": "all", "gamma": 0.7}),
+    "ewc sum": (EWC, NaiveEWC, 0.5, {"weighting": "sum", "gamma": 0.9}),
     "mas": (MAS, NaiveMAS, 1.0, {}),
     "mas batch": (MAS, NaiveMAS, 1.0, {"estimator": "batch"}),
+    "mas gamma": (MAS, NaiveMAS, 1.0, {"gamma": 0.3}),
     "si": (SI, NaiveSI, 2.0, {"xi": 0.05}),
     "rwalk": (RWalk, NaiveRWalk, 1.0, {"interval": 4, "eps": 1e-2, "decay": 0.8, "mix": 0.3}),
     "rwalk whole": (RWalk, NaiveRWalk, 1.0, {"interval": STEPS}),
+    "rwalk released": (
+        RWalk,
+        NaiveReleasedRWalk,
+        1.0,
+        {"variant": "released", "interval": 4, "eps": 1e-2, "decay": 0.8, "mix": 0.3},
+    ),
     "scp": (SCP, NaiveSCP, 5.0, {}),
 }

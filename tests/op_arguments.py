@@ -152,12 +152,16 @@ class Op:
             if isinstance(arg, Counts) or (isinstance(arg, ListArg) and arg.written)
         ]
 
+    @property
+    def keywords(self) -> list[str]:
+        """Names of the arguments that are passed by name."""
+        kinds = (Fixed, Scalar, TensorArg) if self.by_name else Fixed
+        return [arg.name for arg in self.args if isinstance(arg, kinds)]
+
     def split(self, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
         """What is passed by position, and what by name."""
-        if not self.by_name:
-            return list(arguments.values()), {}
-        named = {n: value for n, value in arguments.items() if not isinstance(value, list)}
-        return [value for value in arguments.values() if isinstance(value, list)], named
+        named = {name: value for name, value in arguments.items() if name in self.keywords}
+        return [value for name, value in arguments.items() if name not in named], named
 
     def kernel(self, arguments: Arguments) -> Any:
         by_position, by_name = self.split(arguments)

@@ -10,6 +10,7 @@ from op_arguments import (
     ROWS,
     SLICES,
     Example,
+    Fixed,
     ListArg,
     Op,
     TensorArg,
@@ -72,6 +73,8 @@ OPS = (
             state("anchors"),
             weights("importances"),
             at_least_zero("strength", 0.75),
+            Fixed("task_scale"),
+            Fixed("pull_scale"),
         ),
         (Example({"path": 1.0, **_STEP, "strength": 0.25}, {"path": -0.375, "previous": 2.5}),),
     ),
@@ -87,6 +90,8 @@ OPS = (
             weights("importances"),
             at_least_zero("strength", 0.75),
             fraction("decay", 0.9),
+            Fixed("task_scale"),
+            Fixed("pull_scale"),
         ),
         (
             Example(

@@ -281,6 +281,15 @@ def test_a_scaler_unscales_before_them(device):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("keys", [("anchor", "importance", "pth"), ("path",), ("anchor",)])
+def test_a_fused_state_that_no_pass_works_on(keys):
+    class Own(SI):
+        fused_state = keys
+
+    with pytest.raises(ValueError, match=r"si: fused_state is \(.*\), expected one of \(\), "):
+        optim.SGD((model := make_model()).parameters(), method=Own(model))
+
+
 def test_launch_is_not_for_them():
     model = make_model()
     with pytest.raises(RuntimeError, match="has an update of its own"):

@@ -51,11 +51,7 @@ def test_every_op_has_an_entry_a_wrapper_and_a_reference():
 def test_entry_agrees_with_the_schema(op):
     arguments = schemas()[op.name].arguments
     assert [argument.name for argument in arguments] == [arg.name for arg in op.args]
-    assert [argument.name for argument in arguments if argument.kwarg_only] == (
-        [arg.name for arg in op.args if not isinstance(arg, ListArg | Counts | Unused)]
-        if op.by_name
-        else []
-    )
+    assert [argument.name for argument in arguments if argument.kwarg_only] == op.keywords
     changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
     mutable = [arg.name for arg in op.args if getattr(arg, "mutable", False)]
     assert set(changed) == {*op.written, *mutable}

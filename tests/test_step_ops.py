@@ -9,7 +9,7 @@ from helpers import OPS, Entry, assert_same_bits, copy, lay_out, outputs_of, sam
 from clext import ops, reference
 from clext._extension import C
 
-STEPS = [op for op in OPS if op.by_name]
+STEPS = [op for op in OPS if op.name in ("sgd_step_", "adam_step_")]
 ENTRIES = (
     Entry((5, 3)),
     Entry((1031,), torch.bfloat16),

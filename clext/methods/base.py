@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from itertools import compress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.options import number
-from clext.parameters import check_parameters, trainable_parameters
-from clext.state import ParameterState
+from clext.methods.clipping import clip_grads_
+from clext.methods.stateful import Stateful, option_names
+from clext.methods.watch import drop_stamp, leave_stamp, renew_stamp
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from clext.importance.evaluation import Batches
 
+__all__ = ["Method", "option_names"]
+
+# What the pass of an optimizer can work on.
+_FUSED_STATES = (
+    (),
+    ("anchor", "importance"),
+    ("anchor", "importance", "path"),
+    ("anchor", "importance", "path", "fisher"),
+)
 _REPLACED_BY_A_STEP = ("penalty", "add_penalty_grad_", "update")
 
 
-class Method:
+class Method(Stateful):
     """A continual-learning method on one model; subclasses are the methods.
 
     The training loop is the same for all of them::
@@ -40,7 +47,9 @@ class Method:
     method: `optimizer.step()` then does what `add_penalty_grad_` and `update` do.
 
     The penalty is strength * sum of importance * (parameter - anchor)^2, and zero until the first
-    task has ended. With a gradient scaler, unscale the gradients before `add_penalty_grad_`.
+    task has ended. The order within a step is: all backward passes (of an accumulation, say),
+    `scaler.unscale_(optimizer)` if there is a GradScaler, `add_penalty_grad_`, `clip_grad_norm_` of
+    the method, the step, `update`. Call `refresh_parameters` when the model has changed.
 
     A subclass names its state in `state_names` (for each parameter one tensor per name) and its
     counters in `counter_names`, keeps each option in an attribute of the same name, and implements
@@ -49,7 +58,8 @@ class Method:
     integral), or fisher too (its moving average); None means that the pass cannot do what the
     method does, and is what a subclass gets that overrides `penalty`, `add_penalty_grad_` or
     `update` without saying otherwise: optimizers then call these. `separate_state` names what is
-    not needed where an optimizer does the work.
+    not needed where an optimizer does the work. An option that changes which state is kept, or what
+    a pass can do, sets these names on the instance before `super().__init__`.
 
     Args:
         model: the trainable parameters of this model are protected; frozen ones are not touched.
@@ -60,12 +70,7 @@ class Method:
             parameter, or one that no state can be kept for (see `trainable_parameters`).
     """
 
-    name: ClassVar[str]
-    default_strength: ClassVar[float] = 1.0
-    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance")
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
-    fused_state: ClassVar[tuple[str, ...] | None] = None
-    separate_state: ClassVar[tuple[str, ...]] = ()
+    fused_state: tuple[str, ...] | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  (whatever other bases take)
         super().__init_subclass__(**options)
@@ -82,28 +87,30 @@ class Method:
             cls.add_penalty_grad_ = Method._add_penalty_grad_by_autograd_  # type: ignore[method-assign]
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
-        self.model = model
-        self.strength = self.default_strength if strength is None else strength
-        self.tasks = 0  # ended so far
-        self._attached = False  # to an optimizer, whose steps do the work
-        self._state = ParameterState(trainable_parameters(model), self.state_names)
+        super().__init__(model, strength=strength)
+        # What the gradients in `.grad` were multiplied with since the last step, on their device.
+        self._task_scale: Tensor | None = None
+        self._pull_scale: Tensor | None = None
+        self._scaled = 0  # the stamp of these gradients
 
     # ------------------------------------------------------------------ in the loop
 
-    @property
-    def strength(self) -> float:
-        """Weight of the penalty."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = number(self.name, "strength", value, minimum=0.0)
-
     def penalty(self) -> Tensor:
-        """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
+        """The penalty, strength included: 0-dim, differentiable, to be added to the loss.
+
+        Frozen parameters without a gradient have no part in it, here and in `add_penalty_grad_`. A
+        method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
+        step: clip with the method's `clip_grad_norm_`, not with torch's.
+        """
         state = self._state
-        anchors, importances = state.lists["anchor"], state.lists["importance"]
-        value = self.strength * ops.quadratic_penalty(state.params, anchors, importances)
+        lists = [state.params, state.lists["anchor"], state.lists["importance"]]
+        if not all(entry.requires_grad for entry in state.params):
+            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
+            lists = [list(compress(entries, moving)) for entries in lists]
+        try:
+            value = self.strength * ops.quadratic_penalty(*lists)
+        except (TypeError, ValueError) as error:
+            raise self._explained(error) from None
         if self._attached and value.requires_grad:
             value.register_hook(self._warn_of_a_second_pull)
         return value
@@ -111,10 +118,25 @@ class Method:
     def add_penalty_grad_(self) -> Tensor:
         """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim).
 
-        Call it after `loss.backward()`; it replaces `penalty()` in the loss.
+        Call it after the last `loss.backward()`; it replaces `penalty()` in the loss. A method with
+        a path integral (SI, RWalk) takes this gradient out of `.grad` again after the step, so from
+        here to the step only its own `clip_grad_norm_` may change the gradients. Gradients that
+        were clipped before, by a function of torch, are the task's gradients to the path integral.
+
+        Raises:
+            RuntimeError: from the optimizer's step, before anything moves, if the gradients were
+                changed after this call (for methods with a path integral).
         """
         self._refuse_if_attached("add_penalty_grad_")
-        return self._state.plan.add_quadratic_penalty_grad_(self._strength)
+        self._forget_old_scales()
+        try:
+            value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
+        except (TypeError, ValueError) as error:
+            raise self._explained(error) from None
+        if "path" in self._state.lists:
+            self._pull_scale = None
+            self._scaled = leave_stamp(self)
+        return value
 
     def _add_penalty_grad_by_autograd_(self) -> Tensor:
         """What `add_penalty_grad_` is where only `penalty` was overridden."""
@@ -123,6 +145,38 @@ class Method:
         if value.requires_grad:
             value.backward()
         return value.detach()
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Clip as `torch.nn.utils.clip_grad_norm_` does; returns the total norm before it (0-dim).
+
+        A method with a path integral (SI, RWalk) keeps what it clipped with, on the device, for the
+        next step: the path integral is then the one of the task's gradient before the clipping,
+        over the movement that the clipped gradient caused. Call it where the gradients are
+        complete: after the last backward pass, after `add_penalty_grad_` (whose gradient is then
+        clipped with the task's), and after `scaler.unscale_(optimizer)`. With an optimizer of
+        `clext.optim` that has the method, the task's gradient alone is clipped, and the next step
+        of one such optimizer takes what was kept.
+
+        Args:
+            max_norm: largest total norm of the gradients of the method's parameters, >= 0.
+            norm_type: of the norm, as in torch.
+            error_if_nonfinite: raise if the norm is not finite.
+
+        Raises:
+            ValueError: max_norm is negative or NaN.
+            RuntimeError: the norm is not finite, and error_if_nonfinite.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"{self.name}: max_norm must be a number >= 0, got {max_norm!r}")
+        self._forget_old_scales()
+        norm, factor = clip_grads_(self._state.params, max_norm, norm_type, error_if_nonfinite)
+        if "path" in self._state.lists:
+            self._task_scale = factor if self._task_scale is None else self._task_scale * factor
+            self._pull_scale = factor if self._pull_scale is None else self._pull_scale * factor
+            self._scaled = renew_stamp(self)
+        return norm
 
     def update(self) -> None:
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
@@ -136,7 +190,9 @@ class Method:
                 on data (EWC, MAS, SCP); others leave it alone.
 
         Raises:
-            ValueError: the data is missing or not as described; nothing is changed.
+            ValueError: the data is missing or not as described, a parameter does not fit its state
+                (see `refresh_parameters`), or what the steps have left is not finite; nothing is
+                changed.
         """
         self.refresh_parameters()
         self._end_task(dataloader)
@@ -156,6 +212,27 @@ class Method:
                 stacklevel=4,
             )
 
+    def _refuse_broken(self, *keys: str) -> None:
+        """Raise if a step has left NaN or infinity: importance would be made of it."""
+        broken = self._state.broken(keys)
+        if broken:
+            raise ValueError(
+                f"{self.name}: {broken} holds NaN or infinity, which a step with such a gradient "
+                "has left: go back to state dicts of the model and the method saved before it"
+            )
+
+    def _forget_old_scales(self) -> None:
+        """Of gradients that are gone: a GradScaler has skipped their step, and nobody told us."""
+        if self._task_scale is not None and self._scaled != self._state.plan.gradient_stamp():
+            self._task_scale = self._pull_scale = None
+
+    def _take_scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the task's gradient and the penalty's were multiplied with for the step that was."""
+        drop_stamp(self)
+        scales = self._task_scale, self._pull_scale
+        self._task_scale = self._pull_scale = None
+        return scales
+
     # ------------------------------------------------------------------ for optimizers
 
     def after_step(self) -> None:
@@ -173,8 +250,17 @@ class Method:
         """What the penalty is more than strength * sum of importance * (parameter - anchor)^2."""
         return 0.0
 
+    def take_task_scale(self) -> Tensor | None:
+        """What `clip_grad_norm_` has multiplied the gradients with; forgotten with this call."""
+        return self._take_scales()[0]
+
     def _attach(self) -> None:
         """From now on an optimizer's steps do what `add_penalty_grad_` and `update` did."""
+        if self.fused_state not in _FUSED_STATES or set(self.fused_state) - set(self.state_names):
+            raise ValueError(
+                f"{self.name}: fused_state is {self.fused_state!r}, expected one of "
+                f"{', '.join(map(str, _FUSED_STATES))}, each name also in state_names, or None"
+            )
         self._attached = True
         self.refresh_parameters()
         self._state.drop(self.separate_state)
@@ -192,132 +278,4 @@ class Method:
             f"clext: penalty() of {self.name} is in the loss, and the step() of the optimizer that "
             "was given this method adds its gradient as well: leave it out of the loss",
             stacklevel=2,
-        )
-
-    def _kept_names(self) -> list[str]:
-        dropped = self.separate_state if self._attached else ()
-        return [key for key in self.state_names if key not in dropped]
-
-    # ------------------------------------------------------------------ state
-
-    @property
-    def importance(self) -> dict[str, Tensor]:
-        """Importance of each parameter by name: views of the method's own state."""
-        return self._state.view("importance")
-
-    @property
-    def anchor(self) -> dict[str, Tensor]:
-        """What the parameters are pulled to, by name: views of the method's own state."""
-        return self._state.view("anchor")
-
-    def refresh_parameters(self) -> None:
-        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
-
-        `consolidate` does so by itself. Known parameters keep their state (a grown one the state of
-        its leading part); new ones start without importance, anchored where they are.
-        """
-        known = set(self._state.names)
-        named = {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or name in known
-        }
-        if not self._state.fits(named):
-            check_parameters(named, type(self.model).__name__)
-            state = ParameterState(named, self._kept_names())
-            state.adopt(self._state)
-            self._state = state
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move the state to `device`, where the model has to be already; returns the method."""
-        target = torch.empty(0, device=device).device
-        for name, parameter in self.model.named_parameters():
-            if parameter.device != target:
-                raise ValueError(
-                    f"{self.name}: parameter '{name}' is on {parameter.device}, expected {target}: "
-                    "move the model first (model.to)"
-                )
-        self.refresh_parameters()
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training needs to go on as if it had not stopped, as copies.
-
-        Plain dicts of tensors, numbers and strings; the options are not among them.
-        """
-        return {
-            "method": self.name,
-            "strength": self.strength,
-            "counters": {name: getattr(self, name) for name in self.counter_names},
-            "state": {
-                key: {name: entry.clone() for name, entry in self._state.view(key).items()}
-                for key in self._kept_names()
-            },
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state made by `state_dict`, strength included; load the model's before it.
-
-        It may come from a method that an optimizer had, or had not.
-
-        Raises:
-            ValueError: it is of another method, or of a model with other parameters; nothing is
-                changed.
-        """
-        self.refresh_parameters()
-        loaded = self._checked_state(state_dict)
-        self.strength = state_dict["strength"]
-        for name in self.counter_names:
-            setattr(self, name, type(getattr(self, name))(state_dict["counters"][name]))
-        for own, other in loaded:
-            own.copy_(other)
-        for key in set(self.separate_state) - state_dict["state"].keys():
-            self._state.restart(key)
-
-    def _checked_state(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of an own tensor and the loaded one for it."""
-        owner = f"{self.name}: state_dict"
-        _check_keys(owner, state_dict, ("method", "strength", "counters", "state"))
-        if state_dict["method"] != self.name:
-            raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {self.name!r}")
-        number(self.name, "strength", state_dict["strength"], minimum=0.0)
-        _check_keys(f"{owner}['counters']", state_dict["counters"], self.counter_names)
-        given = state_dict["state"]
-        optional = [key for key in self.separate_state if isinstance(given, dict) and key in given]
-        required = [key for key in self.state_names if key not in self.separate_state]
-        _check_keys(f"{owner}['state']", given, [*required, *optional])
-        pairs = []
-        for key in (key for key in self._kept_names() if key in given):
-            label = f"{owner}['state'][{key!r}]"
-            _check_keys(label, given[key], self._state.names)
-            for name, own in self._state.view(key).items():
-                other = given[key][name]
-                if not isinstance(other, Tensor) or other.shape != own.shape:
-                    got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
-                    raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")
-                if not bool(other.isfinite().all()):
-                    raise ValueError(f"{label}[{name!r}] holds NaN or infinity")
-                pairs.append((own, other))
-        return pairs
-
-    def __repr__(self) -> str:
-        options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
-        size = sum(parameter.numel() for parameter in self._state.params)
-        described = ", ".join([*options, f"tasks={self.tasks}"])
-        return f"{type(self).__name__}({described}; {size:,} parameters)"
-
-
-def option_names(method: type[Method]) -> list[str]:
-    """The keyword options of a method, strength included."""
-    parameters = inspect.signature(method).parameters.values()
-    return [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
-
-
-def _check_keys(label: str, given: object, expected: tuple[str, ...] | list[str]) -> None:
-    got = set(given) if isinstance(given, dict) else set()
-    missing, unexpected = sorted(set(expected) - got), sorted(got - set(expected), key=str)
-    if not isinstance(given, dict) or missing or unexpected:
-        raise ValueError(
-            f"{label} does not fit: missing {', '.join(missing) or 'nothing'}, "
-            f"unexpected {', '.join(map(str, unexpected)) or 'nothing'}"
         )

@@ -18,8 +18,8 @@ class Baseline(Method):
 
     name: ClassVar[str] = "baseline"
     default_strength: ClassVar[float] = 0.0
-    state_names: ClassVar[tuple[str, ...]] = ()
-    fused_state: ClassVar[tuple[str, ...] | None] = ()
+    state_names: tuple[str, ...] = ()
+    fused_state: tuple[str, ...] | None = ()
 
     def penalty(self) -> Tensor:
         """Zero (0-dim)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from clext.importance import FISHER_KINDS, fisher_information
@@ -11,9 +12,12 @@ from clext.methods.base import Method
 from clext.options import choice, integer, number
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from clext.importance.evaluation import Batches
 
 ANCHORS = ("latest", "all")
+WEIGHTINGS = ("mean", "sum")
 
 
 class EWC(Method):
@@ -33,13 +37,17 @@ class EWC(Method):
             `clext.importance.fisher_information`.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: "latest" or "all".
+        weighting: "mean" or "sum": F_k is the mean of the squared gradients over the N_k samples of
+            the task, or their sum, N_k times as much. By Bayes' rule a new task's mean loss over
+            N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
+            "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
     """
 
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "constant")
-    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance")
+    fused_state: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(
         self,
@@ -49,12 +57,14 @@ class EWC(Method):
         fisher: str = "empirical",
         gamma: float = 1.0,
         anchors: str = "latest",
+        weighting: str = "mean",
         seed: int = 0,
     ) -> None:
         super().__init__(model, strength=strength)
         self.fisher = choice(self.name, "fisher", fisher, FISHER_KINDS)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = choice(self.name, "anchors", anchors, ANCHORS)
+        self.weighting = choice(self.name, "weighting", weighting, WEIGHTINGS)
         self.seed = integer(self.name, "seed", seed, minimum=0)
         self.constant = 0.0  # of the penalty, without strength; 0 for anchors="latest"
 
@@ -73,6 +83,9 @@ class EWC(Method):
         return self.strength * self.constant
 
     def _end_task(self, dataloader: Batches | None) -> None:
+        samples: list[int] = []
+        if self.weighting == "sum" and _is_iterable(dataloader):
+            dataloader = _counted(dataloader, samples)
         fisher = fisher_information(
             self.model,
             self._state.params,
@@ -80,8 +93,22 @@ class EWC(Method):
             kind=self.fisher,
             seed=self.seed + self.tasks,
         )
+        if self.weighting == "sum":
+            torch._foreach_mul_(fisher, float(sum(samples)))
         if self.anchors == "all":
             added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
             self.constant = self.gamma * self.constant + float(added)
         else:
             self._state.plan.consolidate_importance_(fisher, self.gamma)
+
+
+def _is_iterable(batches: Batches | None) -> TypeGuard[Batches]:
+    """Else the estimator has its own words for it."""
+    return hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+
+
+def _counted(batches: Batches, samples: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches; once one was taken without complaint, its number of samples joins `samples`."""
+    for batch in batches:
+        yield batch
+        samples.append(len(batch[0]))

@@ -8,7 +8,7 @@ from torch import nn
 
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
 from clext.methods.base import Method
-from clext.options import choice
+from clext.options import choice, number
 
 if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
@@ -17,30 +17,35 @@ if TYPE_CHECKING:
 class MAS(Method):
     """Importance: how much the outputs react, mean over samples of |d ||f(x)||^2 / d parameter|.
 
-    Importances of the tasks add up; the anchor is the end of the latest task. Labels are not used.
+    After a task with sensitivity S, importance = gamma * importance + S; the anchor is the end of
+    the latest task. Labels are not used.
 
     Args:
         model: see `Method`.
         strength: weight of the penalty.
+        gamma: what is left of the old importance after each task, in [0, 1]: with 1 the tasks add
+            up, as in the paper; with 0 only the latest task counts.
         estimator: "per_sample" or "batch"; see `clext.importance.output_sensitivity`.
     """
 
     name: ClassVar[str] = "mas"
     default_strength: ClassVar[float] = 0.05
-    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance")
+    fused_state: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(
         self,
         model: nn.Module,
         *,
         strength: float | None = None,
+        gamma: float = 1.0,
         estimator: str = "per_sample",
     ) -> None:
         super().__init__(model, strength=strength)
+        self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.estimator = choice(self.name, "estimator", estimator, MAS_ESTIMATORS)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         sensitivity = output_sensitivity(
             self.model, self._state.params, dataloader, estimator=self.estimator
         )
-        self._state.plan.consolidate_importance_(sensitivity, 1.0)
+        self._state.plan.consolidate_importance_(sensitivity, self.gamma)

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from clext.methods.base import Method
-from clext.options import integer, number
+from clext.methods.rwalk_released import close_interval, consolidate, drop_interval
+from clext.options import choice, integer, number
+from clext.state import COPIES_OF_PARAMETERS
 
 if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
+
+VARIANTS = ("paper", "released")
 
 
 class RWalk(Method):
@@ -26,21 +30,33 @@ class RWalk(Method):
     task (which closes its last interval) score = (1 - mix) * score + mix * the task's score, the
     task's own at the first task, and importance = F / max F + score / max score.
 
+    variant="released" follows the formulas of the code that the authors released, which differ:
+
+    - F is averaged over intervals: with M the mean of g^2 over the steps of an interval, at its end
+      F = (1 - decay) * F + decay * M, so that `decay` is the weight of what is new;
+    - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval's mean;
+    - what a task's last interval lacks of `interval` steps drops it, score and mean alike;
+    - score = (2 - mix) * score + mix * the task's score, the task's own at the first task;
+    - F and score are each scaled to [0, 1] by (x - min) / (max - min).
+
+    An optimizer of `clext.optim` calls this variant around its step rather than in its pass.
+
     `strength` at `update` must be the one that the gradient was made with. Of several optimizers
     that were given this method the steps of each are counted: use param groups of one.
 
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        decay: weight of the old Fisher average, in [0, 1).
+        decay: weight of the old Fisher average ("released": of the new interval's), in [0, 1).
         interval: steps between two entries of the score, >= 1.
         eps: damping of the score, > 0.
         mix: weight of the new task's score, in [0, 1].
+        variant: "paper" or "released".
     """
 
     name: ClassVar[str] = "rwalk"
     default_strength: ClassVar[float] = 1.0
-    state_names: ClassVar[tuple[str, ...]] = (
+    state_names: tuple[str, ...] = (
         "anchor",
         "importance",
         "path",
@@ -51,7 +67,7 @@ class RWalk(Method):
         "interval_start",
     )
     counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
-    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance", "path", "fisher")
+    fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 
     def __init__(
@@ -63,7 +79,13 @@ class RWalk(Method):
         interval: int = 10,
         eps: float = 1e-3,
         mix: float = 0.5,
+        variant: str = "paper",
     ) -> None:
+        self.variant = choice(self.name, "variant", variant, VARIANTS)
+        if variant == "released":
+            # "fisher" is the mean of the interval so far: the weight of a step changes with each.
+            self.state_names = (*self.state_names, "running_fisher")
+            self.fused_state = None
         super().__init__(model, strength=strength)
         self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
         self.interval = integer(self.name, "interval", interval, minimum=1)
@@ -72,9 +94,19 @@ class RWalk(Method):
         self.interval_steps = 0  # since the interval began
 
     def update(self) -> None:
-        """Follow a step: after `optimizer.step()`, before `zero_grad()`."""
+        """Follow a step: after `optimizer.step()`, before `zero_grad()`.
+
+        A step that a GradScaler has skipped is counted. Where its gradient is not finite it leaves
+        no other trace; what was finite of it is averaged into Fisher.
+        """
         super().update()
-        self._state.plan.riemannian_walk_step_(self._strength, self.decay)
+        decay = self.decay
+        if self.variant == "released":
+            decay = self.interval_steps / (self.interval_steps + 1)
+        try:
+            self._state.plan.riemannian_walk_step_(self._strength, decay, *self._take_scales())
+        except (TypeError, ValueError) as error:
+            raise self._explained(error) from None
         self.after_step()
 
     def after_step(self) -> None:
@@ -88,14 +120,24 @@ class RWalk(Method):
         return {"strength": self._strength, "decay": self.decay}
 
     def _close_interval(self) -> None:
-        self._state.plan.accumulate_riemannian_walk_score_(self.eps)
+        if self.variant == "released":
+            close_interval(self._state, self.decay, self.eps)
+        else:
+            self._state.plan.accumulate_riemannian_walk_score_(self.eps)
         self.interval_steps = 0
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
-        if self.interval_steps > 0:
+        self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))
+        if self.variant == "released":
+            drop_interval(self._state)
+            self.interval_steps = 0
+        elif self.interval_steps > 0:
             self._close_interval()
         self._warn_if_zero("task_score")
-        self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
+        if self.variant == "released":
+            consolidate(self._state, self.mix, is_first=self.tasks == 0)
+        else:
+            self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
         # The path is empty since its interval was closed; the walk goes on from where it is now.
         self._state.restart("previous")
         self._state.restart("interval_start")

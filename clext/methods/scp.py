@@ -29,7 +29,7 @@ class SCP(Method):
 
     name: ClassVar[str] = "scp"
     default_strength: ClassVar[float] = 100.0
-    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance")
+    fused_state: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(
         self,

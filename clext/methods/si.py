@@ -30,8 +30,8 @@ class SI(Method):
 
     name: ClassVar[str] = "si"
     default_strength: ClassVar[float] = 20.0
-    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "path", "previous")
-    fused_state: ClassVar[tuple[str, ...] | None] = ("anchor", "importance", "path")
+    state_names: tuple[str, ...] = ("anchor", "importance", "path", "previous")
+    fused_state: tuple[str, ...] | None = ("anchor", "importance", "path")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 
     def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:
@@ -39,11 +39,18 @@ class SI(Method):
         self.xi = number(self.name, "xi", xi, minimum=0.0, open_minimum=True)
 
     def update(self) -> None:
-        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`."""
+        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`.
+
+        A step that a GradScaler has skipped leaves no trace.
+        """
         super().update()
-        self._state.plan.accumulate_path_integral_(self._strength)
+        try:
+            self._state.plan.accumulate_path_integral_(self._strength, *self._take_scales())
+        except (TypeError, ValueError) as error:
+            raise self._explained(error) from None
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
+        self._refuse_broken("path")
         self._warn_if_zero("path")
         self._state.plan.consolidate_path_integral_(self.xi)
         self._state.restart("previous")

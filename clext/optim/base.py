@@ -27,7 +27,8 @@ class FusedOptimizer(Optimizer):
     They differ from torch.optim's in this: the averages of parameters in half precision are kept
     in float32, and an optimizer with a method cannot be pickled or deep-copied (save the state
     dicts of both). A parameter without gradient is left out of everything, as ever, and so of the
-    pull to the anchor.
+    pull to the anchor. `method.clip_grad_norm_` before the step clips the task's gradient; clipped
+    by a function of torch, the clipped gradient is the task's to the path integral.
 
     Args:
         params: as for any optimizer of torch.
@@ -172,7 +173,10 @@ class FusedOptimizer(Optimizer):
                 f"{type(self).__name__}.launch: the step of {method.name} is more than one pass "
                 "(it has an update of its own); call step()"
             )
-        self._launch(method, self.clear_grad)
+        try:
+            self._launch(method, self.clear_grad)
+        except (TypeError, ValueError) as error:
+            raise (error if method is None else method._explained(error)) from None
 
     def _launch(self, method: Method | None, clear_grad: bool) -> None:
         self._check_options()
@@ -182,6 +186,7 @@ class FusedOptimizer(Optimizer):
         if method is not None:
             numbers |= method.step_options()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        task_scale = None if method is None else method.take_task_scale()
         values = []
         for part in self._plans.current(self):
             lr = part.group["lr"]
@@ -196,6 +201,7 @@ class FusedOptimizer(Optimizer):
                 clear_grad=clear_grad,
                 grad_scale=_on(part.device, scale),
                 found_inf=_on(part.device, found_inf),
+                task_scale=_on(part.device, task_scale),
             )
             if value is not None:
                 values.append(value)

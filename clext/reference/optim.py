@@ -11,6 +11,9 @@ parameter <- (parameter + p * anchor) / (1 + p), which no strength makes unstabl
     path   <- path - g * (the movement of the parameter, as it is stored)           (SI, RWalk)
     fisher <- decay * fisher + (1 - decay) * g^2                                    (RWalk)
 
+with g divided by `task_scale` first, where that is given: what the task's gradient was clipped with
+before the step. A scale of 0 has left nothing of it, and these two stay as they are.
+
 Which of these a call does is told by the lists that are given: none of them; anchors and
 importances; path too; fisher too. Lists that are not used are empty.
 """
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from clext.reference.arithmetic import total, wide
+from clext.reference.path import average_square, check_scale, path_change
 from clext.tensor_lists import (
     Argument,
     TensorList,
@@ -59,6 +63,7 @@ def sgd_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
 ) -> Tensor:
     """One step of torch.optim.SGD with protection; returns the penalty's value before it (0-dim).
 
@@ -76,8 +81,10 @@ def sgd_step_(
         )
     buffers = [state("momentum_buffers", momentum_buffers, written=True), step_counts(steps)]
     step = _Step(name, params, grads, path, fisher, anchors, importances, strength, decay)
-    step.check(buffers if momentum else [], clear_grad, lr, grad_scale, found_inf)
-    step.prepare(lr, grad_scale, maximize, weight_decay, decoupled=False, proximal=proximal)
+    step.check(buffers if momentum else [], clear_grad, lr, grad_scale, found_inf, task_scale)
+    step.prepare(
+        lr, grad_scale, task_scale, maximize, weight_decay, decoupled=False, proximal=proximal
+    )
     if found_inf is not None and bool(found_inf):
         return step.value()
     firsts = [count == 1 for count in _advance(steps)]
@@ -118,6 +125,7 @@ def adam_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
 ) -> Tensor:
     """One step of torch.optim.Adam with protection; returns the penalty's value before it (0-dim).
 
@@ -134,8 +142,10 @@ def adam_step_(
         step_counts(steps),
     ]
     step = _Step(name, params, grads, path, fisher, anchors, importances, strength, decay)
-    step.check(averages, clear_grad, lr, grad_scale, found_inf)
-    step.prepare(lr, grad_scale, maximize, weight_decay, decoupled=decoupled, proximal=proximal)
+    step.check(averages, clear_grad, lr, grad_scale, found_inf, task_scale)
+    step.prepare(
+        lr, grad_scale, task_scale, maximize, weight_decay, decoupled=decoupled, proximal=proximal
+    )
     if found_inf is not None and bool(found_inf):
         return step.value()
     counts = _advance(steps)
@@ -193,6 +203,8 @@ class _Step:
 
     lr: float = 0.0
     factor: float = 1.0  # of the gradient
+    inverse: float = 1.0  # of the task's scale
+    memory: float = 0.0  # of the average of the squared gradient
     keep: float = 1.0  # what decoupled weight decay leaves of the parameter
     weight_decay: float = 0.0  # that goes through the gradient
     pull: float = 0.0
@@ -206,6 +218,7 @@ class _Step:
         lr: Tensor,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        task_scale: Tensor | None,
     ) -> None:
         check_scalar(self.op, "strength", self.strength)
         check_fraction(self.op, "decay", self.decay)
@@ -225,6 +238,7 @@ class _Step:
             *used,
         )
         _check_number(self.op, "lr", lr)
+        check_scale(self.op, "task_scale", task_scale, self.params)
         for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if scalar is not None and scalar.numel() != 1:
                 raise ValueError(
@@ -237,6 +251,7 @@ class _Step:
         self,
         lr: Tensor,
         grad_scale: Tensor | None,
+        task_scale: Tensor | None,
         maximize: bool,
         weight_decay: float,
         *,
@@ -248,6 +263,9 @@ class _Step:
         self.factor = -1.0 if maximize else 1.0
         if grad_scale is not None:
             self.factor /= float(grad_scale)
+        scale = 1.0 if task_scale is None else float(task_scale)
+        self.inverse = 1 / scale if scale else 0.0
+        self.memory = self.decay if scale else 1.0
         self.keep = 1 - self.lr * weight_decay if decoupled else 1.0
         self.weight_decay = 0.0 if decoupled else weight_decay
         self.pull = 0.0 if proximal else 2 * self.strength
@@ -273,11 +291,12 @@ class _Step:
                 weight = self.prox * omega
                 new = (new + weight * anchor) / (1 + weight)
             stored = new.to(param.dtype)
+            own, movement = self.inverse * task_grad, wide(stored) - theta
             if self.path:
-                self.path[index].sub_(task_grad * (wide(stored) - theta))
+                self.path[index].sub_(path_change(own, movement))
             if self.fisher:
                 average = self.fisher[index]
-                average.copy_(self.decay * average + (1 - self.decay) * task_grad * task_grad)
+                average.copy_(average_square(average, own, movement, self.memory))
             param.copy_(stored)
             if clear_grad:
                 gradient.zero_()

@@ -5,6 +5,9 @@ SI: Zenke et al. 2017, arXiv:1703.04200. RWalk: Chaudhry et al. 2018, arXiv:1801
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -28,11 +31,17 @@ def accumulate_path_integral_(
     anchors: TensorList,
     importances: TensorList,
     strength: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
 ) -> None:
     """Subtract task gradient * step from `path`; `previous` becomes the parameters.
 
     The penalty's gradient at `previous` is taken out of `grads` first, so that `path` holds the
-    decrease of the task loss alone (Zenke et al. 2017, equation 3).
+    decrease of the task loss alone (Zenke et al. 2017, equation 3). `grads` hold task_scale times
+    the task's gradient and pull_scale times the penalty's, each 1 unless given (float32 or float64,
+    one element). A task_scale of 0 has left nothing to learn from; a parameter that stayed earns
+    nothing, whatever its gradient.
     """
     check_scalar("accumulate_path_integral_", "strength", strength)
     check_lists(
@@ -44,10 +53,13 @@ def accumulate_path_integral_(
         state("anchors", anchors),
         state("importances", importances),
     )
+    scales = _Scales.read("accumulate_path_integral_", strength, params, task_scale, pull_scale)
     for gain, before, theta, grad, anchor, omega in zip(
         path, previous, params, grads, anchors, importances, strict=True
     ):
-        _advance_path(gain, before, theta, grad, anchor, omega, strength)
+        task_grad = scales.task_gradient(grad, before, anchor, omega)
+        gain.sub_(path_change(task_grad, wide(theta) - before))
+        before.copy_(theta)
 
 
 @torch.no_grad()
@@ -61,8 +73,15 @@ def riemannian_walk_step_(
     importances: TensorList,
     strength: float,
     decay: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
 ) -> None:
-    """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
+    """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2.
+
+    The gradient of a step that was skipped (not finite, where the parameter stayed) or lost
+    (task_scale 0) is not averaged in.
+    """
     check_scalar("riemannian_walk_step_", "strength", strength)
     check_fraction("riemannian_walk_step_", "decay", decay)
     check_lists(
@@ -75,11 +94,16 @@ def riemannian_walk_step_(
         state("anchors", anchors),
         state("importances", importances),
     )
+    scales = _Scales.read("riemannian_walk_step_", strength, params, task_scale, pull_scale)
+    memory = 1.0 if scales.is_lost else decay
     for gain, before, average, theta, grad, anchor, omega in zip(
         path, previous, fisher, params, grads, anchors, importances, strict=True
     ):
-        task_grad = _advance_path(gain, before, theta, grad, anchor, omega, strength)
-        average.mul_(decay).add_(task_grad.square(), alpha=1 - decay)
+        task_grad = scales.task_gradient(grad, before, anchor, omega)
+        movement = wide(theta) - before
+        gain.sub_(path_change(task_grad, movement))
+        average.copy_(average_square(average, task_grad, movement, memory))
+        before.copy_(theta)
 
 
 @torch.no_grad()
@@ -178,20 +202,63 @@ def consolidate_riemannian_walk_(
         anchor.copy_(theta)
 
 
-def _advance_path(
-    path: Tensor,
-    previous: Tensor,
-    theta: Tensor,
-    grad: Tensor,
-    anchor: Tensor,
-    omega: Tensor,
-    strength: float,
-) -> Tensor:
-    """One tensor's path integral; returns the gradient of the task loss alone."""
-    task_grad = wide(grad) - 2 * strength * omega * (previous - anchor)
-    path.sub_(task_grad * (wide(theta) - previous))
-    previous.copy_(theta)
-    return task_grad
+def path_change(task_grad: Tensor, movement: Tensor) -> Tensor:
+    """What a step takes from the path integral: nothing where the parameter stayed.
+
+    A step that a GradScaler has skipped leaves infinite gradients, and infinity * 0 is NaN.
+    """
+    return torch.where(movement == 0, 0.0, task_grad * movement)
+
+
+def average_square(average: Tensor, task_grad: Tensor, movement: Tensor, memory: float) -> Tensor:
+    """The moving average of the squared gradient, in which that of a skipped step has no part."""
+    updated = memory * average + (1 - memory) * task_grad * task_grad
+    return torch.where((movement == 0) & ~updated.isfinite(), average, updated)
+
+
+def check_scale(op: str, name: str, scale: Tensor | None, params: TensorList) -> None:
+    """Raise unless `scale` is None or a float tensor of one element, where the parameters are."""
+    if scale is None:
+        return
+    if scale.numel() != 1:
+        raise ValueError(f"{op}: {name} has shape {list(scale.shape)}, expected one element")
+    if scale.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} has dtype {scale.dtype}, expected float32 or float64")
+    if params and scale.device != params[0].device:
+        raise ValueError(
+            f"{op}: {name} is on {scale.device}, expected {params[0].device} (the device of params)"
+        )
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """How the gradient of the task loss alone is found in what `.grad` holds."""
+
+    inverse: float
+    pull: float
+    is_lost: bool
+
+    @classmethod
+    def read(
+        cls,
+        op: str,
+        strength: float,
+        params: TensorList,
+        task_scale: Tensor | None,
+        pull_scale: Tensor | None,
+    ) -> Self:
+        check_scale(op, "task_scale", task_scale, params)
+        check_scale(op, "pull_scale", pull_scale, params)
+        task = 1.0 if task_scale is None else float(task_scale)
+        pull = 1.0 if pull_scale is None else float(pull_scale)
+        if task == 0:
+            return cls(0.0, 0.0, is_lost=True)
+        return cls(1 / task, 2 * strength * pull, is_lost=False)
+
+    def task_gradient(
+        self, grad: Tensor, previous: Tensor, anchor: Tensor, omega: Tensor
+    ) -> Tensor:
+        return self.inverse * (wide(grad) - self.pull * omega * (previous - anchor))
 
 
 def _normalised(tensor: Tensor, largest: Tensor) -> Tensor:

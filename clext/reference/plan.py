@@ -82,22 +82,64 @@ class ReferencePlan:
             parameter.grad = grad
         return value
 
-    def accumulate_path_integral_(self, strength: float) -> None:
+    def gradient_stamp(self) -> int:
+        """A number that changes when a gradient is replaced, or changed in place."""
+        grads = (parameter.grad for parameter in self._params)
+        return hash(
+            tuple(
+                (id(grad), 0 if grad.is_inference() else grad._version)
+                for grad in grads
+                if grad is not None
+            )
+        )
+
+    def accumulate_path_integral_(
+        self,
+        strength: float,
+        task_scale: Tensor | None = None,
+        pull_scale: Tensor | None = None,
+    ) -> None:
         """One step of SI; parameters without gradient are left out: no optimizer has moved them."""
         keys = ("path", "previous", "anchor", "importance")
         params, grads, (path, previous, anchors, importances) = self._active(
             "accumulate_path_integral_", *keys
         )
-        accumulate_path_integral_(path, previous, params, grads, anchors, importances, strength)
+        accumulate_path_integral_(
+            path,
+            previous,
+            params,
+            grads,
+            anchors,
+            importances,
+            strength,
+            task_scale=task_scale,
+            pull_scale=pull_scale,
+        )
 
-    def riemannian_walk_step_(self, strength: float, decay: float) -> None:
+    def riemannian_walk_step_(
+        self,
+        strength: float,
+        decay: float,
+        task_scale: Tensor | None = None,
+        pull_scale: Tensor | None = None,
+    ) -> None:
         """One step of RWalk; parameters without gradient are left out."""
         keys = ("path", "previous", "fisher", "anchor", "importance")
         params, grads, (path, previous, fisher, anchors, importances) = self._active(
             "riemannian_walk_step_", *keys
         )
         riemannian_walk_step_(
-            path, previous, fisher, params, grads, anchors, importances, strength, decay
+            path,
+            previous,
+            fisher,
+            params,
+            grads,
+            anchors,
+            importances,
+            strength,
+            decay,
+            task_scale=task_scale,
+            pull_scale=pull_scale,
         )
 
     def accumulate_riemannian_walk_score_(self, eps: float) -> None:
@@ -146,6 +188,7 @@ class ReferencePlan:
         clear_grad: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        task_scale: Tensor | None,
     ) -> Tensor | None:
         """One step of SGD; the penalty's value before it, or None where nothing is protected.
 
@@ -170,6 +213,7 @@ class ReferencePlan:
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            task_scale=task_scale,
         )
         return value if self._guard else None
 
@@ -188,6 +232,7 @@ class ReferencePlan:
         clear_grad: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        task_scale: Tensor | None,
     ) -> Tensor | None:
         """One step of Adam, or of AdamW if `decoupled`; otherwise as `sgd_step_`."""
         keys = ("exp_avg", "exp_avg_sq", "step")
@@ -210,6 +255,7 @@ class ReferencePlan:
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
+            task_scale=task_scale,
         )
         return value if self._guard else None
 

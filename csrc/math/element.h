@@ -167,10 +167,16 @@ CLEXT_HOST_DEVICE auto evaluate(const Op& op, V&&... values) {
   }
 }
 
-// Both keep NaN: a broken value must show, not turn into zero.
+// These keep NaN: a broken value must show, not turn into zero.
 template <class A>
 CLEXT_HOST_DEVICE A maximum(A a, A b) {
   return (a > b || a != a) ? a : b;
+}
+
+// Neither NaN nor infinity.
+template <class A>
+CLEXT_HOST_DEVICE bool is_finite(A a) {
+  return a - a == A(0);
 }
 
 template <class A>

@@ -6,7 +6,9 @@
 
 #include <cmath>
 
+#include "math/device_scalar.h"
 #include "math/element.h"
+#include "math/path.h"
 #include "math/storage.h"
 
 namespace clext {
@@ -44,19 +46,6 @@ struct ProtectionLists<Protection::Walk> {
 template <Protection P>
 using protection_lists_t = typename detail::ProtectionLists<P>::type;
 
-// A number that is known on the host, or else lies on the device and stays there.
-struct DeviceScalar {
-  const void* location = nullptr;
-  bool is_double = false;
-  double value = 0;
-
-  CLEXT_HOST_DEVICE double read() const {
-    if (location == nullptr) return value;
-    return is_double ? *static_cast<const double*>(location)
-                     : static_cast<double>(*static_cast<const float*>(location));
-  }
-};
-
 // Steps are skipped as a whole where a GradScaler found a gradient that is not finite.
 CLEXT_HOST_DEVICE bool is_found(const float* found_inf) {
   return found_inf != nullptr && *found_inf != 0.0f;
@@ -66,6 +55,9 @@ struct StepOptions {
   DeviceScalar lr;
   const float* grad_scale = nullptr;  // gradients are this many times too large; null: they are not
   const float* found_inf = nullptr;
+  // Undone for the path integral and the average, not for the step: the clipped gradient is what
+  // moves the parameter, the task's own is what its movement is measured with.
+  TaskScale task_scale = {};
   double weight_decay = 0;
   bool decoupled = false;  // weight decay beside the gradient (AdamW), not in it
   bool maximize = false;
@@ -103,6 +95,8 @@ struct FusedStep : StepOptions {
     grad_weight = decoupled ? 0 : weight_decay;
     pull = proximal ? 0 : 2 * strength;
     prox = 2 * rate * strength;
+    task_scale.prepare();
+    if (task_scale.is_lost()) decay = 1;
   }
 
   CLEXT_HOST_DEVICE bool skip() const { return skipped; }
@@ -139,15 +133,16 @@ struct FusedStep : StepOptions {
   CLEXT_HOST_DEVICE void move(StorageTag<T>, A& param, A target, A task_grad, A anchor,
                               A importance, A& path) const {
     const A stored = to_accumulate(from_accumulate<T>(pulled(target, anchor, importance)));
-    path -= task_grad * (stored - param);
+    path -= path_change(A(task_scale.inverse) * task_grad, stored - param);
     param = stored;
   }
 
   template <class T, class A>
   CLEXT_HOST_DEVICE void move(StorageTag<T> tag, A& param, A target, A task_grad, A anchor,
                               A importance, A& path, A& fisher) const {
+    const A before = param;
     move(tag, param, target, task_grad, anchor, importance, path);
-    fisher = A(decay) * fisher + A(1 - decay) * task_grad * task_grad;
+    fisher = average_square(fisher, A(task_scale.inverse) * task_grad, param - before, A(decay));
   }
 
  private:

@@ -190,6 +190,7 @@ void compare_step(Op op) {
   op.clear = true;
   op.grad_scale = &scale;
   op.found_inf = &fine;
+  op.task_scale.scale = {&scale, false};
   op.proximal = true;
   op.decoupled = true;
   compare_in_types<Op, float, BFloat16>(op);
@@ -211,8 +212,9 @@ int main() {
   compare(QuadraticPenalty{});
   compare(QuadraticPenaltyBackward{&scalar});
   compare(AddQuadraticPenaltyGrad{0.3});
-  compare(AccumulatePathIntegral{0.3});
-  compare(RiemannianWalkStep{0.3, 0.9});
+  const DeviceFactor half = {&scalar, true};
+  compare(AccumulatePathIntegral{{0.3, {half}, half}});
+  compare(RiemannianWalkStep{{0.3, {half}, half}, 0.9});
   compare(AccumulateRiemannianWalkScore{1e-3});
   compare(ConsolidatePathIntegral{0.1});
   compare(MergeRiemannianWalkScore{0.5});

@@ -1,0 +1,31 @@
+"""Clipping that remembers what it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from clext.tensor_lists import state_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@torch.no_grad()
+def clip_grads_(
+    params: Sequence[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+) -> tuple[Tensor, Tensor]:
+    """`torch.nn.utils.clip_grad_norm_`; the total norm, and what gradients were multiplied with.
+
+    Both are 0-dim and on the device; the factor is float32 or float64.
+    """
+    chosen = [entry for entry in params if entry.grad is not None]
+    grads = [entry.grad for entry in chosen if entry.grad is not None]
+    norm = get_total_norm(grads, norm_type, error_if_nonfinite)
+    clip_grads_with_norm_(chosen, max_norm, norm)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as in torch, in the dtype of the norm
+    return norm, factor.to(params[0].device, state_dtype(factor.dtype))

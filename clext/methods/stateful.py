@@ -1,0 +1,194 @@
+"""What a method keeps of its model, by name: through a change of the model and through a resume."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from clext.options import number
+from clext.parameters import check_parameters, trainable_parameters
+from clext.state import ParameterState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Stateful:
+    """One half of `Method`: for each parameter one tensor per name in `state_names`, and counters.
+
+    The other half, what happens in a step and at the end of a task, is in `base.py`.
+    """
+
+    name: ClassVar[str]
+    default_strength: ClassVar[float] = 1.0
+    state_names: tuple[str, ...] = ("anchor", "importance")
+    counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
+    separate_state: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+        self.model = model
+        self.strength = self.default_strength if strength is None else strength
+        self.tasks = 0  # ended so far
+        self._attached = False  # to an optimizer, whose steps do the work
+        self._state = ParameterState(trainable_parameters(model), self.state_names)
+
+    @property
+    def strength(self) -> float:
+        """Weight of the penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = number(self.name, "strength", value, minimum=0.0)
+
+    @property
+    def importance(self) -> dict[str, Tensor]:
+        """Importance of each parameter by name: views of the method's own state."""
+        return self._state.view("importance")
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """What the parameters are pulled to, by name: views of the method's own state."""
+        return self._state.view("anchor")
+
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
+
+        `consolidate` does so by itself. A parameter is known by its name: that of a module which
+        was replaced keeps importance and anchor, and one that has grown keeps them for its leading
+        part (the old rows of a head). New parameters and rows start without importance, anchored
+        where they are. What is no longer in the model is forgotten.
+
+        Raises:
+            ValueError: a parameter has shrunk or has another number of dimensions, or no state can
+                be kept for it; nothing is changed.
+        """
+        named = self._parameters_now()
+        if not self._state.fits(named):
+            check_parameters(named, type(self.model).__name__)
+            state = ParameterState(named, self._kept_names())
+            try:
+                state.adopt(self._state)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from None
+            self._state = state
+
+    def _parameters_now(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, and those known that were frozen since."""
+        known = set(self._state.names)
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad or name in known
+        }
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the state to `device`, where the model has to be already; returns the method."""
+        target = torch.empty(0, device=device).device
+        for name, parameter in self.model.named_parameters():
+            if parameter.device != target:
+                raise ValueError(
+                    f"{self.name}: parameter '{name}' is on {parameter.device}, expected {target}: "
+                    "move the model first (model.to)"
+                )
+        self.refresh_parameters()
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on as if it had not stopped, as copies.
+
+        Plain dicts of tensors, numbers and strings; the options are not among them.
+        """
+        return {
+            "method": self.name,
+            "strength": self.strength,
+            "counters": {name: getattr(self, name) for name in self.counter_names},
+            "state": {
+                key: {name: entry.clone() for name, entry in self._state.view(key).items()}
+                for key in self._kept_names()
+            },
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state made by `state_dict`, strength included; load the model's before it.
+
+        It may come from a method that an optimizer had, or had not.
+
+        Raises:
+            ValueError: it is of another method, or of a model with other parameters; nothing is
+                changed.
+        """
+        self.refresh_parameters()
+        loaded = _checked_state(self, state_dict)
+        self.strength = state_dict["strength"]
+        for name in self.counter_names:
+            setattr(self, name, type(getattr(self, name))(state_dict["counters"][name]))
+        for own, other in loaded:
+            own.copy_(other)
+        for key in set(self.separate_state) - state_dict["state"].keys():
+            self._state.restart(key)
+
+    def __repr__(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
+        size = sum(parameter.numel() for parameter in self._state.params)
+        described = ", ".join([*options, f"tasks={self.tasks}"])
+        return f"{type(self).__name__}({described}; {size:,} parameters)"
+
+    def _explained(self, error: Exception) -> Exception:
+        """`error`, with the remedy if its cause is that the model was changed or moved."""
+        if self._state.fits(self._parameters_now()):
+            return error
+        return type(error)(
+            f"{self.name}: the parameters are not what they were when this method last looked "
+            f"(moved, converted, grown or replaced); call refresh_parameters() ({error})"
+        )
+
+    def _kept_names(self) -> list[str]:
+        dropped = self.separate_state if self._attached else ()
+        return [key for key in self.state_names if key not in dropped]
+
+
+def option_names(method: type[Stateful]) -> list[str]:
+    """The keyword options of a method, strength included."""
+    parameters = inspect.signature(method).parameters.values()
+    return [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+
+
+def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of an own tensor of `method` and the loaded one for it."""
+    owner = f"{method.name}: state_dict"
+    _check_keys(owner, state_dict, ("method", "strength", "counters", "state"))
+    if state_dict["method"] != method.name:
+        raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {method.name!r}")
+    number(method.name, "strength", state_dict["strength"], minimum=0.0)
+    _check_keys(f"{owner}['counters']", state_dict["counters"], method.counter_names)
+    given = state_dict["state"]
+    optional = [key for key in method.separate_state if isinstance(given, dict) and key in given]
+    required = [key for key in method.state_names if key not in method.separate_state]
+    _check_keys(f"{owner}['state']", given, [*required, *optional])
+    pairs = []
+    for key in (key for key in method._kept_names() if key in given):
+        label = f"{owner}['state'][{key!r}]"
+        _check_keys(label, given[key], method._state.names)
+        for name, own in method._state.view(key).items():
+            other = given[key][name]
+            if not isinstance(other, Tensor) or other.shape != own.shape:
+                got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
+                raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")
+            if not bool(other.isfinite().all()):
+                raise ValueError(f"{label}[{name!r}] holds NaN or infinity")
+            pairs.append((own, other))
+    return pairs
+
+
+def _check_keys(label: str, given: object, expected: tuple[str, ...] | list[str]) -> None:
+    got = set(given) if isinstance(given, dict) else set()
+    missing, unexpected = sorted(set(expected) - got), sorted(got - set(expected), key=str)
+    if not isinstance(given, dict) or missing or unexpected:
+        raise ValueError(
+            f"{label} does not fit: missing {', '.join(missing) or 'nothing'}, "
+            f"unexpected {', '.join(map(str, unexpected)) or 'nothing'}"
+        )

@@ -1,0 +1,215 @@
+"""What methods promise beyond one run: sums over all tasks, sample numbers, sampling errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from naive_methods import NaiveEWC
+from toy_training import assert_same_state, make_model, make_task, train_tasks
+
+from clext import EWC, MAS, SCP, RWalk
+from clext.importance import sliced_cramer_importance
+
+pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+
+EXACT = {"rtol": 1e-10, "atol": 0.0}
+
+
+def wander(model, seed):
+    """To somewhere else, the same way for twins."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(parameter))
+
+
+# ------------------------------------------------------------------ EWC
+
+
+def kept(method):
+    """Bytes of all that a method keeps, and how many tensors and numbers that are."""
+    state = method.state_dict()
+    tensors = [entry for entries in state["state"].values() for entry in entries.values()]
+    return sum(entry.nbytes for entry in tensors), len(tensors), len(state["counters"])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.7, 0.0])
+def test_all_anchors_are_the_sum_over_ten_tasks(gamma, device, plan):
+    """Value and gradient, and nothing grows with the tasks."""
+    model, other = make_model().to(device), make_model()
+    method = EWC(model, strength=3.0, anchors="all", gamma=gamma)
+    naive = NaiveEWC(other, 3.0)
+    naive.gamma, naive.anchors = gamma, "all"
+    size = kept(method)
+    for number in range(10):
+        wander(model, number)
+        wander(other, number)
+        batches = make_task(number)
+        method.consolidate([(x.to(device), y.to(device)) for x, y in batches])
+        naive.end_task(batches)
+        assert kept(method) == size
+    wander(model, 10)
+    wander(other, 10)
+    expected = naive.penalty()
+    gradients = torch.autograd.grad(expected, naive.params)
+    value = method.penalty()
+    value.backward()
+    torch.testing.assert_close(value.cpu(), expected, **EXACT)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu(), gradient, rtol=1e-10, atol=1e-12)
+        parameter.grad = None
+    torch.testing.assert_close(method.add_penalty_grad_().cpu(), expected.detach(), **EXACT)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.cpu(), gradient, rtol=1e-10, atol=1e-12)
+
+
+def in_batches(x, y, size):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "sample"])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_sums_do_not_depend_on_batches_and_count_every_sample(fisher, size, device):
+    """Twice the data are twice the precision; with the mean they would be the same."""
+    x, y = (torch.cat(parts).to(device) for parts in zip(*make_task(0), strict=True))
+    expected = EWC(make_model().to(device), fisher=fisher)
+    method = EWC(make_model().to(device), fisher=fisher, weighting="sum")
+    expected.consolidate(in_batches(x, y, 7))
+    method.consolidate(in_batches(x, y, size))
+    for name, entry in expected.importance.items():
+        torch.testing.assert_close(method.importance[name], len(x) * entry, **EXACT)
+    if fisher == "sample":
+        return
+    twice = EWC(make_model().to(device), fisher=fisher, weighting="sum")
+    twice.consolidate(in_batches(torch.cat([x, x]), torch.cat([y, y]), size))
+    for name, entry in method.importance.items():
+        torch.testing.assert_close(twice.importance[name], 2 * entry, **EXACT)
+
+
+def test_the_strength_of_bayes_rule():
+    """The sum over old samples of -log p, to second order in a linear model, is the penalty."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.zero_()
+    x = torch.ones(40, 1, dtype=torch.float64)
+    y = torch.arange(40) % 2  # so that this is the minimum
+    method = EWC(model, strength=1 / (2 * 10), fisher="exact", weighting="sum")
+    method.consolidate([(x, y)])
+    step = 1e-3
+    with torch.no_grad():
+        model.weight[0] += step
+    old = F.cross_entropy(model(x), y, reduction="sum").item() - 40 * math.log(2)
+    # The new task's mean loss over 10 samples stands for a tenth of its sum.
+    assert method.penalty().item() == pytest.approx(old / 10, rel=1e-5)
+
+
+class Indexed:
+    """An iterable of the old kind."""
+
+    def __getitem__(self, index):
+        return make_task(0)[index]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [iter(make_task(0)), (batch for batch in make_task(0)), Indexed()],
+    ids=["iterator", "generator", "indexed"],
+)
+def test_samples_of_any_iterable_are_counted(data):
+    expected, method = EWC(make_model(), weighting="sum"), EWC(make_model(), weighting="sum")
+    expected.consolidate(make_task(0))
+    method.consolidate(data)
+    assert_same_state(method.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(None, "got nothing"), (3, "got int"), ([], "is empty"), ([(1,)], "batch 0 is a tuple")],
+)
+def test_sums_describe_bad_data_as_means_do(data, message):
+    with pytest.raises(ValueError, match=message):
+        EWC(make_model(), weighting="sum").consolidate(data)
+
+
+# ------------------------------------------------------------------ MAS, SCP
+
+
+def test_mas_without_memory_keeps_the_latest_task(device):
+    model, other = make_model().to(device), make_model().to(device)
+    method, expected = MAS(model, gamma=0.0), MAS(other)
+    for number in range(2):
+        method.consolidate(make_task(number, device=device))
+    expected.consolidate(make_task(1, device=device))
+    for name, entry in expected.importance.items():
+        torch.testing.assert_close(method.importance[name], entry, **EXACT)
+
+
+def test_sampled_directions_converge_to_all_of_them_at_the_monte_carlo_rate(device):
+    """The error falls with the root of their number."""
+    model = make_model().to(device)
+    params, batches = list(model.parameters()), make_task(0, device=device)
+
+    def importance(slices, seed=0):
+        estimate = sliced_cramer_importance(model, params, batches, slices=slices, seed=seed)
+        return torch.cat([entry.flatten() for entry in estimate])
+
+    exact = importance("exact")
+    numbers = [2**power for power in range(4, 13)]
+    logs = []
+    for number in numbers:
+        errors = [(importance(number, seed) - exact).norm() / exact.norm() for seed in range(32)]
+        logs.append(torch.stack(errors).square().mean().sqrt().log().item())
+    slope = torch.linalg.lstsq(
+        torch.tensor([[math.log(number), 1.0] for number in numbers]), torch.tensor([logs]).T
+    ).solution[0]
+    assert -0.6 <= slope.item() <= -0.4
+    assert logs[0] > math.log(0.01)
+
+
+def test_scp_takes_the_sampled_estimate(device):
+    model = make_model().to(device)
+    method = SCP(model, slices=16, seed=5)
+    expected = sliced_cramer_importance(
+        model, list(model.parameters()), make_task(0, device=device), slices=16, seed=5
+    )
+    method.consolidate(make_task(0, device=device))
+    for mine, theirs in zip(method.importance.values(), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ------------------------------------------------------------------ RWalk
+
+
+def test_a_released_task_shorter_than_an_interval_has_no_score(device):
+    model = make_model().to(device)
+    method = RWalk(model, variant="released", interval=100)
+    with pytest.warns(UserWarning, match="rwalk saw no step of this task"):
+        train_tasks(model, method, tasks=1)
+    assert method.interval_steps == 0
+    for entry in method.importance.values():
+        assert entry.eq(0).all()
+    for key in ("path", "fisher", "running_fisher"):
+        assert all(bool(entry.eq(0).all()) for entry in method._state.lists[key])
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("paper", "released"), ("released", "paper")])
+def test_the_state_of_another_variant_is_refused(saved, loaded):
+    state = RWalk(make_model(), variant=saved).state_dict()
+    method = RWalk(make_model(), variant=loaded)
+    words = "missing running_fisher" if loaded == "released" else "unexpected running_fisher"
+    with pytest.raises(ValueError, match=words):
+        method.load_state_dict(state)
+
+
+def test_variants_keep_their_state_to_themselves():
+    released = RWalk(make_model(), variant="released")
+    assert released.fused_state is None
+    assert "running_fisher" in released.state_names
+    paper = RWalk(make_model())
+    assert paper.fused_state == RWalk.fused_state is not None
+    assert "running_fisher" not in paper.state_names

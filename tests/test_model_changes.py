@@ -1,0 +1,240 @@
+"""Models that change: frozen, tied, unused, added, grown and replaced parameters, other devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from changing_models import Spare, Tied, frozen, grow, grow_naive, run_task, twins
+from condition_loops import WAYS, Trained, assert_agree
+from naive_methods import CASES
+from torch import nn
+from toy_training import CLASSES, assert_same_state, make_model, make_task
+
+from clext import METHODS, SI, Baseline, RWalk
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
+    pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
+]
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(params=[kind for kind in METHODS if kind != "baseline"])
+def kind(request):
+    return METHODS[request.param]
+
+
+# ------------------------------------------------------------------ frozen, tied, unused
+
+
+@every_case
+@every_way
+@pytest.mark.parametrize("make", [frozen, Tied, Spare], ids=["frozen", "tied", "unused"])
+def test_only_what_is_trained_counts_and_once(case, way, make, device):
+    torch.manual_seed(4)
+    model = make()
+    trained, defined = twins(case, way, device, model)
+    for number in range(2):
+        run_task(number, trained, defined)
+    assert_agree(trained, defined)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(trained.method.importance) == ([] if case == "baseline" else trainable)
+
+
+@every_way
+def test_a_parameter_frozen_later_stays_and_costs_the_same_in_both_ways(kind, way, device):
+    trained = Trained(kind.name, way, device)
+    run_task(0, trained)
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter.add_(0.5)
+    trained.optimizer.zero_grad()
+    before, whole = trained.model[0].weight.detach().clone(), trained.method.penalty().item()
+    trained.model[0].requires_grad_(False)
+    expected = trained.method.penalty().item()
+    assert 0 < expected < whole
+    trained.backward(make_task(1, device=device)[0])
+    if way == "apart":
+        assert trained.method.add_penalty_grad_().item() == pytest.approx(expected)
+    else:
+        trained.optimizer.step()
+        assert trained.optimizer.penalty.item() == pytest.approx(expected)
+    run_task(1, trained)
+    assert trained.model[0].weight.grad is None
+    assert torch.equal(trained.model[0].weight, before)
+    assert "0.weight" in trained.method.importance
+
+
+@every_way
+def test_a_parameter_unfrozen_later_is_protected_from_then_on(kind, way, device):
+    model = make_model()
+    model[0].requires_grad_(False)
+    trained = Trained(kind.name, way, device, model)
+    run_task(0, trained)
+    important = {name: entry.clone() for name, entry in trained.method.importance.items()}
+    trained.model[0].requires_grad_(True)
+    trained.method.refresh_parameters()
+    trained.restart()
+    assert list(trained.method.importance) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    for name, entry in important.items():
+        assert torch.equal(trained.method.importance[name], entry)
+    assert trained.method.importance["0.weight"].eq(0).all()
+    assert torch.equal(trained.method.anchor["0.weight"], trained.model[0].weight)
+    run_task(1, trained)
+    assert trained.method.importance["0.weight"].gt(0).any()
+
+
+# ------------------------------------------------------------------ grown, added, replaced
+
+
+@every_case
+@every_way
+def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(case, way, device, plan):
+    trained, defined = twins(case, way, device, make_model())
+    run_task(0, trained, defined)
+    grow(trained.model)
+    grow(defined.model)
+    trained.method.refresh_parameters()
+    grow_naive(defined.naive)
+    for loop in (trained, defined):
+        loop.restart()
+    assert_agree(trained, defined)
+    run_task(1, trained, defined, labels=2)
+    run_task(2, trained, defined)
+    assert_agree(trained, defined)
+
+
+@every_way
+def test_parameters_added_later(kind, way, device):
+    model = make_model()
+    trained = Trained(kind.name, way, device, model)
+    run_task(0, trained)
+    important = {name: entry.clone() for name, entry in trained.method.importance.items()}
+    model.append(nn.Linear(CLASSES, CLASSES, device=device, dtype=torch.float64))
+    trained.method.refresh_parameters()
+    trained.restart()
+    for name, entry in important.items():
+        assert torch.equal(trained.method.importance[name], entry)
+    assert trained.method.importance["3.weight"].eq(0).all()
+    assert torch.equal(trained.method.anchor["3.weight"], model[3].weight)
+    assert trained.method.penalty().item() == pytest.approx(0, abs=1e-12)
+    run_task(1, trained)
+    assert trained.method.importance["3.weight"].gt(0).any()
+
+
+@every_way
+def test_a_module_replaced_by_one_of_its_shape_is_the_same_parameter(kind, way, device):
+    """By name: pulled to where its predecessor was. The exchange itself is not a movement."""
+    trained = Trained(kind.name, way, device)
+    run_task(0, trained)
+    anchor = trained.method.anchor["2.weight"].clone()
+    important = trained.method.importance["2.weight"].clone()
+    trained.model[2] = nn.Linear(6, CLASSES, device=device, dtype=torch.float64)
+    trained.method.refresh_parameters()
+    trained.restart()
+    assert torch.equal(trained.method.anchor["2.weight"], anchor)
+    assert torch.equal(trained.method.importance["2.weight"], important)
+    assert trained.method.penalty().item() > 0
+    for key in ("previous", "interval_start"):
+        for name, entry in trained.method._state.view(key).items():
+            now = trained.model.get_parameter(name)
+            torch.testing.assert_close(entry, now.detach(), rtol=1e-12, atol=1e-12)
+    run_task(1, trained)
+
+
+@pytest.mark.parametrize("kind", [SI, RWalk])
+def test_an_exchange_within_a_task_keeps_the_way_so_far(kind, device):
+    trained = Trained(kind.name, "apart", device)
+    batches = make_task(0, device=device)
+    for batch in batches[:5]:
+        trained.step(batch)
+    state = trained.method._state
+    path = state.view("path")["2.weight"].clone()
+    key = "interval_start" if kind is RWalk else "previous"
+    way = trained.model[2].weight.detach() - state.view(key)["2.weight"]
+    trained.model[2] = nn.Linear(6, CLASSES, device=device, dtype=torch.float64)
+    trained.method.refresh_parameters()
+    state = trained.method._state
+    assert torch.equal(state.view("path")["2.weight"], path)
+    torch.testing.assert_close(
+        trained.model[2].weight.detach() - state.view(key)["2.weight"], way, rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "shapes"),
+    [
+        (lambda: nn.Linear(6, CLASSES - 1), r"\[3, 6\] and now has \[2, 6\]"),
+        (lambda: nn.Linear(5, CLASSES + 1), r"\[3, 6\] and now has \[4, 5\]"),
+        (lambda: nn.Conv1d(6, CLASSES, 1), r"\[3, 6\] and now has \[3, 6, 1\]"),
+    ],
+    ids=["fewer rows", "more rows, fewer columns", "another dimension"],
+)
+@every_way
+def test_a_shape_that_no_longer_fits_is_named(kind, way, new, shapes, device):
+    trained = Trained(kind.name, way, device)
+    run_task(0, trained)
+    before = trained.method.state_dict()
+    trained.model[2] = new().to(device).double()
+    message = rf"{kind.name}: parameter '2.weight' had shape {shapes}: .*give the new parameter"
+    for call in (trained.method.refresh_parameters, trained.method.consolidate):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_same_state(trained.method.state_dict(), before)
+
+
+def test_a_method_that_keeps_nothing_takes_any_shape():
+    model = make_model()
+    method = Baseline(model)
+    model[2] = nn.Linear(6, 2).double()
+    method.refresh_parameters()
+    assert [entry.shape for entry in method._state.params][2] == (2, 6)
+
+
+# ------------------------------------------------------------------ converted, moved
+
+
+def assert_refused(trained, batch):
+    with pytest.raises((ValueError, TypeError), match=r"call refresh_parameters\(\)"):
+        trained.step(batch)
+    with pytest.raises((ValueError, TypeError), match=r"call refresh_parameters\(\)"):
+        trained.method.penalty()
+
+
+@every_way
+def test_a_model_converted_within_a_task(kind, way, device):
+    """The next call says what to do; afterwards training goes on, in the model's new precision."""
+    trained = Trained(kind.name, way, device, dtype=torch.float32)
+    run = [(x.float().to(device), y.to(device)) for x, y in make_task(0)]
+    for batch in run:
+        trained.step(batch)
+    trained.end_task(run)
+    trained.step(run[0])
+    important = {name: entry.clone() for name, entry in trained.method.importance.items()}
+    trained.model.double()
+    batches = make_task(1, device=device)
+    assert_refused(trained, batches[0])
+    trained.method.refresh_parameters()
+    for name, entry in trained.method.importance.items():
+        assert torch.equal(entry, important[name].double())
+    trained.restart()
+    for batch in batches:
+        trained.step(batch)
+    trained.end_task(batches)
+    assert all(entry.dtype == torch.float64 for entry in trained.method.importance.values())
+
+
+def test_a_model_moved_within_a_task(kind, device):
+    model = make_model()
+    method = kind(model)
+    model.to(device)
+    for call in (method.penalty, method.add_penalty_grad_):
+        if device == "cpu":
+            call()  # it has not moved
+        else:
+            with pytest.raises(ValueError, match=r"call refresh_parameters\(\)"):
+                call()
+    method.refresh_parameters()
+    assert method.penalty().device.type == method.add_penalty_grad_().device.type == device
