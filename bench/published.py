@@ -1,0 +1,297 @@
+"""Published results on Permuted MNIST, with the protocols they were measured by.
+
+A protocol says what everyone of its table shares; a row what one line of it does. Where the
+authors' released code differs from their paper, the code is followed, since it made the number, and
+the difference is named in the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from released import RunningFisherEWC
+from torch import Tensor, nn
+
+from clext.data import Batches, Dataset, Split
+from clext.methods import EWC, MAS, SI, Baseline, Method, RWalk
+from clext.optim import SGD, Adam
+
+Order = Callable[[int, torch.Generator], Iterator[Tensor]]
+
+
+def in_batches(_model: nn.Module, split: Split) -> Batches:
+    return Batches(split, 500)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published number, in per cent, and the method that it was measured with."""
+
+    name: str
+    published: float
+    tolerance: float  # how far one run of ours may be from it; see the protocol
+    method: Callable[[nn.Module], Method]
+    optimizer: Callable[[Method], Adam | SGD]
+    spread: str = ""  # as published
+    importance_data: Callable[[nn.Module, Split], Batches] = in_batches  # for `consolidate`
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the rows of a table share.
+
+    `order` gives the batches of a task as rows of the training data; `keep_optimizer` tells whether
+    one optimizer sees all tasks.
+    """
+
+    title: str
+    source: str
+    tasks: int
+    hidden: tuple[int, ...]
+    initialize: Callable[[nn.Module], None]
+    prepare: Callable[[Dataset], tuple[Split, Split]]
+    first_is_permuted: bool
+    batch_size: int
+    order: Order
+    keep_optimizer: bool
+    tolerance: str
+    rows: tuple[Row, ...]
+
+    def model(self, features: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for inputs, width in pairwise((features, *self.hidden)):
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Linear(self.hidden[-1], outputs))
+        for module in model:
+            self.initialize(module)
+        return model
+
+
+def epochs(count: int, batch_size: int) -> Order:
+    """Passes over the data, each in a new order, the last smaller batch included."""
+
+    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
+        for _ in range(count):
+            yield from torch.randperm(examples, generator=random).split(batch_size)
+
+    return order
+
+
+def iterations(count: int, batch_size: int) -> Order:
+    """So many whole batches, in a new order whenever the data is used up."""
+
+    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
+        left = count
+        while left > 0:
+            whole = torch.randperm(examples, generator=random).split(batch_size)
+            whole = whole[: min(left, examples // batch_size)]
+            left -= len(whole)
+            yield from whole
+
+    return order
+
+
+def adam(lr: float) -> Callable[[Method], Adam]:
+    return lambda method: Adam(method.model.parameters(), lr=lr, method=method)
+
+
+def sgd(lr: float) -> Callable[[Method], SGD]:
+    return lambda method: SGD(method.model.parameters(), lr=lr, method=method)
+
+
+# ---------------------------------------------------------------------- Zenke et al. 2017
+
+
+def glorot(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def plain(data: Dataset) -> tuple[Split, Split]:
+    return data.train, data.test
+
+
+def si_row(c: float, published: float, tolerance: float) -> Row:
+    return Row(
+        f"c={c:g}",
+        published,
+        tolerance,
+        lambda model: SI(model, strength=c, xi=0.1) if c else Baseline(model),
+        adam(1e-3),
+    )
+
+
+ZENKE = Protocol(
+    title="SI, Permuted MNIST, ten tasks",
+    source="Zenke et al. 2017 (arXiv:1703.04200), the results stored with the authors' code",
+    tasks=10,
+    hidden=(2000, 2000),
+    initialize=glorot,
+    prepare=plain,
+    first_is_permuted=False,
+    batch_size=256,
+    order=epochs(20, 256),
+    keep_optimizer=True,
+    tolerance="one published run each and no spread: 1 for c > 0.01, 2 for 0.01, 10 without",
+    rows=(
+        si_row(0.0, 57.41, 10.0),
+        si_row(0.01, 92.00, 2.0),
+        si_row(0.02, 93.91, 1.0),
+        si_row(0.1, 96.94, 1.0),
+    ),
+)
+
+
+# ---------------------------------------------------------------------- van de Ven and Tolias 2018
+
+
+def padded(data: Dataset) -> tuple[Split, Split]:
+    """28x28 images in the middle of 32x32 zeros; the zeros are permuted too."""
+
+    def pad(split: Split) -> Split:
+        images = split.inputs.view(-1, 28, 28)
+        return Split(nn.functional.pad(images, (2, 2, 2, 2)).flatten(1), split.labels)
+
+    return pad(data.train), pad(data.test)
+
+
+@torch.no_grad()
+def predicted(model: nn.Module, split: Split) -> Batches:
+    """The data with the classes that the model finds most likely, for the Fisher information."""
+    labels = torch.cat([model(inputs).argmax(1) for inputs, _ in Batches(split, 1000)])
+    return Batches(Split(split.inputs, labels), 500)
+
+
+VAN_DE_VEN = Protocol(
+    title="Domain-incremental Permuted MNIST, ten tasks",
+    source="van de Ven and Tolias 2018 (arXiv:1809.10635), Table 4",
+    tasks=10,
+    hidden=(1000, 1000),
+    initialize=lambda _module: None,
+    prepare=padded,
+    first_is_permuted=True,
+    batch_size=128,
+    order=iterations(5000, 128),
+    keep_optimizer=True,
+    tolerance="five times the published standard error",
+    rows=(
+        Row("none", 78.51, 1.2, Baseline, adam(1e-4), "0.24"),
+        Row(
+            "EWC",
+            94.31,
+            0.6,
+            lambda model: EWC(model, strength=250.0, anchors="all"),
+            adam(1e-4),
+            "0.11",
+            predicted,
+            "lambda 500 on half the sum; Fisher of the predicted class, as in the authors' code",
+        ),
+        Row(
+            "online EWC",
+            94.42,
+            0.7,
+            lambda model: EWC(model, strength=450.0, gamma=0.9),
+            adam(1e-4),
+            "0.13",
+            predicted,
+            "lambda 1000 on half of gamma times the sum; Fisher of the predicted class",
+        ),
+        Row(
+            "SI",
+            95.33,
+            0.6,
+            lambda model: SI(model, strength=5.0, xi=0.1),
+            adam(1e-4),
+            "0.11",
+            note="c = 5, xi = 0.1",
+        ),
+    ),
+)
+
+
+def truncated_normal(module: nn.Module) -> None:
+    """Standard deviation 0.1, cut at two of them; biases 0.1."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.1, a=-0.2, b=0.2)
+        nn.init.constant_(module.bias, 0.1)
+
+
+def without_validation(data: Dataset) -> tuple[Split, Split]:
+    """TensorFlow's reader of MNIST sets the first 5,000 training images apart."""
+    return Split(data.train.inputs[5000:], data.train.labels[5000:]), data.test
+
+
+A_GEM = Protocol(
+    title="Permuted MNIST, 17 tasks in one epoch each",
+    source="Chaudhry et al. 2019 (arXiv:1812.00420), Table 4",
+    tasks=17,
+    hidden=(256, 256),
+    initialize=truncated_normal,
+    prepare=without_validation,
+    first_is_permuted=True,
+    batch_size=10,
+    order=epochs(1, 10),
+    keep_optimizer=False,
+    tolerance="three times the published standard deviation",
+    rows=(
+        Row("none", 47.9, 3.9, Baseline, sgd(0.03), "1.3"),
+        Row(
+            "EWC",
+            68.3,
+            2.1,
+            lambda model: RunningFisherEWC(model, strength=10.0),
+            sgd(0.03),
+            "0.7",
+            note="released code: see bench/released.py",
+        ),
+        Row(
+            "MAS",
+            69.6,
+            2.7,
+            lambda model: MAS(model, strength=0.1, estimator="batch", gamma=0.0),
+            sgd(0.1),
+            "0.9",
+            lambda _model, split: Batches(split, 10),
+            "released code: gradients of batches of ten, the newest task's importance alone",
+        ),
+        Row(
+            "RWalk",
+            85.7,
+            1.8,
+            lambda model: RWalk(model, strength=1.0, variant="released"),
+            sgd(0.1),
+            "0.6",
+            note="released code: variant='released'",
+        ),
+        Row(
+            "EWC by its paper",
+            68.3,
+            2.1,
+            lambda model: EWC(model, strength=10.0),
+            sgd(0.03),
+            "0.7",
+            note="Fisher per sample, added up over tasks",
+        ),
+        Row(
+            "RWalk by its paper",
+            85.7,
+            1.8,
+            lambda model: RWalk(model, strength=1.0),
+            sgd(0.1),
+            "0.6",
+            note="variant='paper'",
+        ),
+    ),
+)
+
+PROTOCOLS = {"zenke2017": ZENKE, "vandeven2018": VAN_DE_VEN, "agem2019": A_GEM}
+
+
+def minutes(seconds: float) -> str:
+    return f"{math.floor(seconds / 60)} min {seconds % 60:02.0f} s"

@@ -1,0 +1,52 @@
+"""Methods as the released code of a paper has them, where that is not what any paper says."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clext import ops
+from clext.methods import Method
+
+
+class RunningFisherEWC(Method):
+    """EWC in the released code of A-GEM (Chaudhry et al. 2019, arXiv:1812.00420).
+
+    Its Fisher information is a moving average along the training, as in RWalk: every `interval`
+    steps running = 0.1 * running + 0.9 * mean of the squared gradient of a mini-batch. At the end
+    of a task it is scaled to [0, 1] and replaces, not joins, that of the tasks before.
+    """
+
+    name: ClassVar[str] = "running_fisher_ewc"
+    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "squares", "running")
+    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "steps")
+
+    def __init__(
+        self, model: nn.Module, *, strength: float | None = None, interval: int = 10
+    ) -> None:
+        super().__init__(model, strength=strength)
+        self.interval, self.steps = interval, 0
+
+    @torch.no_grad()
+    def add_penalty_grad_(self) -> Tensor:
+        """As ever, after a look at the gradient of the task alone."""
+        squares, running = self._state.lists["squares"], self._state.lists["running"]
+        grads = [entry.grad for entry in self._state.params if entry.grad is not None]
+        ops.accumulate_square_(squares, grads, 1 / self.interval)
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            torch._foreach_lerp_(running, squares, 0.9)
+            torch._foreach_zero_(squares)
+        return super().add_penalty_grad_()
+
+    @torch.no_grad()
+    def _end_task(self, dataloader: object) -> None:  # noqa: ARG002
+        running = self._state.lists["running"]
+        lowest = torch.stack([entry.min() for entry in running]).min()
+        highest = torch.stack([entry.max() for entry in running]).max()
+        for importance, entry in zip(self._state.lists["importance"], running, strict=True):
+            importance.copy_((entry - lowest) / (highest - lowest))
+        torch._foreach_zero_(self._state.lists["squares"])
+        self._state.restart("anchor")

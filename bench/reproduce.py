@@ -1,0 +1,111 @@
+"""Published numbers again: `python bench/reproduce.py NAME [--row ROW] [--seed N]`.
+
+NAME is a table of bench/published.py. Each row is trained by the protocol of its authors; the
+result is printed beside the published value and appended to bench/results/published.jsonl, which
+`python bench/report.py` turns into a table. MNIST has to be there, see `clext info`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from statistics import fmean
+
+import click
+import torch
+from published import PROTOCOLS, Protocol, Row, minutes
+from timing import machine, record
+
+from clext.data import Dataset, Split, load_dataset
+from clext.module_mode import module_mode
+from clext.seeding import Seeds, generator, isolated_rng
+from clext.steps import TaskSteps
+from clext.training import evaluate
+
+
+@click.command(help=__doc__)
+@click.argument("name", type=click.Choice(list(PROTOCOLS)))
+@click.option("--row", "rows", multiple=True, help="Only this row; may be given several times.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=[0], show_default=True)
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: str) -> None:
+    protocol = PROTOCOLS[name]
+    known = [row.name for row in protocol.rows]
+    if unknown := [row for row in rows if row not in known]:
+        raise click.BadParameter(f"{unknown[0]!r}; {name} has {', '.join(map(repr, known))}")
+    data = load_dataset("mnist", None, show=True)
+    print(f"{protocol.title}: {protocol.source}")
+    for seed in seeds:
+        for row in protocol.rows:
+            if not rows or row.name in rows:
+                run(name, protocol, row, data, seed, device)
+
+
+def run(name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, device: str) -> None:
+    """Train one row and record what came out."""
+    start = time.perf_counter()
+    curve = learn(protocol, row, data, seed, torch.device(device))
+    seconds = time.perf_counter() - start
+    got = 100 * curve[-1]
+    verdict = "agrees" if abs(got - row.published) <= row.tolerance else "DIFFERS"
+    print(
+        f"{row.name}: {got:.2f}, published {row.published:.2f} (tolerance {row.tolerance:g}): "
+        f"{verdict}; {minutes(seconds)}",
+        flush=True,
+    )
+    record(
+        "published",
+        {
+            "name": name,
+            "row": row.name,
+            "seed": seed,
+            "seeds": asdict(Seeds.derive(seed)),
+            "accuracy": round(got, 2),
+            "published": row.published,
+            "tolerance": row.tolerance,
+            "after_each_task": [round(100 * value, 2) for value in curve],
+            "seconds": round(seconds),
+            "machine": machine(device),
+        },
+    )
+
+
+def learn(
+    protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
+) -> list[float]:
+    """The average accuracy over the tasks seen, after each task."""
+    seeds = Seeds.derive(seed)
+    train, test = (split.to(device, torch.float32) for split in protocol.prepare(data))
+    features = train.inputs.shape[1]
+    with isolated_rng(seeds.model, device):
+        model = protocol.model(features, data.num_classes).to(device)
+    method = row.method(model)
+    optimizer = row.optimizer(method)
+    permutations, shuffle = generator(seeds.scenario), generator(seeds.shuffle)
+    tests: list[Split] = []
+    curve: list[float] = []
+    for task in range(protocol.tasks):
+        pixels = torch.randperm(features, generator=permutations)
+        if task == 0 and not protocol.first_is_permuted:
+            pixels = torch.arange(features)
+        split = permuted(train, pixels)
+        tests.append(permuted(test, pixels))
+        if not protocol.keep_optimizer:
+            optimizer = row.optimizer(method)
+        steps = TaskSteps(method, optimizer, split, protocol.batch_size, "fp32")
+        with module_mode(model, training=True):
+            for rows in protocol.order(len(split.labels), shuffle):
+                steps.take(rows.to(device))
+        curve.append(fmean(evaluate(model, seen) for seen in tests))
+        print(f"  {row.name}, seed {seed}: task {task + 1}: {curve[-1]:.4f}", flush=True)
+        if task + 1 < protocol.tasks:
+            method.consolidate(row.importance_data(model, split))
+    return curve
+
+
+def permuted(split: Split, pixels: torch.Tensor) -> Split:
+    return Split(split.inputs.index_select(1, pixels.to(split.inputs.device)), split.labels)
+
+
+if __name__ == "__main__":
+    reproduce()
