@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,11 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def tables(report: ModuleType) -> ModuleType:
+    return sys.modules["result_tables"]  # as the report imported it
+
+
 def entry(device: str, ms: float, **more: object) -> dict[str, object]:
     """A line of results, as far as the tables look at it."""
     machine = {
@@ -53,14 +59,14 @@ def test_every_table_has_a_place_in_a_document(report: ModuleType):
     assert set(re.findall(r"<!-- table (\w+) -->", texts)) == set(report.TABLES)
 
 
-def test_the_newest_line_counts_for_each_device(report: ModuleType):
+def test_the_newest_line_counts_for_each_device(tables: ModuleType):
     lines = [entry("A", 1.0, op="x"), entry("B", 2.0, op="x"), entry("A", 3.0, op="x")]
-    assert report.newest(lines, "op") == [lines[2], lines[1]]
+    assert tables.newest(lines, "op") == [lines[2], lines[1]]
 
 
-def test_each_device_gets_a_table_that_names_it(report: ModuleType):
+def test_each_device_gets_a_table_that_names_it(tables: ModuleType):
     lines = [entry("A", 1.0), entry("B", 2.0)]
-    text = report.by_device(lines, ["op", "ms"], lambda e: ["x", f"{e['ms']['clext']:.1f}"])
+    text = tables.by_device(lines, ["op", "ms"], lambda e: ["x", f"{e['ms']['clext']:.1f}"])
     assert text.splitlines() == [
         "| op | ms |",
         "| --- | ---: |",
@@ -74,7 +80,7 @@ def test_each_device_gets_a_table_that_names_it(report: ModuleType):
         "",
         "Measured on B, 2 threads, torch 2.15.0, clext 0.1.0 (2026-11-22).",
     ]
-    assert report.by_device([], ["op"], list) == "Not measured yet."
+    assert tables.by_device([], ["op"], list) == "Not measured yet."
 
 
 def test_a_table_is_written_between_its_marks_alone(report: ModuleType, monkeypatch):

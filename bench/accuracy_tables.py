@@ -1,0 +1,105 @@
+"""Tables of what was learned: accuracies of runs, and published numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+from statistics import fmean
+
+from result_tables import RESULTS, Entry, by_device, markdown, newest, read_lines
+
+
+def read_comparison() -> dict[str, Entry]:
+    file = RESULTS / "permuted_mnist" / "comparison.json"
+    results: dict[str, Entry] = json.loads(file.read_text())["results"]
+    return results
+
+
+def accuracy_table() -> str:
+    rows = []
+    for name, result in read_comparison().items():
+        final = [a for a in result["accuracy"][-1] if a is not None]
+        worst = min(final)
+        strength = f"{result['config']['strength']:g}"
+        rows.append([f"`{name}`", strength, f"{sum(final) / len(final):.4f}", f"{worst:.4f}"])
+    head = ["method", "strength", "average accuracy", "worst task"]
+    return markdown(head, rows)
+
+
+def published_table() -> str:
+    """A line for each published number, the mean over our seeds beside it."""
+    from published import PROTOCOLS, verdict
+
+    runs = newest(read_lines("published"), "name", "row", "seed")
+    rows = []
+    for name, protocol in PROTOCOLS.items():
+        for row in protocol.rows:
+            found = [e for e in runs if (e["name"], e["row"]) == (name, row.name)]
+            values = [e["accuracy"] for e in found]
+            published = "" if row.published is None else f"{row.published:.2f}"
+            rows.append(
+                [
+                    f"`{name}`",
+                    row.name,
+                    published + (f" +- {row.spread}" if row.spread else ""),
+                    f"{row.tolerance:g}" if published else "",
+                    f"{fmean(values):.2f}" if values else "not run yet",
+                    str(len(values) or ""),
+                    verdict(row, fmean(values)) if values else "",
+                ]
+            )
+    head = ["table", "row", "published, %", "tolerance", "clext, %", "seeds", ""]
+    return markdown(head, rows)
+
+
+def course_table() -> str:
+    """A method's rows side by side: the course's formula, parts of it, the paper's."""
+    head = ["method", "formula", "strength", "tasks x epochs", "average accuracy", "worst task"]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            f"`{e['method']}`",
+            e["formula"],
+            f"{e['strength']:g}",
+            f"{e['tasks']} x {e['epochs']}",
+            f"{e['average_accuracy'][-1]:.4f}",
+            f"{min(e['final_accuracy']):.4f}",
+        ]
+
+    entries = newest(read_lines("course"), "method", "formula", "strength")
+    methods = list(dict.fromkeys(e["method"] for e in entries))
+    return by_device(sorted(entries, key=lambda e: methods.index(e["method"])), head, row)
+
+
+def sweep_table() -> str:
+    runs = read_lines("sweep") + compared()
+    # Deterministic, so a second run of the same settings says nothing new.
+    entries = {(e["method"], e["strength"], str(e["options"]), e["seed"]): e for e in runs}.values()
+    rows = [
+        [
+            f"`{e['method']}`",
+            f"{e['strength']:g}",
+            ", ".join(f"{k}={v}" for k, v in e["options"].items() if k != "seed"),
+            str(e["seed"]),
+            f"{e['average_accuracy'][-1]:.4f}",
+        ]
+        for e in sorted(entries, key=lambda e: (e["method"], e["strength"], e["seed"]))
+    ]
+    return markdown(["method", "strength", "options", "seed", "average accuracy"], rows)
+
+
+def compared() -> list[Entry]:
+    """The runs of `clext compare`, as entries of the sweep."""
+    entries = []
+    for name, result in read_comparison().items():
+        config = result["config"]
+        final = [a for a in result["accuracy"][-1] if a is not None]
+        entries.append(
+            {
+                "method": name,
+                "strength": config["strength"],
+                "options": config["method_options"],
+                "seed": config["seed"],
+                "average_accuracy": [sum(final) / len(final)],
+            }
+        )
+    return entries

@@ -1,0 +1,201 @@
+"""Tables of time, traffic and sizes."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from result_tables import NOT_MEASURED, Entry, by_device, markdown, newest, read_lines, times, where
+
+NAMES = {"torch": "plain torch"}
+CONTESTANTS = ("clext", "course")
+MODEL_NAMES = {"mlp": "course MLP, 1.5 M", "resnet18": "ResNet-18, 11.7 M", "vit_b": "ViT-B, 86 M"}
+
+
+def penalty_table() -> str:
+    entries = newest(read_lines("ops"), "op", "model")
+    head = [
+        "model",
+        "clext, ms",
+        "autograd loop",
+        "`torch._foreach`",
+        "`torch.compile`",
+        "of a copy",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            MODEL_NAMES[e["model"]],
+            f"{e['ms']['clext']:.2f}",
+            *(times(e["ratio"][name]) for name in ("loop", "foreach", "compile")),
+            f"{1 / e['share_of_copy_bandwidth']:.2f}x",
+        ]
+
+    chosen = [e for e in entries if e["op"] == "add_quadratic_penalty_grad_"]
+    return by_device(chosen, head, row)
+
+
+def traffic_table() -> str:
+    """From the definitions of the benchmarks, not from results."""
+    from cases import CASES
+    from steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, least_traffic
+
+    counts = {f"`{op}`": (case.reads, case.writes) for op, case in CASES.items()}
+    for optimizer in CLEXT_OPTIMIZERS:
+        for method in METHOD_LISTS:
+            counts[step_name(optimizer, method)] = least_traffic(optimizer, method)
+    rows = [
+        [name, str(reads), str(writes), str(4 * (reads + writes))]
+        for name, (reads, writes) in counts.items()
+    ]
+    return markdown(["op", "read", "written", "bytes/element"], rows)
+
+
+def step_name(optimizer: str, method: str) -> str:
+    return f"`{optimizer}_step_`" + ("" if method == "none" else f", {method}")
+
+
+def ops_table() -> str:
+    head = [
+        "op",
+        "model",
+        "bytes/element",
+        "ms",
+        "GB/s",
+        "of copy bandwidth",
+        "loop",
+        "foreach",
+        "compile",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            f"`{e['op']}`",
+            e["model"],
+            f"{e['bytes'] / e['elements']:.0f}",
+            f"{e['ms']['clext']:.3f}",
+            f"{e['gb_per_s']:.0f}",
+            f"{100 * e['share_of_copy_bandwidth']:.0f}%",
+            *(times(e["ratio"].get(name)) for name in ("loop", "foreach", "compile")),
+        ]
+
+    return by_device(newest(read_lines("ops"), "op", "model"), head, row)
+
+
+def fused_table() -> str:
+    """The README's part of the table `optim`: Adam with SI."""
+    entries = newest(read_lines("optim"), "optimizer", "method", "model")
+    head = ["model", "clext, ms", "separate passes", "course loops", "of a copy"]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            MODEL_NAMES[e["model"]],
+            f"{e['ms']['fused']:.2f}",
+            times(e["ratio"]["separate"]),
+            times(e["ratio"]["course"]),
+            f"{1 / e['share_of_copy_bandwidth']:.2f}x",
+        ]
+
+    chosen = [e for e in entries if (e["optimizer"], e["method"]) == ("adam", "si")]
+    return by_device(chosen, head, row)
+
+
+def optim_table() -> str:
+    head = [
+        "step",
+        "model",
+        "bytes/element",
+        "ms",
+        "of copy bandwidth",
+        "separate passes",
+        "course loops",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            step_name(e["optimizer"], e["method"]),
+            e["model"],
+            f"{e['bytes'] / e['elements']:.0f}",
+            f"{e['ms']['fused']:.3f}",
+            f"{100 * e['share_of_copy_bandwidth']:.0f}%",
+            times(e["ratio"]["separate"], 2),
+            times(e["ratio"]["course"]),
+        ]
+
+    return by_device(newest(read_lines("optim"), "optimizer", "method", "model"), head, row)
+
+
+def protocol_table() -> str:
+    head = [
+        "method",
+        "tasks x epochs",
+        "precision",
+        "clext, s",
+        "course loop, s",
+        "faster",
+        "accuracy",
+        "of the course loop",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        course = e["seconds"].get("course")
+        return [
+            f"`{e['method']}`",
+            f"{e['tasks']} x {e['epochs']}",
+            e["precision"],
+            f"{e['seconds']['clext']:.1f}",
+            "" if course is None else f"{course:.1f}",
+            times(e["ratio"]),
+            *("" if not a else f"{fmean(a):.4f}" for a in map(e["accuracy"].get, CONTESTANTS)),
+        ]
+
+    keys = ("method", "tasks", "epochs", "precision")
+    return by_device(newest(read_lines("protocol"), *keys), head, row)
+
+
+def step_table() -> str:
+    """A line for each method, the precisions side by side; one table for each device."""
+    runs = newest(({"precision": "fp32", **e} for e in read_lines("step")), "model", "precision")
+    devices: dict[str, list[Entry]] = {}
+    for e in runs:
+        devices.setdefault(e["machine"]["device"], []).append(e)
+    parts = []
+    for entries in devices.values():
+        head = ["method"]
+        rows = {name: [NAMES.get(name, f"`{name}`")] for e in entries for name in e["ms"]}
+        for e in entries:
+            head += [f"{e['precision']}, ms a step", "of baseline"]
+            for name, cells in rows.items():
+                measured = name in e["ms"]
+                cells.append(f"{e['ms'][name]:.2f}" if measured else "")
+                cells.append(times(e["against_baseline"].get(name), 2))
+        parts.append(markdown(head, list(rows.values())) + "\n\n" + where(entries))
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def course_sizes_table() -> str:
+    def row(e: Entry) -> list[str]:
+        course, paper = e["mean"]["course"], e["mean"]["paper"]
+        return [f"`{e['method']}`", f"{course:.2g}", f"{paper:.2g}", f"{paper / course:.1f}"]
+
+    head = ["class", "mean importance, course", "paper", "times smaller"]
+    return by_device(newest(read_lines("course_sizes"), "method"), head, row)
+
+
+def course_step_table() -> str:
+    return by_device(
+        newest(read_lines("course_step"), "method"),
+        ["class", "notebook, ms", "clext.course, ms", "faster"],
+        lambda e: [
+            f"`{e['method']}`",
+            *(f"{e['ms'][name]:.2f}" for name in ("notebook", "clext")),
+            times(e["ratio"]),
+        ],
+    )
+
+
+def plan_table() -> str:
+    return by_device(
+        newest(read_lines("plan"), "tensors"),
+        ["tensors", "ParameterPlan, us", "dispatcher op, us"],
+        lambda e: [str(e["tensors"]), f"{e['us']['plan']:.1f}", f"{e['us']['op']:.1f}"],
+    )
