@@ -21,9 +21,9 @@ from torch import nn
 
 from clext.importance import (
     SlowImportanceWarning,
+    fallback,
     fisher_information,
     output_sensitivity,
-    per_sample,
     sliced_cramer_importance,
 )
 
@@ -266,7 +266,7 @@ def test_compiled_models_are_seen_through(device):
 
 @pytest.mark.parametrize("make", BY_RULE)
 def test_linear_models_take_one_backward_per_batch(make, monkeypatch):
-    monkeypatch.setattr(per_sample.PerSampleSum, "_add_singly", None)
+    monkeypatch.setattr(fallback.SingleSamples, "add", None)
     model = make().double()
     fisher_information(model, params_of(model), make_batches())
 
@@ -288,7 +288,7 @@ def test_torch_func_is_chunked_to_a_bound(device, monkeypatch):
     params, batches = params_of(model), make_batches()
     expected = fisher_oracle(model, params, batches)
     sample_bytes = sum(p.numel() * p.element_size() for p in params)
-    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", 2 * sample_bytes)
+    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 2 * sample_bytes)
     assert_close(fisher_information(model, params, batches), expected)
 
 

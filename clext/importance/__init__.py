@@ -4,9 +4,9 @@ Each estimate leaves the model as it was, gradients, buffers, training flags and
 included, and is the same however the data is split into batches (but for the "batch" kinds).
 """
 
+from clext.importance.fallback import SlowImportanceWarning
 from clext.importance.fisher import FISHER_KINDS, fisher_information
 from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
-from clext.importance.per_sample import SlowImportanceWarning
 from clext.importance.scp import sliced_cramer_importance
 
 __all__ = [

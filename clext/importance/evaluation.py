@@ -132,7 +132,11 @@ def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> d
         retain_graph=True,  # another cotangent may follow
         allow_unused=True,
     )
-    return {i: entry for i, entry in zip(trainable, found, strict=True) if entry is not None}
+    return {
+        i: entry.to_dense()  # an Embedding may give a sparse one
+        for i, entry in zip(trainable, found, strict=True)
+        if entry is not None
+    }
 
 
 def averaged(owner: str, sums: list[Tensor], samples: int) -> list[Tensor]:

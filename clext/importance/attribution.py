@@ -1,0 +1,181 @@
+"""What of a forward pass the layer rules explain: found out, and remembered for later batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clext.importance.capture import output_gradients
+from clext.importance.layers import itself
+from clext.importance.samples import Layout, fits, possible_layouts, probes
+from clext.tensor_lists import state_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from clext.importance.capture import Call
+    from clext.importance.layers import Use
+
+# How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
+# (half precision calculates in float32 here), far below what a hidden use changes.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
+
+
+class BoundCall:
+    """A call with the layout of its samples: its tensors as rows, see layers.py."""
+
+    def __init__(self, call: Call, layout: Layout, samples: int) -> None:
+        self.call = call
+        self._layout, self._samples = layout, samples
+        self._features: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """What the output gradient is multiplied with, [samples, rows, ...]."""
+        if self._features is None:
+            call = self.call
+            rows = self._layout.rows(call.inputs, call.row_dims[0], self._samples)
+            if rows.is_floating_point():
+                rows = rows.to(call.dtype)
+            self._features = call.rule.features(rows)
+        return self._features
+
+    @property
+    def separable(self) -> bool:
+        """Whether a function of the gradient is the gradient of the functions."""
+        return self.call.rule.separable(self.features)
+
+    def rows(self, g: Tensor) -> Tensor:
+        """The gradient by the call's output as [samples, rows, ...]."""
+        return self._layout.rows(g, self.call.row_dims[1], self._samples)
+
+    def use(self, name: str, rows: Tensor) -> Use:
+        """The parameter `name` in this call, for the output gradient `rows`."""
+        return self.call.rule, name, self.features, rows
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where the gradients of single samples come from.
+
+    `layouts`: of each call, None if its rows do not belong to samples. `uses`: of each parameter
+    that the rules explain, its calls (by number) and names in them. `singly`: the parameters that
+    they do not explain.
+    """
+
+    layouts: list[Layout | None]
+    uses: dict[int, list[tuple[int, str]]]
+    singly: frozenset[int]
+
+
+def bind(
+    calls: Sequence[Call], layouts: Sequence[Layout | None], samples: int
+) -> list[BoundCall | None]:
+    """The calls with their layouts; None where there is none."""
+    return [
+        None if layout is None else BoundCall(call, layout, samples)
+        for call, layout in zip(calls, layouts, strict=True)
+    ]
+
+
+class Attributions:
+    """Finds the attribution of each batch's forward pass, at most once for each kind of pass.
+
+    Two passes are of one kind if they call the same layers in the same order, with sizes that allow
+    the same layouts. The first one is probed: its rows are matched to samples by which samples
+    move them, and the gradient by the rules is compared with autograd's, so that uses of a
+    parameter that no hook sees are noticed.
+    """
+
+    def __init__(self, params: Sequence[Tensor], without_rule: Iterable[int]) -> None:
+        self._params, self._without_rule = params, frozenset(without_rule)
+        self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
+        self._known: dict[object, Attribution] = {}
+
+    def of(self, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
+        """The attribution of one pass whose rows are to be told apart by `samples` samples."""
+        possible = [_possible(call, samples) for call in calls]
+        kind = (samples == 1, *((call.rule, p) for call, p in zip(calls, possible, strict=True)))
+        if kind not in self._known:
+            found, settled = self._probe(outputs, calls, possible, samples)
+            if not settled:
+                return found
+            self._known[kind] = found
+        return self._known[kind]
+
+    def _probe(
+        self,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        possible: list[tuple[Layout, ...]],
+        samples: int,
+    ) -> tuple[Attribution, bool]:
+        """The attribution, and whether it settles that of all passes of this kind."""
+        weights = torch.zeros_like(outputs)
+        for probe, chosen in probes(outputs, samples):
+            weights += probe
+            gradients, _ = output_gradients(outputs, calls, probe)
+            for c, g in enumerate(gradients):
+                if g is not None:
+                    dims = calls[c].row_dims[1]
+                    possible[c] = tuple(p for p in possible[c] if fits(g, p, dims, chosen))
+        layouts = [entries[0] if entries else None for entries in possible]
+        uses: dict[int, list[tuple[int, str]]] = {}
+        for c, call in enumerate(calls):
+            for name, i in call.places.items():
+                uses.setdefault(i, []).append((c, name))
+        singly, moved = self._unexplained(outputs, calls, weights, layouts, uses, samples)
+        kept = {i: entry for i, entry in uses.items() if i not in singly}
+        # What is zero fits everything, and so does an arrangement that two layouts describe.
+        settled = moved and all(len(entries) <= 1 for entries in possible)
+        return Attribution(layouts, kept, frozenset(singly)), settled
+
+    def _unexplained(
+        self,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        weights: Tensor,
+        layouts: list[Layout | None],
+        uses: dict[int, list[tuple[int, str]]],
+        samples: int,
+    ) -> tuple[set[int], bool]:
+        """The parameters whose gradient the rules do not give, and whether no gradient is zero."""
+        params = [self._params[i] for i in self._trainable]
+        by_output, by_parameter = output_gradients(outputs, calls, weights, params)
+        bound = bind(calls, layouts, samples)
+        singly, moved = set(self._without_rule), True
+        for i, gradient in zip(self._trainable, by_parameter, strict=True):
+            if i in singly or gradient is None:
+                continue
+            gradient = gradient.to_dense()
+            moved = moved and bool(gradient.any())
+            places = [(bound[c], name, by_output[c]) for c, name in uses.get(i, [])]
+            if not _explain(gradient, places):
+                singly.add(i)
+        return singly, moved
+
+
+def _explain(
+    gradient: Tensor, places: Sequence[tuple[BoundCall | None, str, Tensor | None]]
+) -> bool:
+    """Whether the rules' gradient is autograd's."""
+    total = torch.zeros_like(gradient, dtype=state_dtype(gradient.dtype))
+    size = torch.zeros_like(total)
+    for call, name, g in places:
+        if g is None:
+            continue
+        if call is None:
+            return False
+        rule, name, features, rows = call.use(name, call.rows(g))
+        rule.add_(total, name, features, rows, itself)
+        rule.add_(size, name, features.abs(), rows.abs(), itself)
+    tolerance = _TOLERANCE[total.dtype]
+    return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
+
+
+def _possible(call: Call, samples: int) -> tuple[Layout, ...]:
+    leading = call.inputs.dim() - call.row_dims[0]
+    return possible_layouts(call.inputs.shape[:leading], samples)
