@@ -10,13 +10,13 @@ from torch import Tensor
 
 from clext.importance.capture import output_gradients
 from clext.importance.layers import itself
-from clext.importance.samples import Layout, fits, possible_layouts, probes
+from clext.importance.samples import GROUPS, Layout, fits, possible_layouts, probes
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from clext.importance.capture import Call
+    from clext.importance.capture import Call, Capture
     from clext.importance.layers import Use
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
@@ -82,38 +82,69 @@ def bind(
 
 
 class Attributions:
-    """Finds the attribution of each batch's forward pass, at most once for each kind of pass.
+    """Finds the attribution of each batch's forward pass, once for each kind of pass.
 
     Two passes are of one kind if they call the same layers in the same order, with sizes that allow
     the same layouts. The first one is probed: its rows are matched to samples by which samples
     move them, and the gradient by the rules is compared with autograd's, so that uses of a
-    parameter that no hook sees are noticed.
+    parameter that no hook sees are noticed. A few samples of the batch are enough for that, most
+    of the time.
     """
 
-    def __init__(self, params: Sequence[Tensor], without_rule: Iterable[int]) -> None:
-        self._params, self._without_rule = params, frozenset(without_rule)
+    def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
+        self._capture, self._params = capture, params
         self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
         self._known: dict[object, Attribution] = {}
 
-    def of(self, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
-        """The attribution of one pass whose rows are to be told apart by `samples` samples."""
+    def of(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
+        """The attribution of the pass of `x` that made `outputs` and `calls`.
+
+        Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
+        """
         possible = [_possible(call, samples) for call in calls]
         kind = (samples == 1, *((call.rule, p) for call, p in zip(calls, possible, strict=True)))
         if kind not in self._known:
-            found, settled = self._probe(outputs, calls, possible, samples)
-            if not settled:
-                return found
+            found = self._of_few(x, outputs, calls, possible) if samples > 2 else None
+            if found is None:
+                found, settled = self._probe(outputs, calls, possible, samples)
+                if not settled:
+                    return found
             self._known[kind] = found
         return self._known[kind]
+
+    def _of_few(
+        self,
+        x: Tensor,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        possible: Sequence[tuple[Layout, ...]],
+    ) -> Attribution | None:
+        """The attribution by the batch's first samples, or None if they are not enough for it."""
+        samples = min(GROUPS, len(x) - 1)
+        few, few_calls = self._capture.forward(x[:samples])
+        if not _same(few, outputs[:samples]):
+            # What one sample becomes depends on the others: none has a gradient of its own here.
+            return Attribution([None] * len(calls), {}, frozenset(self._trainable))
+        if [call.rule for call in calls] != [call.rule for call in few_calls]:
+            return None
+        few_possible = [_possible(call, samples) for call in few_calls]
+        found, settled = self._probe(few, few_calls, few_possible, samples)
+        if not settled:
+            return None
+        for layout, allowed in zip(found.layouts, possible, strict=True):
+            if layout is not None and layout not in allowed:
+                return None
+        return found
 
     def _probe(
         self,
         outputs: Tensor,
         calls: Sequence[Call],
-        possible: list[tuple[Layout, ...]],
+        possible: Sequence[tuple[Layout, ...]],
         samples: int,
     ) -> tuple[Attribution, bool]:
         """The attribution, and whether it settles that of all passes of this kind."""
+        remaining = list(possible)
         weights = torch.zeros_like(outputs)
         for probe, chosen in probes(outputs, samples):
             weights += probe
@@ -121,8 +152,8 @@ class Attributions:
             for c, g in enumerate(gradients):
                 if g is not None:
                     dims = calls[c].row_dims[1]
-                    possible[c] = tuple(p for p in possible[c] if fits(g, p, dims, chosen))
-        layouts = [entries[0] if entries else None for entries in possible]
+                    remaining[c] = tuple(p for p in remaining[c] if fits(g, p, dims, chosen))
+        layouts = [entries[0] if entries else None for entries in remaining]
         uses: dict[int, list[tuple[int, str]]] = {}
         for c, call in enumerate(calls):
             for name, i in call.places.items():
@@ -130,7 +161,7 @@ class Attributions:
         singly, moved = self._unexplained(outputs, calls, weights, layouts, uses, samples)
         kept = {i: entry for i, entry in uses.items() if i not in singly}
         # What is zero fits everything, and so does an arrangement that two layouts describe.
-        settled = moved and all(len(entries) <= 1 for entries in possible)
+        settled = moved and all(len(entries) <= 1 for entries in remaining)
         return Attribution(layouts, kept, frozenset(singly)), settled
 
     def _unexplained(
@@ -146,7 +177,7 @@ class Attributions:
         params = [self._params[i] for i in self._trainable]
         by_output, by_parameter = output_gradients(outputs, calls, weights, params)
         bound = bind(calls, layouts, samples)
-        singly, moved = set(self._without_rule), True
+        singly, moved = set(self._capture.without_rule), True
         for i, gradient in zip(self._trainable, by_parameter, strict=True):
             if i in singly or gradient is None:
                 continue
@@ -174,6 +205,14 @@ def _explain(
         rule.add_(size, name, features.abs(), rows.abs(), itself)
     tolerance = _TOLERANCE[total.dtype]
     return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
+
+
+def _same(few: object, outputs: Tensor) -> bool:
+    """Whether the outputs of a few samples are what they are in the whole batch, but for rounding."""
+    if not isinstance(few, Tensor) or few.shape != outputs.shape:
+        return False
+    difference = (few - outputs).detach().norm()
+    return bool(difference <= _TOLERANCE[state_dtype(outputs.dtype)] * outputs.detach().norm())
 
 
 def _possible(call: Call, samples: int) -> tuple[Layout, ...]:

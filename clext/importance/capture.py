@@ -1,4 +1,4 @@
-"""A forward pass that remembers what goes into each layer with a rule, and where its gradient is."""
+"""A forward pass that remembers what goes into each layer with a rule, and where gradients go."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ class _Embedding(LayerRule):
         return inputs.long()
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
-        kept = features != self.layer.padding_idx
+        kept = self._kept(features)
         keys = features + self.layer.num_embeddings * _number(features)
         keys, sums = _sum_by_key(keys[kept], g[kept])
         flat = g.new_zeros(len(g) * self.layer.num_embeddings, self.layer.embedding_dim)
@@ -194,11 +194,15 @@ class _Embedding(LayerRule):
         function: Function,
     ) -> None:
         # Only tokens that occur: first the sum for each token and sample, then for each token.
-        kept = features != self.layer.padding_idx
+        kept = self._kept(features)
         keys = features * len(g) + _number(features)
         keys, sums = _sum_by_key(keys[kept], g[kept])
         tokens, sums = _sum_by_key(keys // len(g), function(sums))
         acc.index_add_(0, tokens, sums)
+
+    def _kept(self, tokens: Tensor) -> Tensor:
+        padding = self.layer.padding_idx
+        return torch.ones_like(tokens, dtype=torch.bool) if padding is None else tokens != padding
 
 
 def _number(tokens: Tensor) -> Tensor:
@@ -245,7 +249,8 @@ class _BatchNorm(_Norm):
         shape = (-1, *[1] * (inputs.dim() - 2))
         mean: Tensor = self.layer.running_mean.to(inputs).view(shape)
         variance: Tensor = self.layer.running_var.to(inputs).view(shape)
-        return (inputs - mean) * (variance + self.layer.eps).rsqrt()
+        eps: float = self.layer.eps
+        return (inputs - mean) * (variance + eps).rsqrt()
 
 
 class _InstanceNorm(_BatchNorm):

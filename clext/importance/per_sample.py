@@ -37,7 +37,7 @@ class PerSampleSum:
         self._owner, self._model, self._params = owner, model, params
         self._function = torch.abs if absolute else torch.square
         self._capture = Capture(model, params)
-        self._attributions = Attributions(params, self._capture.without_rule)
+        self._attributions = Attributions(self._capture, params)
         self.sums = allocate_state(params)
         self._singles = SingleSamples(model, params, self.sums, self._function)
 
@@ -49,7 +49,7 @@ class PerSampleSum:
         first = next(weights)  # refuses bad labels before anything is computed
         if not outputs.requires_grad:
             return  # of no parameter
-        attribution = self._attributions.of(outputs, calls, len(x))
+        attribution = self._attributions.of(x, outputs, calls, len(x))
         if attribution.singly:
             tell(self._model, self._params, attribution.singly)
         batch = _Batch(self.sums, calls, attribution, len(x), self._function)

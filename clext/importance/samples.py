@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 # A probe tells so many groups of samples apart, at the price of a backward pass for each.
-_GROUPS = 4
+GROUPS = 4
 _SEED = 0
 
 
@@ -66,7 +66,7 @@ def probes(outputs: Tensor, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
     if samples == 1:
         yield weights, torch.ones(1, dtype=torch.bool, device=outputs.device)
         return
-    groups = min(_GROUPS, samples)
+    groups = min(GROUPS, samples)
     group = torch.randperm(samples, generator=draws).to(outputs.device) % groups
     for k in range(groups):
         chosen = group == k
