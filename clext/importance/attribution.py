@@ -208,7 +208,7 @@ def _explain(
 
 
 def _same(few: object, outputs: Tensor) -> bool:
-    """Whether the outputs of a few samples are what they are in the whole batch, but for rounding."""
+    """Whether a few samples have the outputs that they have in the whole batch."""
     if not isinstance(few, Tensor) or few.shape != outputs.shape:
         return False
     difference = (few - outputs).detach().norm()

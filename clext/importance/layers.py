@@ -76,7 +76,7 @@ class LayerRule:
     gives_rows = False
 
     def add_rows_(self, rows: Tensor, name: str, features: Tensor, g: Tensor) -> None:
-        """Add the gradient for g[k] to rows[k], all samples in one: features [n, ...]."""
+        """Add the gradient for g[k] to rows[k]: features [n, ...], g [K, n, ...], all samples."""
         raise NotImplementedError
 
 
@@ -163,7 +163,9 @@ class _Conv(LayerRule):
             ),
         ).reshape(samples * layer.groups, channels * math.prod(layer.kernel_size), -1)
         by_channel = g.transpose(1, 2).reshape(len(windows), layer.out_channels // layer.groups, -1)
-        return (by_channel @ windows.transpose(1, 2)).view(samples, *layer.weight.shape)
+        # The larger matrix first, which is faster for few channels.
+        product = windows @ by_channel.transpose(1, 2)
+        return product.transpose(1, 2).reshape(samples, *layer.weight.shape)
 
 
 class _Embedding(LayerRule):
