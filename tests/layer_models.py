@@ -284,7 +284,7 @@ FALLBACK = {
         embedded(lambda m, x: m.table(tokens(x)).tanh(), scale_grad_by_freq=True),
         ["table"],
     ),
-    "weight norm": (weight_norm, ["layer.parametrizations"]),
+    "weight norm": (weight_norm, ["layer."]),
     "transposed": (
         lambda: stack((4, 6), nn.ConvTranspose1d(4, 2, 3), nn.Conv1d(2, 3, 2)),
         ["1."],

@@ -63,12 +63,13 @@ class Attribution:
 
     `layouts`: of each call, None if its rows do not belong to samples. `uses`: of each parameter
     that the rules explain, its calls (by number) and names in them. `singly`: the parameters that
-    they do not explain.
+    they do not explain. `mixed`: the samples of a batch even change each other's outputs.
     """
 
     layouts: list[Layout | None]
     uses: dict[int, list[tuple[int, str]]]
     singly: frozenset[int]
+    mixed: bool = False
 
 
 def bind(
@@ -104,7 +105,7 @@ class Attributions:
         possible = [_possible(call, samples) for call in calls]
         kind = (samples == 1, *((call.rule, p) for call, p in zip(calls, possible, strict=True)))
         if kind not in self._known:
-            found = self._of_few(x, outputs, calls, possible) if samples > 2 else None
+            found = self._of_few(x, outputs, calls, possible) if samples > 1 else None
             if found is None:
                 found, settled = self._probe(outputs, calls, possible, samples)
                 if not settled:
@@ -123,9 +124,10 @@ class Attributions:
         samples = min(GROUPS, len(x) - 1)
         few, few_calls = self._capture.forward(x[:samples])
         if not _same(few, outputs[:samples]):
-            # What one sample becomes depends on the others: none has a gradient of its own here.
-            return Attribution([None] * len(calls), {}, frozenset(self._trainable))
-        if [call.rule for call in calls] != [call.rule for call in few_calls]:
+            everything = frozenset(self._trainable)
+            return Attribution([None] * len(calls), {}, everything, mixed=True)
+        same_calls = [call.rule for call in calls] == [call.rule for call in few_calls]
+        if samples == 1 or not same_calls:
             return None
         few_possible = [_possible(call, samples) for call in few_calls]
         found, settled = self._probe(few, few_calls, few_possible, samples)

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clext.importance.evaluation import gradients
 from clext.tensor_lists import state_dtype
@@ -79,7 +80,9 @@ class SingleSamples:
         size = max(1, _CHUNK_BYTES // max(1, sample_bytes))
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
-            for name, gradient in gradients_of(values, x[chunk], cotangent[chunk]).items():
+            with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
+                found = gradients_of(values, x[chunk], cotangent[chunk])
+            for name, gradient in found.items():
                 wide = gradient.to(state_dtype(gradient.dtype))
                 sums[places[name]].add_(self._function(wide).sum(0))
         for i, entry in sums.items():  # all samples or none: the loop may have to start anew

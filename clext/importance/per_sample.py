@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,19 +44,25 @@ class PerSampleSum:
         """Add the samples of one batch."""
         outputs, calls = self._capture.forward(x)
         outputs = check_outputs(self._owner, outputs, len(x))
-        weights = iter(cotangents(outputs.detach()))
-        first = next(weights)  # refuses bad labels before anything is computed
-        if not outputs.requires_grad:
-            return  # of no parameter
-        attribution = self._attributions.of(x, outputs, calls, len(x))
-        if attribution.singly:
-            tell(self._model, self._params, attribution.singly)
+        weights = cotangents(outputs.detach())
+        if outputs.requires_grad:
+            attribution = self._attributions.of(x, outputs, calls, len(x))
+            if attribution.mixed:
+                weights = cotangents(self._outputs_one_by_one(x))
+            if attribution.singly:
+                tell(self._model, self._params, attribution.singly)
+        else:
+            attribution = Attribution([None] * len(calls), {}, frozenset())  # of no parameter
         batch = _Batch(self.sums, calls, attribution, len(x), self._function)
-        for weight in chain([first], weights):
+        for weight in weights:  # the first one refuses bad labels
             batch.add(outputs, weight)
             if attribution.singly:
                 self._singles.add(x, weight.to(outputs.dtype), attribution.singly)
         batch.finish()
+
+    def _outputs_one_by_one(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self._model(sample) for sample in x.split(1)])
 
 
 class _Batch:
