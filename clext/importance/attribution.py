@@ -204,7 +204,9 @@ def _explain(
             return False
         rule, name, features, rows = call.use(name, call.rows(g))
         rule.add_(total, name, features, rows, itself)
-        rule.add_(size, name, features.abs(), rows.abs(), itself)
+        for n in range(len(rows)):  # one by one: features may be views of less
+            sample = slice(n, n + 1)
+            rule.add_(size, name, features[sample].abs(), rows[sample].abs(), itself)
     tolerance = _TOLERANCE[total.dtype]
     return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
 

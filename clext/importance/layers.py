@@ -8,7 +8,6 @@ new layer needs a class like those below and an entry in RULES.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 # Bound on what one step of a sum over samples allocates: what stays in a core's cache, or what is
 # enough work for a GPU. One sample is always taken.
-CHUNK_BYTES = {"cpu": 2**20}
+CHUNK_BYTES = {"cpu": 2**21}
 LARGE_CHUNK_BYTES = 256 * 2**20
 
 
@@ -104,7 +103,7 @@ class _Linear(LayerRule):
         return 1, 1
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
-        return g.sum(1) if name == "bias" else g.transpose(1, 2) @ features
+        return g.sum(1) if name == "bias" else torch.bmm(g.transpose(1, 2), features)
 
     def separable(self, features: Tensor) -> bool:
         return features.shape[1] == 1
@@ -134,38 +133,42 @@ class _Conv(LayerRule):
         row = 1 + len(self.layer.kernel_size)
         return row, row
 
+    def features(self, inputs: Tensor) -> Tensor:
+        """What each offset in the kernel meets at each output, as a view of the padded input.
+
+        [samples, groups, channels of the group, *kernel, rows, *outputs].
+        """
+        layer, (samples, rows) = self.layer, inputs.shape[:2]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        # torch keeps the padding in this form too, whatever it was given as.
+        padded = F.pad(inputs.flatten(0, 1), layer._reversed_padding_repeated_twice, mode)
+        options = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        outputs = [
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, (kernel, stride, dilation) in zip(padded.shape[2:], options, strict=True)
+        ]
+        batch, channel, *space = padded.stride()
+        channels = layer.in_channels // layer.groups
+        offsets = [step * d for step, d in zip(space, layer.dilation, strict=True)]
+        positions = [step * s for step, s in zip(space, layer.stride, strict=True)]
+        return padded.as_strided(
+            (samples, layer.groups, channels, *layer.kernel_size, rows, *outputs),
+            (rows * batch, channels * channel, channel, *offsets, batch, *positions),
+        )
+
     def scratch(self, name: str, features: Tensor) -> int:
-        if name == "bias":
-            return super().scratch(name, features)
-        # The windows repeat each input value as often as the kernel meets it.
-        repeats: int = math.prod(self.layer.kernel_size) // math.prod(self.layer.stride)
-        return features[:1].numel() * max(1, repeats) + super().scratch(name, features)
+        windows = 0 if name == "bias" else features[:1].numel()
+        return windows + super().scratch(name, features)
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         if name == "bias":
             return g.flatten(3).sum((1, 3))
-        layer, (samples, rows, *_) = self.layer, g.shape
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        # torch keeps the padding in this form too, whatever it was given as.
-        padded = F.pad(features.flatten(0, 1), layer._reversed_padding_repeated_twice, mode)
-        batch, channel, *space = padded.stride()
-        channels = layer.in_channels // layer.groups
-        # Views of the padded input: for each offset in the kernel, what it meets at each output.
-        windows = padded.as_strided(
-            (samples, layer.groups, channels, *layer.kernel_size, rows, *g.shape[3:]),
-            (
-                rows * batch,
-                channels * channel,
-                channel,
-                *(step * d for step, d in zip(space, layer.dilation, strict=True)),
-                batch,
-                *(step * s for step, s in zip(space, layer.stride, strict=True)),
-            ),
-        ).reshape(samples * layer.groups, channels * math.prod(layer.kernel_size), -1)
-        by_channel = g.transpose(1, 2).reshape(len(windows), layer.out_channels // layer.groups, -1)
+        weight, groups = self.layer.weight, self.layer.groups
+        windows = features.reshape(len(g) * groups, weight[0].numel(), -1)
+        by_channel = g.transpose(1, 2).reshape(len(windows), len(weight) // groups, -1)
         # The larger matrix first, which is faster for few channels.
-        product = windows @ by_channel.transpose(1, 2)
-        return product.transpose(1, 2).reshape(samples, *layer.weight.shape)
+        product = torch.bmm(windows, by_channel.transpose(1, 2))
+        return product.transpose(1, 2).reshape(len(g), *weight.shape)
 
 
 class _Embedding(LayerRule):
