@@ -128,6 +128,19 @@ def test_samples_in_another_order_are_noticed(sizes, left_over):
 
 
 @pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+def test_a_call_whose_result_is_not_used_does_no_harm():
+    def forward(m, x):
+        m.spare(x.view(-1, 8)[:7])
+        return m.layer(x)
+
+    model = Custom(forward, spare=nn.Linear(8, 2), layer=nn.Linear(24, 6)).double()
+    params, batches = params_of(model), batches_of((5, 3))
+    got = output_sensitivity(model, params, batches)
+    assert not got[2].any()
+    assert_close(got, mas_oracle(model, params, batches))
+
+
+@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 def test_a_batch_without_gradient_settles_nothing():
     """The weight's second use, which no hook sees, shows in the second batch alone."""
 

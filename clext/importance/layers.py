@@ -59,12 +59,14 @@ class LayerRule:
         raise NotImplementedError
 
     def scratch(self, name: str, features: Tensor) -> int:  # noqa: ARG002
-        """Elements that `gradient` allocates for each sample."""
+        """Elements allocated for each sample: its gradient and the function of that."""
         parameter: Tensor = getattr(self.layer, name)
-        return parameter.numel()
+        return 2 * parameter.numel()
 
-    def separable(self, features: Tensor) -> bool:  # noqa: ARG002
-        """Whether gradient(f(features), f(g)) = f(gradient(features, g)), f square or absolute."""
+    def separable(self, rows: int) -> bool:  # noqa: ARG002
+        """Whether, with so many rows a sample, a function (square or absolute value) of the
+        gradient is the gradient for the functions of features and g.
+        """
         return False
 
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
@@ -93,7 +95,10 @@ def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
         total = gradients[0]
         for gradient in gradients[1:]:
             total = total + gradient
-        acc.add_(function(total).sum(0))
+        # In the order of memory, which is not that of the dimensions for every rule.
+        order = sorted(range(acc.dim()), key=lambda d: -total.stride(1 + d))
+        laid_out = function(total).permute(0, *(1 + d for d in order))
+        acc.permute(order).add_(laid_out.sum(0))
 
 
 class _Linear(LayerRule):
@@ -105,12 +110,12 @@ class _Linear(LayerRule):
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         return g.sum(1) if name == "bias" else torch.bmm(g.transpose(1, 2), features)
 
-    def separable(self, features: Tensor) -> bool:
-        return features.shape[1] == 1
+    def separable(self, rows: int) -> bool:
+        return rows == 1
 
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
-        if not self.separable(features):
+        if not self.separable(features.shape[1]):
             super().add_(acc, name, features, g, function)
         elif name == "bias":
             acc.add_(function(g).sum((0, 1)))

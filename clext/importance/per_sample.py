@@ -78,18 +78,22 @@ class _Batch:
     ) -> None:
         self._sums, self._function = sums, function
         self._calls: dict[int, BoundCall] = {}
+        # By call: parameters that have no other use, of which some are `separable`: their sum needs
+        # no more of the cotangents than the sum of their function. `joint`: those of several uses.
+        self._single: dict[int, list[tuple[int, str]]] = {}
+        self._separable: dict[int, list[tuple[int, str]]] = {}
         self._joint: dict[int, list[tuple[int, str]]] = {}
-        # Parameters whose sum needs no more of the cotangents than the sum of their function.
-        self._separable: dict[int, tuple[int, str]] = {}
         self._totals: dict[int, Tensor] = {}
         bound = bind(calls, attribution.layouts, samples)
         for i, places in attribution.uses.items():
             self._calls.update({c: call for c, _ in places if (call := bound[c]) is not None})
             c, name = places[0]
-            if len(places) == 1 and self._calls[c].separable:
-                self._separable[i] = (c, name)
-            else:
+            if len(places) > 1:
                 self._joint[i] = places
+            elif self._calls[c].separable:
+                self._separable.setdefault(c, []).append((i, name))
+            else:
+                self._single.setdefault(c, []).append((i, name))
 
     def add(self, outputs: Tensor, cotangent: Tensor) -> None:
         """Add one cotangent's gradients, or keep for `finish` what is needed of them."""
@@ -100,21 +104,25 @@ class _Batch:
             for (c, call), g in zip(self._calls.items(), found, strict=True)
             if g is not None
         }
-        for c in {c for c, _ in self._separable.values()} & rows.keys():
+        for c in self._separable.keys() & rows.keys():
             power = self._function(rows[c])
             self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
+        for c in self._single.keys() & rows.keys():
+            for i, name in self._single[c]:
+                rule, _, features, g = self._calls[c].use(name, rows[c])
+                rule.add_(self._sums[i], name, features, g, self._function)
+            self._calls[c].release()
         for i, places in self._joint.items():
             uses = [self._calls[c].use(name, rows[c]) for c, name in places if c in rows]
-            if len(uses) == 1:
-                rule, name, features, g = uses[0]
-                rule.add_(self._sums[i], name, features, g, self._function)
-            elif uses:
+            if uses:
                 add_joint_(self._sums[i], uses, self._function)
+            for c, _ in places:
+                self._calls[c].release()
 
     def finish(self) -> None:
         """Add the separable parameters: the inputs are the same for every cotangent."""
-        powers = {c: self._function(self._calls[c].features) for c in self._totals}
-        for i, (c, name) in self._separable.items():
-            if c in self._totals:
-                call = self._calls[c].call
-                call.rule.add_(self._sums[i], name, powers[c], self._totals[c], itself)
+        for c, total in self._totals.items():
+            call = self._calls[c]
+            powers = self._function(call.features())
+            for i, name in self._separable[c]:
+                call.call.rule.add_(self._sums[i], name, powers, total, itself)

@@ -141,7 +141,7 @@ class _Jacobian:
         for i, uses in attribution.uses.items():
             for c, name in uses:
                 if c in stacked:
-                    features = ruled[c].features.squeeze(0)
+                    features = ruled[c].features().squeeze(0)
                     ruled[c].call.rule.add_rows_(self._rows[i][chunk], name, features, stacked[c])
 
     def squares(self) -> list[Tensor]:
