@@ -74,6 +74,35 @@ def test_chunks_of_any_size_give_the_same(name, monkeypatch):
     assert_close(output_sensitivity(model, params, batches), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_gradients_of_samples_are_made_within_a_bound(samples, monkeypatch):
+    model = RULED["2d"]().double()
+    rule = layers.rule_for(model[1])
+    features = rule.features(torch.zeros(1, 1, 2, 3, 4, dtype=torch.float64))
+    each = 8 * rule.scratch("weight", features)
+    assert each == 8 * (features.numel() + 2 * model[1].weight.numel())
+    made = []
+    plain = type(rule).gradient
+
+    def gradient(self, name, features, g):
+        made.append((name, len(g)))
+        return plain(self, name, features, g)
+
+    monkeypatch.setattr(type(rule), "gradient", gradient)
+    monkeypatch.setitem(layers.CHUNK_BYTES, "cpu", samples * each)
+    fisher_information(model, params_of(model), batches_of((8,)))
+    assert max(n for name, n in made if name == "weight") == samples
+
+
+def test_models_for_one_size_of_batches(device):
+    model = Custom(lambda m, x: m.layer(x.view(5, 4, 6)), layer=nn.Linear(6, 5))
+    model.to(device, torch.float64)
+    params, batches = params_of(model), batches_of((5, 5))
+    got = output_sensitivity(model, params, batches)
+    model.function = lambda m, x: m.layer(x.view(-1, 4, 6))
+    assert_close(got, mas_oracle(model, params, batches))
+
+
 @pytest.fixture
 def left_over(monkeypatch):
     """The parameters that torch.func is asked for."""

@@ -128,7 +128,10 @@ class Attributions:
     ) -> Attribution | None:
         """The attribution by the batch's first samples, or None if they are not enough for it."""
         samples = min(GROUPS, len(x) - 1)
-        few, few_calls = self._capture.forward(x[:samples])
+        try:
+            few, few_calls = self._capture.forward(x[:samples])
+        except (RuntimeError, ValueError):
+            return None  # a model for one size of batches
         if not _same(few, outputs[:samples]):
             everything = frozenset(self._trainable)
             return Attribution([None] * len(calls), {}, everything, mixed=True)

@@ -236,7 +236,7 @@ class _Norm(LayerRule):
         return dims - 1, dims - 1
 
     def features(self, inputs: Tensor) -> Tensor:
-        return self.normalised(inputs.flatten(0, 1)).view(inputs.shape)
+        return self.normalised(inputs.flatten(0, 1)).reshape(inputs.shape)
 
     def normalised(self, inputs: Tensor) -> Tensor:
         """The layer's output for `inputs` [batch, *row], but for weight and bias."""
