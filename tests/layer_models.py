@@ -279,6 +279,15 @@ FALLBACK = {
         ),
         ["body"],
     ),
+    "behind another parameter": (
+        lambda: Custom(
+            lambda m, x: m.layer(x[:, :12]) * m.second(m.scale(x[:, 12:])),
+            layer=nn.Linear(12, 5),
+            scale=nn.PReLU(12),
+            second=nn.Linear(12, 5),
+        ),
+        ["scale"],
+    ),
     "LSTM": (recurrent(nn.LSTM), ["cell"]),
     "GRU": (recurrent(nn.GRU), ["cell"]),
     "RNN": (recurrent(nn.RNN), ["cell"]),

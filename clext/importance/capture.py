@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer in a forward pass; `places`: name of a parameter -> its index."""
+    """One call of a layer in a forward pass.
+
+    `places`: name of a parameter -> its index. `first`: its input depends on no parameter.
+    """
 
     rule: LayerRule
     places: dict[str, int]
     inputs: Tensor
+    first: bool
     edge: GradientEdge
     output_shape: torch.Size
 
@@ -77,8 +81,10 @@ class Capture:
         ) -> None:
             if output.requires_grad:  # else it was called under no_grad
                 rule, places = self._layers[module]
-                inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
-                calls.append(Call(rule, places, inputs, _edge(output), output.shape))
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                first = not inputs.requires_grad
+                edge = _edge(output)
+                calls.append(Call(rule, places, inputs.detach(), first, edge, output.shape))
 
         handles: list[RemovableHandle] = []
         try:
@@ -124,7 +130,51 @@ def output_gradients(
         allow_unused=True,
     )
     by_output = [
-        None if g is None else g.reshape(call.output_shape).to(call.dtype)
-        for g, call in zip(found, calls, strict=False)
+        None if g is None else _as_output(g, call) for g, call in zip(found, calls, strict=False)
     ]
     return by_output, list(found[len(calls) :])
+
+
+def stream_output_gradients(
+    outputs: Tensor,
+    calls: Sequence[Call],
+    cotangent: Tensor,
+    receive: Callable[[int, Tensor], None],
+) -> None:
+    """Give `receive` the number of each call and the gradient by its output, once it is there.
+
+    As `output_gradients`, but not all gradients are in memory at the same time.
+    """
+    waiting = dict(enumerate(calls))
+
+    def deliver(c: int, g: Tensor | None) -> None:
+        call = waiting.pop(c, None)
+        if g is not None and call is not None:
+            receive(c, _as_output(g, call))
+
+    def hook(c: int, position: int) -> Callable[[tuple[Tensor, ...]], None]:
+        return lambda gradients: deliver(c, gradients[position])
+
+    # On its way to the first calls, the backward pass comes through most of the others.
+    handles = [
+        call.edge.node.register_prehook(hook(c, call.edge.output_nr))
+        for c, call in enumerate(calls)
+        if not call.first
+    ]
+    try:
+        firsts = [c for c, call in enumerate(calls) if call.first]
+        found, _ = output_gradients(outputs, [calls[c] for c in firsts], cotangent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for c, g in zip(firsts, found, strict=True):
+        deliver(c, g)
+    rest = list(waiting)
+    found, _ = output_gradients(outputs, [calls[c] for c in rest], cotangent)
+    for c, g in zip(rest, found, strict=True):
+        deliver(c, g)
+
+
+def _as_output(g: Tensor, call: Call) -> Tensor:
+    """A gradient that arrived at the call's edge, shaped as its output, in the rule's dtype."""
+    return g.reshape(call.output_shape).to(call.dtype)

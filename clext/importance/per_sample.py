@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
-from clext.importance.capture import Call, Capture, output_gradients
+from clext.importance.capture import Call, Capture, stream_output_gradients
 from clext.importance.evaluation import check_outputs
 from clext.importance.fallback import SingleSamples, tell
 from clext.importance.layers import add_joint_, itself
@@ -94,24 +94,28 @@ class _Batch:
                 self._separable.setdefault(c, []).append((i, name))
             else:
                 self._single.setdefault(c, []).append((i, name))
+        self._shared = {c for places in self._joint.values() for c, _ in places}
 
     def add(self, outputs: Tensor, cotangent: Tensor) -> None:
         """Add one cotangent's gradients, or keep for `finish` what is needed of them."""
+        numbers = list(self._calls)
         calls = [entry.call for entry in self._calls.values()]
-        found, _ = output_gradients(outputs, calls, cotangent)
-        rows = {
-            c: call.rows(g)
-            for (c, call), g in zip(self._calls.items(), found, strict=True)
-            if g is not None
-        }
-        for c in self._separable.keys() & rows.keys():
-            power = self._function(rows[c])
-            self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
-        for c in self._single.keys() & rows.keys():
-            for i, name in self._single[c]:
-                rule, _, features, g = self._calls[c].use(name, rows[c])
-                rule.add_(self._sums[i], name, features, g, self._function)
-            self._calls[c].release()
+        rows: dict[int, Tensor] = {}  # of calls with other uses of a parameter
+
+        def receive(k: int, g: Tensor) -> None:
+            c = numbers[k]
+            call = self._calls[c]
+            g = call.rows(g)
+            if c in self._shared:
+                rows[c] = g
+            if c in self._separable:
+                power = self._function(g)
+                self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
+            for i, name in self._single.get(c, []):
+                call.call.rule.add_(self._sums[i], name, call.features(), g, self._function)
+            call.release()
+
+        stream_output_gradients(outputs, calls, cotangent, receive)
         for i, places in self._joint.items():
             uses = [self._calls[c].use(name, rows[c]) for c, name in places if c in rows]
             if uses:
