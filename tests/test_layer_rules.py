@@ -214,7 +214,10 @@ def test_autocast_and_a_gradient_scaler_play_no_part(device):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("name", ["2d", "batch-first", "embedding", "batch norm 2d", "layer norm"])
+HALF = ["2d", "batch-first", "embedding", "batch norm 2d", "layer norm", "RMS norm", "group norm"]
+
+
+@pytest.mark.parametrize("name", HALF)
 def test_half_precision_models_get_float32_importances(name, device):
     torch.manual_seed(0)
     model = RULED[name]().to(device, torch.float32)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clext.importance.layers import Use
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
-# (half precision calculates in float32 here), far below what a hidden use changes.
+# (some of torch's layers add up their gradients in half precision), below what a hidden use changes.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _LOW_PRECISION_TOLERANCE = 0.1
 
@@ -216,7 +216,7 @@ def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | N
             sample = slice(n, n + 1)
             rule.add_(size, name, features[sample].abs(), rows[sample].abs(), itself)
         call.release()
-    tolerance = _TOLERANCE[total.dtype]
+    tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
     return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
 
 
