@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from clext.importance.layers import Use
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
-# (some of torch's layers add up their gradients in half precision), below what a hidden use changes.
+# (some of the layers of torch add up in half precision), far below what a hidden use changes.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _LOW_PRECISION_TOLERANCE = 0.1
 
