@@ -1,4 +1,7 @@
-"""The importances as their definitions say, one sample at a time: slow and obvious."""
+"""The importances as their definitions say, one sample at a time: slow and obvious.
+
+Without cuDNN, whose recurrent layers have no backward pass in eval mode.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def mean(lists):
     return [sum(entries) / len(lists) for entries in zip(*lists, strict=True)]
 
 
+@torch.backends.cudnn.flags(enabled=False)
 def fisher_oracle(model, params, batches, *, exact=False):
     model.eval()
     terms = []
@@ -44,6 +48,7 @@ def fisher_oracle(model, params, batches, *, exact=False):
     return mean(terms)
 
 
+@torch.backends.cudnn.flags(enabled=False)
 def mas_oracle(model, params, batches):
     model.eval()
     return mean(
@@ -54,6 +59,7 @@ def mas_oracle(model, params, batches):
     )
 
 
+@torch.backends.cudnn.flags(enabled=False)
 def jacobian_oracle(model, params, batches):
     """[outputs][parameter]: derivatives of the mean output."""
     model.eval()
