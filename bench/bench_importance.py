@@ -7,7 +7,7 @@ their time is scaled up. BackPACK and CurvLinOps take part where they are instal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,8 +181,7 @@ def test_importance(model: str, estimate: str, device: str, benchmark: Any, caps
             runs["curvlinops product"] = (product, 1 / case.batches)
         except ImportError as error:
             skipped["curvlinops"] = str(error)
-    rounds = ROUNDS or 9
-    watch = measure(runs, device, benchmark, rounds, slow={"loop", "vmap"})
+    watch = measure(runs, device, benchmark)
     report(watch, runs, {"model": model, "batch": case.batch, "estimate": estimate}, device)
     with capsys.disabled():
         for name, why in skipped.items():
@@ -223,31 +222,25 @@ def test_sliced(device: str, benchmark: Any, capsys: Any) -> None:
         "clext": (sliced, 1.0),
         "100 backward passes": (lambda: passes(part), len(part) / SLICES),
     }
-    watch = measure(runs, device, benchmark, ROUNDS or 9)
+    watch = measure(runs, device, benchmark)
     report(watch, runs, {"model": "mlp", "batch": case.batch, "estimate": "scp"}, device)
     with capsys.disabled():
         print(f"\nmlp, SCP with {SLICES} slices, {device}: {summary(watch, runs)}")
 
 
 def measure(
-    runs: dict[str, tuple[Callable[[], object], float]],
-    device: str,
-    benchmark: Any,
-    rounds: int,
-    slow: Collection[str] = (),
+    runs: dict[str, tuple[Callable[[], object], float]], device: str, benchmark: Any
 ) -> Stopwatch:
-    """All `runs` in turns; the `slow` ones are as many times slower that one time will do."""
+    """All `runs` in turns."""
     watch = Stopwatch(device)
-    turns = [name for name in runs if name not in slow]
+    turns = list(runs)
 
     def everyone() -> None:
         turns.append(turns.pop(0))
         for name in turns:
             watch.time(name, runs[name][0])
 
-    for name in runs.keys() & set(slow):
-        watch.time(name, runs[name][0])
-    benchmark.pedantic(runs["clext"][0], setup=everyone, rounds=rounds)
+    benchmark.pedantic(runs["clext"][0], setup=everyone, rounds=ROUNDS or 9)
     return watch
 
 
@@ -256,14 +249,10 @@ def summary(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds for all the data, and times the plain pass."""
     medians = {name: s / runs[name][1] for name, s in watch.medians().items()}
-    ratios = {}
-    for name in medians:
-        scale = runs["backward"][1] / runs[name][1]
-        rounds = len(watch.seconds[name]) == len(watch.seconds["backward"])
-        ratio = (
-            watch.ratio(name, "backward") * scale if rounds else medians[name] / medians["backward"]
-        )
-        ratios[name] = round(ratio, 3)
+    ratios = {
+        name: round(watch.ratio(name, "backward") * runs["backward"][1] / share, 3)
+        for name, (_, share) in runs.items()
+    }
     return {
         "ms": {name: round(1e3 * s, 2) for name, s in medians.items()},
         "against_backward": ratios,
