@@ -58,16 +58,27 @@ class Tokens(nn.Module):
         return self.head(rows.reshape(len(x), 2, 4).mean(1))
 
 
+class Prototypes(nn.Module):
+    """Has parameters of its own, in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 5), nn.Linear(4, CLASSES)
+        self.prototypes = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x) @ self.prototypes.T))
+
+
 class SelfChecking(nn.Module):
     """Looks at a value on its way, which torch.func cannot batch."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.norm = nn.Linear(6, 5), nn.LayerNorm(5)
-        self.head = nn.Linear(5, CLASSES)
+        self.layer, self.head = nn.Bilinear(6, 6, 5), nn.Linear(5, CLASSES)
 
     def forward(self, x):
-        hidden = self.norm(self.layer(x))
+        hidden = self.layer(x, x.flip(1))
         if hidden.isnan().any().item():
             raise FloatingPointError
         return self.head(hidden)
@@ -109,8 +120,18 @@ def unused_layer():
     return model
 
 
-BY_RULE = [Residual, partly_frozen, unused_layer, lambda: nn.Linear(6, CLASSES)]
-BY_TORCH_FUNC = [Recurrent, Functional, Tokens, tied, batch_norm, convolution]
+BY_RULE = [
+    Residual,
+    partly_frozen,
+    unused_layer,
+    lambda: nn.Linear(6, CLASSES),
+    Recurrent,
+    Tokens,
+    tied,
+    batch_norm,
+    convolution,
+]
+BY_TORCH_FUNC = [Functional, Prototypes]
 ONE_BY_ONE = [SelfChecking]
 
 

@@ -12,18 +12,29 @@ from importance_models import (
     BY_TORCH_FUNC,
     CLASSES,
     ONE_BY_ONE,
+    Functional,
+    Prototypes,
     Residual,
+    SelfChecking,
     convolution,
     make_batches,
     params_of,
+)
+from importance_oracle import (
+    assert_close,
+    fisher_oracle,
+    gradients_of,
+    mas_oracle,
+    mean,
+    scp_oracle,
 )
 from torch import nn
 
 from clext.importance import (
     SlowImportanceWarning,
+    fallback,
     fisher_information,
     output_sensitivity,
-    per_sample,
     sliced_cramer_importance,
 )
 
@@ -40,65 +51,6 @@ def fast_model(device):
     return Residual().to(device, torch.float64)
 
 
-def samples_of(model, batches):
-    device = next(model.parameters()).device
-    for x, y in batches:
-        for n in range(len(x)):
-            yield x[n : n + 1].to(device), y[n : n + 1].to(device)
-
-
-def gradients_of(value, params):
-    found = torch.autograd.grad(value, params, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
-
-
-def mean(lists):
-    """The mean of several gradient lists."""
-    return [sum(entries) / len(lists) for entries in zip(*lists, strict=True)]
-
-
-def fisher_oracle(model, params, batches, *, exact=False):
-    model.eval()
-    terms = []
-    for x, y in samples_of(model, batches):
-        log_p = model(x).log_softmax(1)[0]
-        p = log_p.detach().exp().tolist()
-        labels = range(CLASSES) if exact else [int(y)]
-        weights = [p[k] if exact else 1.0 for k in labels]
-        squares = [[g.square() for g in gradients_of(log_p[k], params)] for k in labels]
-        terms.append(
-            [
-                sum(w * s for w, s in zip(weights, entry, strict=False))
-                for entry in zip(*squares, strict=False)
-            ]
-        )
-    return mean(terms)
-
-
-def mas_oracle(model, params, batches):
-    model.eval()
-    return mean(
-        [
-            [g.abs() for g in gradients_of(model(x).square().sum(), params)]
-            for x, _ in samples_of(model, batches)
-        ]
-    )
-
-
-def jacobian_oracle(model, params, batches):
-    """[outputs][parameter]: derivatives of the mean output."""
-    model.eval()
-    return [
-        mean([gradients_of(model(x)[0, k], params) for x, _ in samples_of(model, batches)])
-        for k in range(CLASSES)
-    ]
-
-
-def assert_close(got, expected, rtol=1e-9):
-    for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=rtol, atol=1e-12 + rtol * 1e-3)
-
-
 @pytest.mark.parametrize("kind", ["empirical", "exact"])
 def test_fisher_is_the_mean_square_of_single_samples(model, kind):
     params, batches = params_of(model), make_batches()
@@ -113,8 +65,7 @@ def test_mas_is_the_mean_absolute_value_of_single_samples(model):
 
 def test_scp_exact_is_the_mean_square_over_outputs_of_the_mean_jacobian(model):
     params, batches = params_of(model), make_batches()
-    jacobian = jacobian_oracle(model, params, batches)
-    expected = [sum(g.square() for g in rows) / CLASSES for rows in zip(*jacobian, strict=True)]
+    expected = scp_oracle(model, params, batches)
     assert_close(sliced_cramer_importance(model, params, batches), expected)
 
 
@@ -265,14 +216,21 @@ def test_compiled_models_are_seen_through(device):
 
 
 @pytest.mark.parametrize("make", BY_RULE)
-def test_linear_models_take_one_backward_per_batch(make, monkeypatch):
-    monkeypatch.setattr(per_sample.PerSampleSum, "_add_singly", None)
+def test_models_of_layers_with_rules_take_one_backward_per_batch(make, monkeypatch):
+    monkeypatch.setattr(fallback.SingleSamples, "add", None)
     model = make().double()
     fisher_information(model, params_of(model), make_batches())
 
 
-@pytest.mark.parametrize("make", BY_TORCH_FUNC + ONE_BY_ONE)
-def test_other_models_are_announced_once(make):
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (Functional, "'layer.weight' (Linear)"),
+        (SelfChecking, "'layer.weight' (Bilinear), 'layer.bias' (Bilinear)"),
+        (Prototypes, "'prototypes' (Prototypes)"),
+    ],
+)
+def test_parameters_without_a_rule_are_announced_once(make, named):
     model = make().double()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -280,16 +238,20 @@ def test_other_models_are_announced_once(make):
             fisher_information(model, params_of(model), make_batches())
     slow = [entry for entry in caught if issubclass(entry.category, SlowImportanceWarning)]
     assert len(slow) == 1
-    assert type(model).__name__ in str(slow[0].message)
+    assert f"importance of {make.__name__} " in str(slow[0].message)
+    assert f"for {named}: " in str(slow[0].message)
 
 
 def test_torch_func_is_chunked_to_a_bound(device, monkeypatch):
-    model = convolution().to(device, torch.float64)
+    model = Prototypes().to(device, torch.float64)
     params, batches = params_of(model), make_batches()
     expected = fisher_oracle(model, params, batches)
-    sample_bytes = sum(p.numel() * p.element_size() for p in params)
-    monkeypatch.setattr(per_sample, "_CHUNK_BYTES", 2 * sample_bytes)
+    sample_bytes = model.prototypes.numel() * model.prototypes.element_size()
+    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 2 * sample_bytes)
+    held = []
+    monkeypatch.setattr(torch, "square", lambda g: held.append(len(g)) or g * g)
     assert_close(fisher_information(model, params, batches), expected)
+    assert max(n for n in held if n <= 2) == 2
 
 
 def test_rule_gives_way_where_a_later_batch_breaks_it(device):

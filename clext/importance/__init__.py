@@ -2,11 +2,13 @@
 
 Each estimate leaves the model as it was, gradients, buffers, training flags and random state
 included, and is the same however the data is split into batches (but for the "batch" kinds).
+Parameters of the layers in `layers.RULES` take one backward pass; others are differentiated sample
+by sample, and a SlowImportanceWarning names them.
 """
 
+from clext.importance.fallback import SlowImportanceWarning
 from clext.importance.fisher import FISHER_KINDS, fisher_information
 from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
-from clext.importance.per_sample import SlowImportanceWarning
 from clext.importance.scp import sliced_cramer_importance
 
 __all__ = [

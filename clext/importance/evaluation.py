@@ -25,23 +25,37 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
 
     Training flags (module by module), buffers and the global random state are put back, whatever
     happens inside: dropout and batch statistics must not enter an importance, nor must measuring
-    it change the training that follows.
+    it change the training that follows. Autocast is off: estimates run in the dtype of the model.
     """
+    device = params[0].device
     buffers = [
         (module, name, buffer, buffer._version, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    # Looking a row up in these brings it to its norm, in place.
+    tables = [
+        (module.weight, module.weight._version, module.weight.detach().clone())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
         with (
             _eager(),
             module_mode(model, training=False),
-            isolated_rng(seed, params[0].device),
+            isolated_rng(seed, device),
+            torch.autocast(device.type, enabled=False),
+            # Its recurrent layers have no backward pass in eval mode.
+            torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
             torch.enable_grad(),
         ):
             yield
     finally:
         with torch.no_grad():
+            for weight, version, saved in tables:
+                if weight._version != version:
+                    weight.copy_(saved)
             for module, name, buffer, version, saved in buffers:
                 if buffer._version != version:
                     buffer.copy_(saved)
@@ -132,7 +146,11 @@ def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> d
         retain_graph=True,  # another cotangent may follow
         allow_unused=True,
     )
-    return {i: entry for i, entry in zip(trainable, found, strict=True) if entry is not None}
+    return {
+        i: entry.to_dense()  # an Embedding may give a sparse one
+        for i, entry in zip(trainable, found, strict=True)
+        if entry is not None
+    }
 
 
 def averaged(owner: str, sums: list[Tensor], samples: int) -> list[Tensor]:

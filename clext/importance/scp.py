@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.importance.evaluation import averaged, check_outputs, evaluation, gradients, read_batches
+from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
+from clext.importance.capture import Call, Capture, output_gradients
+from clext.importance.evaluation import averaged, check_outputs, evaluation, read_batches
 from clext.options import integer
 from clext.parameters import allocate_state
 from clext.seeding import generator
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from clext.importance.evaluation import Batches
+
+# Bound on the derivatives by layers' outputs held at once.
+_CHUNK_BYTES = 256 * 2**20
 
 
 def sliced_cramer_importance(
@@ -53,11 +58,15 @@ def sliced_cramer_importance(
     samples = 0
     jacobian: _Jacobian | None = None
     with evaluation(model, params, seed):
+        capture = Capture(model, params, lambda rule: rule.gives_rows)
+        attributions = Attributions(capture, params)
         for x, _ in read_batches(owner, batches, params[0].device):
-            outputs = check_outputs(owner, model(x), len(x))
+            outputs, calls = capture.forward(x)
+            outputs = check_outputs(owner, outputs, len(x))
             if jacobian is None:
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
-            jacobian.add(outputs)
+            if outputs.requires_grad:
+                jacobian.add(outputs, calls, attributions.of(x, outputs, calls, samples=1))
             samples += len(x)
         assert jacobian is not None  # read_batches gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)
@@ -87,11 +96,53 @@ class _Jacobian:
                 self._directions = directions
         self._rows = [_rows_like(entry, len(self._weights)) for entry in params]
 
-    def add(self, outputs: Tensor) -> None:
-        """Add the samples of one batch."""
-        for k, weight in enumerate(self._weights.to(outputs.dtype)):
-            for i, gradient in gradients(outputs, self._params, weight.expand_as(outputs)).items():
-                self._rows[i][k].add_(gradient)
+    def add(self, outputs: Tensor, calls: Sequence[Call], attribution: Attribution) -> None:
+        """Add the samples of one batch.
+
+        Where a rule can, the derivatives by a layer's outputs are taken alone, and turned into
+        those by its parameters for many rows at once.
+        """
+        bound = dict(enumerate(bind(calls, attribution.layouts, samples=1)))
+        needed = {c for uses in attribution.uses.values() for c, _ in uses}
+        ruled = {c: call for c, call in bound.items() if call is not None and c in needed}
+        others = [
+            i
+            for i, entry in enumerate(self._params)
+            if entry.requires_grad and i not in attribution.uses
+        ]
+        row_bytes = sum(call.call.output_shape.numel() * 8 for call in ruled.values())
+        size = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        for start in range(0, len(self._weights), size):
+            chunk = slice(start, start + size)
+            by_output: dict[int, list[Tensor]] = {c: [] for c in ruled}
+            for k, weight in enumerate(self._weights[chunk].to(outputs.dtype), start):
+                found, direct = output_gradients(
+                    outputs,
+                    [call.call for call in ruled.values()],
+                    weight.expand_as(outputs),
+                    [self._params[i] for i in others],
+                )
+                for i, gradient in zip(others, direct, strict=True):
+                    if gradient is not None:
+                        self._rows[i][k].add_(gradient.to_dense())
+                for (c, call), g in zip(ruled.items(), found, strict=True):
+                    if g is not None:
+                        by_output[c].append(call.rows(g).squeeze(0))
+            self._add_by_rule(chunk, ruled, by_output, attribution)
+
+    def _add_by_rule(
+        self,
+        chunk: slice,
+        ruled: Mapping[int, BoundCall],
+        by_output: Mapping[int, list[Tensor]],
+        attribution: Attribution,
+    ) -> None:
+        stacked = {c: torch.stack(rows) for c, rows in by_output.items() if rows}
+        for i, uses in attribution.uses.items():
+            for c, name in uses:
+                if c in stacked:
+                    features = ruled[c].features().squeeze(0)
+                    ruled[c].call.rule.add_rows_(self._rows[i][chunk], name, features, stacked[c])
 
     def squares(self) -> list[Tensor]:
         """The mean over directions of the squared derivative along each."""

@@ -1,0 +1,234 @@
+"""What of a forward pass the layer rules explain: found out, and remembered for later batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clext.importance.capture import output_gradients
+from clext.importance.layers import itself
+from clext.importance.samples import GROUPS, Layout, fits, possible_layouts, probes
+from clext.tensor_lists import state_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clext.importance.capture import Call, Capture
+    from clext.importance.layers import Use
+
+# How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
+# (some of the layers of torch add up in half precision), far below what a hidden use changes.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+
+class BoundCall:
+    """A call with the layout of its samples: its tensors as rows, see layers.py."""
+
+    def __init__(self, call: Call, layout: Layout, samples: int) -> None:
+        self.call = call
+        self._layout, self._samples = layout, samples
+        self._features: Tensor | None = None
+
+    @property
+    def separable(self) -> bool:
+        """Whether a function of the gradient is the gradient of the functions."""
+        leading = self.call.inputs.shape[: self.call.inputs.dim() - self.call.row_dims[0]]
+        return self.call.rule.separable(math.prod(leading) // self._samples)
+
+    def features(self) -> Tensor:
+        """What the output gradient is multiplied with, [samples, rows, ...]; see `release`."""
+        if self._features is None:
+            call = self.call
+            rows = self._layout.rows(call.inputs, call.row_dims[0], self._samples)
+            if rows.is_floating_point():
+                rows = rows.to(call.dtype)
+            self._features = call.rule.features(rows)
+        return self._features
+
+    def release(self) -> None:
+        """Give the memory of the features back: they can be as large as the input again."""
+        self._features = None
+
+    def rows(self, g: Tensor) -> Tensor:
+        """The gradient by the call's output as [samples, rows, ...]."""
+        return self._layout.rows(g, self.call.row_dims[1], self._samples)
+
+    def use(self, name: str, rows: Tensor) -> Use:
+        """The parameter `name` in this call, for the output gradient `rows`."""
+        return self.call.rule, name, self.features(), rows
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Where the gradients of single samples come from.
+
+    `layouts`: of each call, None if its rows do not belong to samples. `uses`: of each parameter
+    that the rules explain, its calls (by number) and names in them. `singly`: the parameters that
+    they do not explain. `mixed`: the samples of a batch even change each other's outputs.
+    """
+
+    layouts: list[Layout | None]
+    uses: dict[int, list[tuple[int, str]]]
+    singly: frozenset[int]
+    mixed: bool = False
+
+
+def bind(
+    calls: Sequence[Call], layouts: Sequence[Layout | None], samples: int
+) -> list[BoundCall | None]:
+    """The calls with their layouts; None where there is none."""
+    return [
+        None if layout is None else BoundCall(call, layout, samples)
+        for call, layout in zip(calls, layouts, strict=True)
+    ]
+
+
+class Attributions:
+    """Finds the attribution of each batch's forward pass, once for each kind of pass.
+
+    Two passes are of one kind if they call the same layers in the same order, with sizes that allow
+    the same layouts. The first one is probed: its rows are matched to samples by which samples
+    move them, and the gradient by the rules is compared with autograd's, so that uses of a
+    parameter that no hook sees are noticed. A few samples of the batch are enough for that, most
+    of the time.
+    """
+
+    def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
+        self._capture, self._params = capture, params
+        self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
+        self._known: dict[object, Attribution] = {}
+
+    def of(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
+        """The attribution of the pass of `x` that made `outputs` and `calls`.
+
+        Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
+        """
+        possible = [_possible(call, samples) for call in calls]
+        kind = (samples == 1, *((call.rule, p) for call, p in zip(calls, possible, strict=True)))
+        if kind not in self._known:
+            found = self._of_few(x, outputs, calls, possible) if samples > 1 else None
+            if found is None:
+                found, settled = self._probe(outputs, calls, possible, samples)
+                if not settled:
+                    return found
+            self._known[kind] = found
+        return self._known[kind]
+
+    def _of_few(
+        self,
+        x: Tensor,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        possible: Sequence[tuple[Layout, ...]],
+    ) -> Attribution | None:
+        """The attribution by the batch's first samples, or None if they are not enough for it."""
+        samples = min(GROUPS, len(x) - 1)
+        try:
+            few, few_calls = self._capture.forward(x[:samples])
+        except (RuntimeError, ValueError):
+            return None  # a model for one size of batches
+        if not _same(few, outputs[:samples]):
+            everything = frozenset(self._trainable)
+            return Attribution([None] * len(calls), {}, everything, mixed=True)
+        same_calls = [call.rule for call in calls] == [call.rule for call in few_calls]
+        if samples == 1 or not same_calls:
+            return None
+        few_possible = [_possible(call, samples) for call in few_calls]
+        found, settled = self._probe(few, few_calls, few_possible, samples)
+        if not settled:
+            return None
+        for layout, allowed in zip(found.layouts, possible, strict=True):
+            if layout is not None and layout not in allowed:
+                return None
+        return found
+
+    def _probe(
+        self,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        possible: Sequence[tuple[Layout, ...]],
+        samples: int,
+    ) -> tuple[Attribution, bool]:
+        """The attribution, and whether it settles that of all passes of this kind."""
+        remaining = list(possible)
+        weights = torch.zeros_like(outputs)
+        for probe, chosen in probes(outputs, samples):
+            weights += probe
+            gradients, _ = output_gradients(outputs, calls, probe)
+            for c, g in enumerate(gradients):
+                if g is not None:
+                    dims = calls[c].row_dims[1]
+                    remaining[c] = tuple(p for p in remaining[c] if fits(g, p, dims, chosen))
+        layouts = [entries[0] if entries else None for entries in remaining]
+        uses: dict[int, list[tuple[int, str]]] = {}
+        for c, call in enumerate(calls):
+            for name, i in call.places.items():
+                uses.setdefault(i, []).append((c, name))
+        singly, moved = self._unexplained(outputs, calls, weights, layouts, uses, samples)
+        kept = {i: entry for i, entry in uses.items() if i not in singly}
+        # What is zero fits everything, and so does an arrangement that two layouts describe.
+        settled = moved and all(len(entries) <= 1 for entries in remaining)
+        return Attribution(layouts, kept, frozenset(singly)), settled
+
+    def _unexplained(
+        self,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        weights: Tensor,
+        layouts: list[Layout | None],
+        uses: dict[int, list[tuple[int, str]]],
+        samples: int,
+    ) -> tuple[set[int], bool]:
+        """The parameters whose gradient the rules do not give, and whether no gradient is zero."""
+        params = [self._params[i] for i in self._trainable]
+        by_output, by_parameter = output_gradients(outputs, calls, weights, params)
+        bound = bind(calls, layouts, samples)
+        singly, moved = set(self._capture.without_rule), True
+        for i, gradient in zip(self._trainable, by_parameter, strict=True):
+            if i in singly:
+                continue
+            places = [(call, n, by_output[c]) for c, n in uses.get(i, []) if (call := bound[c])]
+            if len(places) < len(uses.get(i, [])):
+                singly.add(i)
+            elif gradient is not None:
+                gradient = gradient.to_dense()
+                moved = moved and bool(gradient.any())
+                if not _explain(gradient, places):
+                    singly.add(i)
+        return singly, moved
+
+
+def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]]) -> bool:
+    """Whether the rules' gradient is autograd's."""
+    total = torch.zeros_like(gradient, dtype=state_dtype(gradient.dtype))
+    size = torch.zeros_like(total)
+    for call, name, g in places:
+        if g is None:
+            continue
+        rule, name, features, rows = call.use(name, call.rows(g))
+        rule.add_(total, name, features, rows, itself)
+        for n in range(len(rows)):  # one by one: features may be views of less
+            sample = slice(n, n + 1)
+            rule.add_(size, name, features[sample].abs(), rows[sample].abs(), itself)
+        call.release()
+    tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
+    return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
+
+
+def _same(few: object, outputs: Tensor) -> bool:
+    """Whether a few samples have the outputs that they have in the whole batch."""
+    if not isinstance(few, Tensor) or few.shape != outputs.shape:
+        return False
+    # A smaller batch may be rounded otherwise in every layer.
+    tolerance = _TOLERANCE.get(outputs.dtype, _LOW_PRECISION_TOLERANCE)
+    return bool((few - outputs).detach().norm() <= tolerance * outputs.detach().norm())
+
+
+def _possible(call: Call, samples: int) -> tuple[Layout, ...]:
+    leading = call.inputs.dim() - call.row_dims[0]
+    return possible_layouts(call.inputs.shape[:leading], samples)

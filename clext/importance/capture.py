@@ -1,0 +1,180 @@
+"""A forward pass that remembers what goes into each layer with a rule, and where gradients go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from clext.importance.layers import LayerRule, rule_for
+from clext.tensor_lists import widest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer in a forward pass.
+
+    `places`: name of a parameter -> its index. `first`: its input depends on no parameter.
+    """
+
+    rule: LayerRule
+    places: dict[str, int]
+    inputs: Tensor
+    first: bool
+    edge: GradientEdge
+    output_shape: torch.Size
+
+    @property
+    def row_dims(self) -> tuple[int, int]:
+        """How many of the last dimensions of input and output make up one row."""
+        return self.rule.row_dims(self.inputs.dim())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the rule calculates in: the state dtype of the layer's parameters."""
+        return widest(getattr(self.rule.layer, name) for name in self.places)
+
+
+class Capture:
+    """Runs `model`, watching the layers that have rules for some of the trainable `params`.
+
+    `without_rule` are the indices of the trainable parameters that a layer without a rule holds
+    (also those that it shares with layers that have one).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        accept: Callable[[LayerRule], bool] = lambda _: True,
+    ) -> None:
+        self._model = model
+        self._layers: dict[nn.Module, tuple[LayerRule, dict[str, int]]] = {}
+        index = {id(entry): i for i, entry in enumerate(params) if entry.requires_grad}
+        without_rule: set[int] = set()
+        for module in model.modules():
+            rule = rule_for(module)
+            own = module.named_parameters(recurse=False, remove_duplicate=False)
+            places = {name: index[id(entry)] for name, entry in own if id(entry) in index}
+            if not places:
+                continue
+            known = rule is not None and accept(rule) and places.keys() <= {"weight", "bias"}
+            if rule is not None and known:
+                self._layers[module] = (rule, places)
+            else:
+                without_rule.update(places.values())
+        self.without_rule = frozenset(without_rule)
+
+    def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
+        """The model's outputs, and the calls through which they may depend on parameters."""
+        calls: list[Call] = []
+
+        def capture(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            if output.requires_grad:  # else it was called under no_grad
+                rule, places = self._layers[module]
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                first = not inputs.requires_grad
+                edge = _edge(output)
+                calls.append(Call(rule, places, inputs.detach(), first, edge, output.shape))
+
+        handles: list[RemovableHandle] = []
+        try:
+            for module in self._layers:
+                # First of all hooks, to see the layer's own output.
+                handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
+                handles.append(handle)
+            outputs = self._model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs, calls
+
+
+def _edge(output: Tensor) -> GradientEdge:
+    """Where the gradient by `output` arrives, as it is now: an in-place change may follow.
+
+    Some layers return a reshaped view of what they computed. An in-place change of a view
+    re-routes the gradient past it, to the tensor that it is a view of.
+    """
+    base = output._base
+    if base is not None and base.is_contiguous() and output.is_contiguous():
+        same = base.numel() == output.numel()
+        return get_gradient_edge(base if same else output)
+    return get_gradient_edge(output)
+
+
+def output_gradients(
+    outputs: Tensor, calls: Sequence[Call], cotangent: Tensor, params: Sequence[Tensor] = ()
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of sum(outputs * cotangent): the gradients by each call's output, and by `params`.
+
+    In the calls' state dtype; None where the outputs do not depend on it.
+    """
+    if not outputs.requires_grad or not (calls or params):
+        return [None] * len(calls), [None] * len(params)
+    inputs: Any = [*(call.edge for call in calls), *params]
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        outputs,
+        inputs,
+        cotangent.to(outputs.dtype),
+        retain_graph=True,  # another cotangent may follow
+        allow_unused=True,
+    )
+    by_output = [
+        None if g is None else _as_output(g, call) for g, call in zip(found, calls, strict=False)
+    ]
+    return by_output, list(found[len(calls) :])
+
+
+def stream_output_gradients(
+    outputs: Tensor,
+    calls: Sequence[Call],
+    cotangent: Tensor,
+    receive: Callable[[int, Tensor], None],
+) -> None:
+    """Give `receive` the number of each call and the gradient by its output, once it is there.
+
+    As `output_gradients`, but not all gradients are in memory at the same time.
+    """
+    waiting = dict(enumerate(calls))
+
+    def deliver(c: int, g: Tensor | None) -> None:
+        call = waiting.pop(c, None)
+        if g is not None and call is not None:
+            receive(c, _as_output(g, call))
+
+    def hook(c: int, position: int) -> Callable[[tuple[Tensor, ...]], None]:
+        return lambda gradients: deliver(c, gradients[position])
+
+    # On its way to the first calls, the backward pass comes through most of the others.
+    handles = [
+        call.edge.node.register_prehook(hook(c, call.edge.output_nr))
+        for c, call in enumerate(calls)
+        if not call.first
+    ]
+    try:
+        firsts = [c for c, call in enumerate(calls) if call.first]
+        found, _ = output_gradients(outputs, [calls[c] for c in firsts], cotangent)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for c, g in zip(firsts, found, strict=True):
+        deliver(c, g)
+    rest = list(waiting)
+    found, _ = output_gradients(outputs, [calls[c] for c in rest], cotangent)
+    for c, g in zip(rest, found, strict=True):
+        deliver(c, g)
+
+
+def _as_output(g: Tensor, call: Call) -> Tensor:
+    """A gradient that arrived at the call's edge, shaped as its output, in the rule's dtype."""
+    return g.reshape(call.output_shape).to(call.dtype)

@@ -1,0 +1,325 @@
+"""What a layer's input and output gradient say about each single sample: one rule per layer type.
+
+A rule sees a call of its layer as rows: `features` [samples, rows, ...], what the output gradient
+is multiplied with to give the parameter gradient, and that gradient, `g` [samples, rows, ...]. Each
+sample has the same number of rows (tokens, frames, windows); its gradient is the sum over them. A
+new layer needs a class like those below and an entry in RULES.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    # Of each entry of a gradient: itself, its square or its absolute value.
+    Function = Callable[[Tensor], Tensor]
+    # One use of a parameter: rule, name in the layer, features, output gradient.
+    Use = tuple["LayerRule", str, Tensor, Tensor]
+
+# Bound on what one step of a sum over samples allocates: what stays in a core's cache, or what is
+# enough work for a GPU. One sample is always taken.
+CHUNK_BYTES = {"cpu": 2**21}
+LARGE_CHUNK_BYTES = 256 * 2**20
+
+
+def itself(tensor: Tensor) -> Tensor:
+    """The function for the plain sum of gradients."""
+    return tensor
+
+
+class LayerRule:
+    """The rule of one layer, whose parameters are `weight` and `bias`."""
+
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401  (each rule knows its own)
+        self.layer = layer
+
+    def holds(self) -> bool:
+        """Whether there is a rule for the layer's options and mode."""
+        return True
+
+    def row_dims(self, dims: int) -> tuple[int, int]:
+        """How many of the last dimensions of input and output make up one row.
+
+        The dimensions before them count samples and rows. `dims`: how many the input has in all.
+        """
+        raise NotImplementedError
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """From the layer's input, as [samples, rows, ...]."""
+        return inputs
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        """The gradient of each sample by the parameter `name`, [samples, *parameter.shape]."""
+        raise NotImplementedError
+
+    def scratch(self, name: str, features: Tensor) -> int:  # noqa: ARG002
+        """Elements allocated for each sample: its gradient and the function of that."""
+        parameter: Tensor = getattr(self.layer, name)
+        return 2 * parameter.numel()
+
+    def separable(self, rows: int) -> bool:  # noqa: ARG002
+        """Whether, with so many rows a sample, a function (square or absolute value) of the
+        gradient is the gradient for the functions of features and g.
+        """
+        return False
+
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
+        """Add the sum over samples of function(gradient) to `acc`."""
+        add_joint_(acc, [(self, name, features, g)], function)
+
+    # Whether `add_rows_` is there.
+    gives_rows = False
+
+    def add_rows_(self, rows: Tensor, name: str, features: Tensor, g: Tensor) -> None:
+        """Add the gradient for g[k] to rows[k]: features [n, ...], g [K, n, ...], all samples."""
+        raise NotImplementedError
+
+
+def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
+    """Add the sum over samples of function(sum over uses of gradient) to `acc`."""
+    samples = len(uses[0][-1])
+    elements = sum(rule.scratch(name, features) for rule, name, features, _ in uses)
+    limit = CHUNK_BYTES.get(acc.device.type, LARGE_CHUNK_BYTES)
+    size = max(1, limit // max(1, elements * acc.element_size()))
+    for start in range(0, samples, size):
+        chunk = slice(start, start + size)
+        gradients = [
+            rule.gradient(name, features[chunk], g[chunk]) for rule, name, features, g in uses
+        ]
+        total = gradients[0]
+        for gradient in gradients[1:]:
+            total = total + gradient
+        # In the order of memory, which is not that of the dimensions for every rule.
+        order = sorted(range(acc.dim()), key=lambda d: -total.stride(1 + d))
+        laid_out = function(total).permute(0, *(1 + d for d in order))
+        acc.permute(order).add_(laid_out.sum(0))
+
+
+class _Linear(LayerRule):
+    """Weight gradient: the sum over rows of g a^T."""
+
+    def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
+        return 1, 1
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        return g.sum(1) if name == "bias" else torch.bmm(g.transpose(1, 2), features)
+
+    def separable(self, rows: int) -> bool:
+        return rows == 1
+
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
+        # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
+        if not self.separable(features.shape[1]):
+            super().add_(acc, name, features, g, function)
+        elif name == "bias":
+            acc.add_(function(g).sum((0, 1)))
+        else:
+            acc.addmm_(function(g).squeeze(1).T, function(features).squeeze(1))
+
+    gives_rows = True
+
+    def add_rows_(self, rows: Tensor, name: str, features: Tensor, g: Tensor) -> None:
+        if name == "bias":
+            rows.add_(g.sum(1))
+        else:
+            rows.baddbmm_(g.transpose(1, 2), features.expand(len(g), -1, -1))
+
+
+class _Conv(LayerRule):
+    """Weight gradient: output gradient times the input's windows (im2col), group by group."""
+
+    def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
+        row = 1 + len(self.layer.kernel_size)
+        return row, row
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """What each offset in the kernel meets at each output, as a view of the padded input.
+
+        [samples, groups, channels of the group, *kernel, rows, *outputs].
+        """
+        layer, (samples, rows) = self.layer, inputs.shape[:2]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        # torch keeps the padding in this form too, whatever it was given as.
+        padded = F.pad(inputs.flatten(0, 1), layer._reversed_padding_repeated_twice, mode)
+        options = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        outputs = [
+            (size - dilation * (kernel - 1) - 1) // stride + 1
+            for size, (kernel, stride, dilation) in zip(padded.shape[2:], options, strict=True)
+        ]
+        batch, channel, *space = padded.stride()
+        channels = layer.in_channels // layer.groups
+        offsets = [step * d for step, d in zip(space, layer.dilation, strict=True)]
+        positions = [step * s for step, s in zip(space, layer.stride, strict=True)]
+        return padded.as_strided(
+            (samples, layer.groups, channels, *layer.kernel_size, rows, *outputs),
+            (rows * batch, channels * channel, channel, *offsets, batch, *positions),
+        )
+
+    def scratch(self, name: str, features: Tensor) -> int:
+        windows = 0 if name == "bias" else features[:1].numel()
+        return windows + super().scratch(name, features)
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        if name == "bias":
+            return g.flatten(3).sum((1, 3))
+        weight, groups = self.layer.weight, self.layer.groups
+        windows = features.reshape(len(g) * groups, weight[0].numel(), -1)
+        by_channel = g.transpose(1, 2).reshape(len(windows), len(weight) // groups, -1)
+        # The larger matrix first, which is faster for few channels.
+        product = torch.bmm(windows, by_channel.transpose(1, 2))
+        return product.transpose(1, 2).reshape(len(g), *weight.shape)
+
+
+class _Embedding(LayerRule):
+    """Weight gradient: at each token the sum of its output gradients."""
+
+    def holds(self) -> bool:
+        return self.layer.max_norm is None and not self.layer.scale_grad_by_freq
+
+    def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
+        return 0, 1
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return inputs.long()
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
+        kept = self._kept(features)
+        keys = features + self.layer.num_embeddings * _number(features)
+        keys, sums = _sum_by_key(keys[kept], g[kept])
+        flat = g.new_zeros(len(g) * self.layer.num_embeddings, self.layer.embedding_dim)
+        return flat.index_copy_(0, keys, sums).view(len(g), *self.layer.weight.shape)
+
+    def add_(
+        self,
+        acc: Tensor,
+        name: str,  # noqa: ARG002
+        features: Tensor,
+        g: Tensor,
+        function: Function,
+    ) -> None:
+        # Only tokens that occur: first the sum for each token and sample, then for each token.
+        kept = self._kept(features)
+        keys = features * len(g) + _number(features)
+        keys, sums = _sum_by_key(keys[kept], g[kept])
+        tokens, sums = _sum_by_key(keys // len(g), function(sums))
+        acc.index_add_(0, tokens, sums)
+
+    def _kept(self, tokens: Tensor) -> Tensor:
+        padding = self.layer.padding_idx
+        return torch.ones_like(tokens, dtype=torch.bool) if padding is None else tokens != padding
+
+
+def _number(tokens: Tensor) -> Tensor:
+    """The number of each sample, [samples, 1]."""
+    return torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+
+
+def _sum_by_key(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct keys, ascending, and the sum of the rows of each, added in their order."""
+    keys, order = keys.sort(stable=True)
+    distinct, counts = keys.unique_consecutive(return_counts=True)
+    if len(distinct) == 0:
+        return distinct, rows
+    return distinct, torch.segment_reduce(rows[order], "sum", lengths=counts)
+
+
+class _Norm(LayerRule):
+    """Weight gradient: output gradient times normalised input, summed within each channel."""
+
+    def row_dims(self, dims: int) -> tuple[int, int]:
+        return dims - 1, dims - 1
+
+    def features(self, inputs: Tensor) -> Tensor:
+        return self.normalised(inputs.flatten(0, 1)).reshape(inputs.shape)
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        """The layer's output for `inputs` [batch, *row], but for weight and bias."""
+        raise NotImplementedError
+
+    def scratch(self, name: str, features: Tensor) -> int:  # noqa: ARG002
+        return features[:1].numel()
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        terms = g if name == "bias" else g * features
+        return terms.sum([1, *range(2 + self.layer.weight.dim(), g.dim())])
+
+
+class _BatchNorm(_Norm):
+    def holds(self) -> bool:
+        # By the statistics of the batch, a sample has no gradient of its own.
+        return self.layer.running_mean is not None and not self.layer.training
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        shape = (-1, *[1] * (inputs.dim() - 2))
+        mean: Tensor = self.layer.running_mean.to(inputs).view(shape)
+        variance: Tensor = self.layer.running_var.to(inputs).view(shape)
+        eps: float = self.layer.eps
+        return (inputs - mean) * (variance + eps).rsqrt()
+
+
+class _InstanceNorm(_BatchNorm):
+    def holds(self) -> bool:
+        return not self.layer.training
+
+    def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
+        row = self.layer._get_no_batch_dim()
+        return row, row
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        if self.layer.running_mean is not None:
+            return super().normalised(inputs)
+        return F.instance_norm(inputs, eps=self.layer.eps)
+
+
+class _GroupNorm(_Norm):
+    def normalised(self, inputs: Tensor) -> Tensor:
+        return F.group_norm(inputs, self.layer.num_groups, eps=self.layer.eps)
+
+
+class _LayerNorm(_Norm):
+    def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
+        row = len(self.layer.normalized_shape)
+        return row, row
+
+    def normalised(self, inputs: Tensor) -> Tensor:
+        return F.layer_norm(inputs, self.layer.normalized_shape, eps=self.layer.eps)
+
+
+class _RMSNorm(_LayerNorm):
+    def normalised(self, inputs: Tensor) -> Tensor:
+        # The default depends on the dtype that the layer works in.
+        eps = torch.finfo(self.layer.weight.dtype).eps if self.layer.eps is None else self.layer.eps
+        return F.rms_norm(inputs, self.layer.normalized_shape, eps=eps)
+
+
+RULES: dict[type[nn.Module], type[LayerRule]] = {
+    nn.Linear: _Linear,
+    nn.Conv1d: _Conv,
+    nn.Conv2d: _Conv,
+    nn.Conv3d: _Conv,
+    nn.Embedding: _Embedding,
+    nn.BatchNorm1d: _BatchNorm,
+    nn.BatchNorm2d: _BatchNorm,
+    nn.BatchNorm3d: _BatchNorm,
+    nn.InstanceNorm1d: _InstanceNorm,
+    nn.InstanceNorm2d: _InstanceNorm,
+    nn.InstanceNorm3d: _InstanceNorm,
+    nn.GroupNorm: _GroupNorm,
+    nn.LayerNorm: _LayerNorm,
+    nn.RMSNorm: _RMSNorm,
+}
+
+
+def rule_for(layer: nn.Module) -> LayerRule | None:
+    """The rule of exactly this type: a subclass may compute something else."""
+    rule = RULES.get(type(layer))
+    if rule is None:
+        return None
+    made = rule(layer)
+    return made if made.holds() else None

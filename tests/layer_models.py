@@ -1,0 +1,307 @@
+"""Small models for each layer rule, each option and each arrangement of samples in a batch.
+
+All take x [samples, 24].
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from importance_models import CLASSES
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+VOCABULARY = 7
+
+
+def head():
+    """From anything [samples, ...]."""
+    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(5), nn.Linear(5, CLASSES))
+
+
+def stack(shape, *layers):
+    return nn.Sequential(nn.Unflatten(1, shape), *layers, nn.Tanh(), head())
+
+
+def conv1d(*args, **options):
+    return stack((4, 6), nn.Conv1d(4, *args, **options))
+
+
+def conv2d(*args, **options):
+    return stack((2, 3, 4), nn.Conv2d(2, *args, **options))
+
+
+def conv3d(*args, **options):
+    return stack((2, 3, 2, 2), nn.Conv3d(2, *args, **options))
+
+
+def tokens(x):
+    return (x * 3).long().abs() % VOCABULARY
+
+
+class Custom(nn.Module):
+    """`forward` with the `layers`, and a head."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function, self.head = forward, head()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.head(self.function(self, x).contiguous())
+
+
+def embedded(forward, **options):
+    return partial(Custom, forward, table=nn.Embedding(VOCABULARY, 3, **options))
+
+
+def linear(forward, inputs=6):
+    return lambda: Custom(forward, layer=nn.Linear(inputs, 5), second=nn.Linear(5, 5))
+
+
+def channels_last():
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), nn.BatchNorm2d(4)).to(
+        memory_format=torch.channels_last
+    )
+    return Custom(
+        lambda m, x: m.body(x.view(-1, 2, 3, 4).contiguous(memory_format=torch.channels_last)),
+        body=model,
+    )
+
+
+def trained_norm(make):
+    """With running statistics and weights that are not the initial ones."""
+    model = make()
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, 24) + 1)
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def frozen_bias():
+    model = conv2d(3, 2)
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+def shared_bias():
+    model = Custom(
+        lambda m, x: m.second(m.first(x.view(-1, 6, 4)).tanh()),
+        first=nn.Linear(4, 4),
+        second=nn.Linear(4, 4),
+    )
+    model.second.bias = model.first.bias
+    return model
+
+
+def tied_embedding():
+    model = Custom(
+        lambda m, x: m.out(m.table(tokens(x[:, :6])).tanh()),
+        table=nn.Embedding(VOCABULARY, 3, padding_idx=2),
+        out=nn.Linear(3, VOCABULARY),
+    )
+    model.out.weight = model.table.weight
+    return model
+
+
+class Pair(nn.Module):
+    """Returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 5), nn.Linear(18, 5)
+
+    def forward(self, x):
+        return self.left(x[:, :6]), self.right(x[:, 6:])
+
+
+def _time_major(m, x):
+    rows = x.view(len(x), 4, 6).transpose(0, 1).reshape(-1, 6)
+    return m.second(m.layer(rows).tanh()).view(4, len(x), 5).transpose(0, 1)
+
+
+def _without_gradient(m, x):
+    with torch.no_grad():
+        fixed = m.layer(x[:, :6])
+    return fixed * m.second(m.layer(x[:, 6:12]).tanh())
+
+
+CONVOLUTIONS = {
+    "1d": partial(conv1d, 6, 3),
+    "1d strided": partial(conv1d, 6, 3, stride=2, padding=1),
+    "1d same": partial(conv1d, 6, 4, padding="same", dilation=2),
+    "1d valid": partial(conv1d, 6, 3, padding="valid", bias=False),
+    "1d circular": partial(conv1d, 4, 3, padding=2, padding_mode="circular"),
+    "1d window skips inputs": partial(conv1d, 4, 2, stride=3),
+    "2d": partial(conv2d, 3, (2, 3), stride=(1, 2), padding=(1, 2)),
+    "2d dilated": partial(conv2d, 3, 2, dilation=(1, 2)),
+    "2d groups": partial(conv2d, 6, 2, groups=2, padding=1),
+    "2d depthwise": partial(conv2d, 4, 2, groups=2),
+    "2d reflect": partial(conv2d, 3, 3, padding=1, padding_mode="reflect"),
+    "2d replicate same": partial(conv2d, 3, (1, 2), padding="same", padding_mode="replicate"),
+    "2d pointwise": partial(conv2d, 3, 1),
+    "2d whole": partial(conv2d, 3, (3, 4)),
+    "2d channels last": channels_last,
+    "2d frozen bias": frozen_bias,
+    "2d frames, sample-major": lambda: Custom(
+        lambda m, x: m.conv(x.view(-1, 2, 3, 2)).flatten(1).view(len(x), -1),
+        conv=nn.Conv2d(2, 4, 2, groups=2),
+    ),
+    "2d called twice": lambda: Custom(
+        lambda m, x: m.conv(m.conv(x.view(-1, 2, 3, 4)).tanh()), conv=nn.Conv2d(2, 2, 2, padding=1)
+    ),
+    "3d": partial(conv3d, 4, 2, padding=(1, 0, 1)),
+    "3d groups": partial(conv3d, 4, (2, 1, 2), groups=2, stride=(1, 1, 2)),
+}
+
+ARRANGEMENTS = {
+    "batch-first": linear(lambda m, x: m.second(m.layer(x.view(-1, 4, 6)).tanh())),
+    "more dimensions": linear(lambda m, x: m.second(m.layer(x.view(-1, 2, 2, 6)).tanh())),
+    "sequence-first": linear(
+        lambda m, x: m.second(m.layer(x.view(-1, 4, 6).transpose(0, 1)).tanh()).transpose(0, 1)
+    ),
+    "last of a sequence": linear(
+        lambda m, x: m.second(m.layer(x.view(-1, 4, 6).transpose(0, 1)).tanh()[-1])
+    ),
+    "flattened, sample-major": linear(
+        lambda m, x: m.second(m.layer(x.reshape(-1, 6)).tanh()).view(len(x), 4, 5)
+    ),
+    "flattened, time-major": linear(_time_major),
+    "in place": linear(lambda m, x: m.second(F.relu(m.layer(x.view(-1, 4, 6)), inplace=True))),
+    "by keyword": linear(lambda m, x: m.second(input=m.layer(input=x.view(-1, 4, 6)).tanh())),
+    "called on rows and on tokens": linear(
+        lambda m, x: m.layer(x.view(-1, 4, 6)).mean(1) * m.layer(x[:, :6]) + m.second.bias.detach()
+    ),
+    "without gradient": linear(_without_gradient),
+    "half of the features elsewhere": lambda: Custom(
+        lambda m, x: torch.cat([m.body(x[:, :12]), x[:, 12:].tanh()], 1), body=nn.Linear(12, 6)
+    ),
+    "tuple": lambda: Custom(lambda m, x: torch.mul(*m.pair(x)), pair=Pair()),
+    "shared bias": shared_bias,
+    "checkpointed": linear(
+        lambda m, x: checkpoint(
+            lambda h: m.second(F.relu(m.layer(h))), x.view(-1, 4, 6), use_reentrant=False
+        )
+    ),
+}
+
+EMBEDDINGS = {
+    "embedding": embedded(lambda m, x: m.table(tokens(x))),
+    "embedding of one token": embedded(lambda m, x: m.table(tokens(x[:, 0]))),
+    "embedding with padding": embedded(lambda m, x: m.table(tokens(x)).tanh(), padding_idx=2),
+    "embedding of int32": embedded(lambda m, x: m.table(tokens(x).int())),
+    "sparse embedding": embedded(lambda m, x: m.table(tokens(x)), sparse=True),
+    "embedding, sequence-first": embedded(
+        lambda m, x: m.table(tokens(x[:, :4]).T).tanh().transpose(0, 1)
+    ),
+    "embedding called twice": embedded(
+        lambda m, x: m.table(tokens(x[:, :4])) * m.table(tokens(x[:, 4:8]))
+    ),
+    "tied embedding": tied_embedding,
+}
+
+NORMS = {
+    name: partial(trained_norm, make)
+    for name, make in {
+        "batch norm": lambda: Custom(lambda m, x: m.n(x), n=nn.BatchNorm1d(24)),
+        "batch norm 1d": lambda: stack((4, 6), nn.BatchNorm1d(4)),
+        "batch norm 2d": lambda: stack((2, 3, 4), nn.BatchNorm2d(2), nn.Conv2d(2, 3, 2)),
+        "batch norm 3d": lambda: stack((2, 3, 2, 2), nn.BatchNorm3d(2)),
+        "batch norm twice": lambda: Custom(
+            lambda m, x: m.n(m.n(x.view(-1, 4, 6)).tanh()), n=nn.BatchNorm1d(4)
+        ),
+        "layer norm": lambda: stack((4, 6), nn.LayerNorm(6)),
+        "layer norm of two dimensions": lambda: stack((2, 3, 4), nn.LayerNorm((3, 4), bias=False)),
+        "layer norm, sequence-first": lambda: Custom(
+            lambda m, x: m.n(x.view(-1, 4, 6).transpose(0, 1)).transpose(0, 1), n=nn.LayerNorm(6)
+        ),
+        "group norm": lambda: stack((4, 2, 3), nn.GroupNorm(2, 4)),
+        "group norm of vectors": lambda: stack((24,), nn.GroupNorm(3, 24)),
+        "RMS norm": lambda: stack((4, 6), nn.RMSNorm(6)),
+        "RMS norm with eps": lambda: stack((4, 6), nn.RMSNorm((4, 6), eps=0.1)),
+        "instance norm": lambda: stack((4, 6), nn.InstanceNorm1d(4, affine=True)),
+        "instance norm 2d with statistics": lambda: stack(
+            (2, 3, 4), nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
+        ),
+    }.items()
+}
+
+RULED = {**CONVOLUTIONS, **ARRANGEMENTS, **EMBEDDINGS, **NORMS}
+
+
+def sequences(m, x):
+    return x.view(-1, 4, 6)
+
+
+def _positions(m, x):
+    return (m.layer(sequences(m, x)) + m.table(torch.arange(4, device=x.device))).tanh()
+
+
+def recurrent(kind):
+    return lambda: Custom(
+        lambda m, x: m.cell(m.layer(sequences(m, x)))[0][:, -1],
+        layer=nn.Linear(6, 5),
+        cell=kind(5, 3, batch_first=True),
+    )
+
+
+def weight_norm():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+    return Custom(lambda m, x: m.layer(sequences(m, x)), layer=layer)
+
+
+# What the rules leave to torch.func: names of those parameters begin with these.
+FALLBACK = {
+    "transformer": (
+        lambda: Custom(
+            lambda m, x: m.body(sequences(m, x)),
+            body=nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True),
+        ),
+        ["body.self_attn"],
+    ),
+    "transformer, sequence-first": (
+        lambda: Custom(
+            lambda m, x: m.body(sequences(m, x).transpose(0, 1)).transpose(0, 1),
+            body=nn.TransformerEncoderLayer(6, 2, 8, norm_first=True),
+        ),
+        ["body.self_attn"],
+    ),
+    "attention": (
+        lambda: Custom(
+            lambda m, x: m.body(*3 * [m.layer(sequences(m, x))], need_weights=False)[0],
+            layer=nn.Linear(6, 6),
+            body=nn.MultiheadAttention(6, 3, batch_first=True),
+        ),
+        ["body"],
+    ),
+    "behind another parameter": (
+        lambda: Custom(
+            lambda m, x: m.layer(x[:, :12]) * m.second(m.scale(x[:, 12:])),
+            layer=nn.Linear(12, 5),
+            scale=nn.PReLU(12),
+            second=nn.Linear(12, 5),
+        ),
+        ["scale"],
+    ),
+    "LSTM": (recurrent(nn.LSTM), ["cell"]),
+    "GRU": (recurrent(nn.GRU), ["cell"]),
+    "RNN": (recurrent(nn.RNN), ["cell"]),
+    "positions": (
+        lambda: Custom(_positions, layer=nn.Linear(6, 5), table=nn.Embedding(4, 5)),
+        ["table"],
+    ),
+    "frequency": (
+        embedded(lambda m, x: m.table(tokens(x)).tanh(), scale_grad_by_freq=True),
+        ["table"],
+    ),
+    "weight norm": (weight_norm, ["layer."]),
+    "transposed": (
+        lambda: stack((4, 6), nn.ConvTranspose1d(4, 2, 3), nn.Conv1d(2, 3, 2)),
+        ["1."],
+    ),
+}
