@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "protocol": speed_tables.protocol_table,
     "step": speed_tables.step_table,
     "plan": speed_tables.plan_table,
+    "importance": speed_tables.importance_table,
     "course": accuracy_tables.course_table,
     "course_sizes": speed_tables.course_sizes_table,
     "course_step": speed_tables.course_step_table,

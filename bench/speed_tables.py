@@ -172,6 +172,24 @@ def step_table() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def importance_table() -> str:
+    """Everything as a multiple of a plain forward and backward pass over the same data."""
+    others = ["vmap", "loop", "backpack", "curvlinops product", "100 backward passes"]
+
+    def row(e: Entry) -> list[str]:
+        ratios = e["against_backward"]
+        return [
+            e["model"],
+            e["estimate"],
+            f"{e['ms']['backward']:.0f}",
+            times(ratios["clext"], 2),
+            *(times(ratios.get(name)) for name in others),
+        ]
+
+    head = ["model", "estimate", "forward + backward, ms", "clext", *others]
+    return by_device(newest(read_lines("importance"), "model", "estimate"), head, row)
+
+
 def course_sizes_table() -> str:
     def row(e: Entry) -> list[str]:
         course, paper = e["mean"]["course"], e["mean"]["paper"]
