@@ -77,6 +77,13 @@ class Progress:
             seconds = time.perf_counter() - self._start
             say(f"{self._label}: {self._place(task, epoch)}{self._last}, {seconds:.1f} s")
 
+    def task_end(self, task: int) -> None:
+        """Show that the task is being consolidated, which can take as long as an epoch."""
+        place = f"task {task + 1}/{self._tasks} done, consolidating"
+        self._bar.set_postfix_str(place, refresh=True)
+        if self._lines:
+            say(f"{self._label}: {place}")
+
     def _place(self, task: int, epoch: int) -> str:
         return _TASK_AND_EPOCH.format(
             task=task + 1, tasks=self._tasks, epoch=epoch + 1, epochs=self._epochs

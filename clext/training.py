@@ -208,6 +208,7 @@ def learn(
                 result.curve.append(fmean(accuracies))
                 bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
             result.accuracy[k, : k + 1] = accuracies
+            bar.task_end(k)
             with clock.measure("consolidation"):
                 method.consolidate(Batches(train_split, settings.batch_size))
             keep(lambda: save(result))

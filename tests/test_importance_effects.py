@@ -137,6 +137,20 @@ def test_data_that_does_not_fit_is_described(batches, message, kind):
         fisher_information(model, params_of(model), batches, kind=kind)
 
 
+@pytest.mark.parametrize("estimate", ["mas per_sample", "mas batch", "scp exact", "scp sliced"])
+def test_unlabelled_data_is_enough_where_labels_play_no_part(fast_model, estimate):
+    function, options = ESTIMATES[estimate]
+    params, batches = params_of(fast_model), make_batches()
+    expected = function(fast_model, params, batches, **options)
+    for strip in (lambda x: x, lambda x: (x,), lambda x: [x, None], lambda x: (x, "?", 3)):
+        got = function(fast_model, params, [strip(x) for x, _ in batches], **options)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    for bad in ([{}], [()], [("x", "y")], 3):
+        with pytest.raises(ValueError, match=r"x of batch 0 is (dict|tuple|str)|batches x or"):
+            function(fast_model, params, bad, **options)
+
+
 @pytest.mark.parametrize(
     ("forward", "message"),
     [

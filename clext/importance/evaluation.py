@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    Batches = Iterable[tuple[Tensor, Tensor]]
+    # Of (x, y), or where labels play no part x, (x,) or (x, y): checked as they are read.
+    Batches = Iterable[Any]
 
 
 @contextmanager
@@ -66,28 +67,14 @@ def read_batches(
     owner: str, batches: Batches | None, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The (x, y) batches of a task on `device`; ValueError if they are not such, or none come."""
-    try:
-        iterator: Iterator[Any] = iter(batches)  # type: ignore[arg-type]  # that is the check
-    except TypeError:
-        raise ValueError(
-            f"{owner} needs the data of the task: expected an iterable of (x, y) batches, "
-            f"got {'nothing' if batches is None else type(batches).__name__}"
-        ) from None
     samples = 0
-    for index, batch in enumerate(iterator):
+    for index, batch in _numbered(owner, batches, "(x, y) batches"):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             size = f" of {len(batch)} entries" if isinstance(batch, tuple | list) else ""
             raise ValueError(
                 f"{owner}: batch {index} is a {type(batch).__name__}{size}, expected a pair (x, y)"
             )
-        x, y = batch
-        for name, entry in {"x": x, "y": y}.items():
-            if not isinstance(entry, Tensor) or entry.dim() == 0:
-                what = "a 0-dim tensor" if isinstance(entry, Tensor) else type(entry).__name__
-                raise ValueError(
-                    f"{owner}: {name} of batch {index} is {what}, expected a tensor with one "
-                    "entry per sample"
-                )
+        x, y = (_tensor(owner, name, index, entry) for name, entry in zip("xy", batch, strict=True))
         if len(x) != len(y):
             raise ValueError(
                 f"{owner}: batch {index} has {len(x)} inputs but {len(y)} labels, "
@@ -96,6 +83,46 @@ def read_batches(
         samples += len(x)
         if len(x) > 0:
             yield x.to(device), y.to(device)
+    _check_count(owner, samples)
+
+
+def read_inputs(owner: str, batches: Batches | None, device: torch.device) -> Iterator[Tensor]:
+    """The inputs on `device` of batches x, (x,) or (x, y), of which y may be anything."""
+    samples = 0
+    for index, batch in _numbered(owner, batches, "batches x or (x, y)"):
+        first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        x = _tensor(owner, "x", index, first)
+        samples += len(x)
+        if len(x) > 0:
+            yield x.to(device)
+    _check_count(owner, samples)
+
+
+def _numbered(owner: str, batches: object, expected: str) -> Iterator[tuple[int, Any]]:
+    try:
+        iterator: Iterator[Any] = iter(batches)  # type: ignore[call-overload]  # that is the check
+    except TypeError:
+        raise ValueError(
+            f"{owner} needs the data of the task: expected an iterable of {expected}, "
+            f"got {'nothing' if batches is None else type(batches).__name__}"
+        ) from None
+    yield from enumerate(iterator)
+
+
+def _tensor(owner: str, name: str, index: int, entry: object) -> Tensor:
+    if isinstance(entry, Tensor) and entry.dim() > 0:
+        return entry
+    what = "a 0-dim tensor" if isinstance(entry, Tensor) else type(entry).__name__
+    remedy = ""
+    if name == "x":
+        remedy = "; for a model with other inputs, pass a module that takes one tensor apart for it"
+    raise ValueError(
+        f"{owner}: {name} of batch {index} is {what}, expected a tensor with one entry per sample"
+        f"{remedy}"
+    )
+
+
+def _check_count(owner: str, samples: int) -> None:
     if samples == 0:
         raise ValueError(f"{owner}: the data of the task is empty, expected at least one sample")
 

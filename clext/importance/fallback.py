@@ -114,7 +114,8 @@ def tell(model: nn.Module, params: Sequence[Tensor], chosen: Iterable[int]) -> N
     warnings.warn(
         f"clext: importance of {type(model).__name__} is computed one sample at a time by "
         f"torch.func, which is slow, for {', '.join(names)}{more}: the layer has no fast rule, or "
-        "uses the parameter outside of its own call, or mixes the samples of a batch",
+        "uses the parameter outside of its own call, or mixes the samples of a batch (the option "
+        "\"batch\" of EWC's fisher and MAS's estimator is fast for any model, but not per sample)",
         SlowImportanceWarning,
         stacklevel=2,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.evaluation import averaged, evaluation, read_batches
+from clext.importance.evaluation import averaged, evaluation, read_inputs
 from clext.importance.per_sample import PerSampleSum
 from clext.options import choice
 
@@ -31,7 +31,7 @@ def output_sensitivity(
     Args:
         model: maps a batch of inputs to outputs [samples, outputs]; left as it was.
         params: parameters of `model`; frozen ones get 0.
-        batches: iterable of (x, y); y is not looked at.
+        batches: iterable of x, (x,) or (x, y); y is not looked at.
         estimator: "per_sample", or "batch" for the absolute value of each batch's mean gradient
             (the same for a batch of one sample, smaller for larger ones).
 
@@ -47,7 +47,7 @@ def output_sensitivity(
     samples = 0
     with evaluation(model, params, seed=0):
         sums = kind_of_sum(owner, model, params, absolute=True)
-        for x, _ in read_batches(owner, batches, params[0].device):
+        for x in read_inputs(owner, batches, params[0].device):
             sums.add(x, lambda outputs: [2 * outputs])
             samples += len(x)
         return averaged(owner, sums.sums, samples)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clext import ops
 from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
 from clext.importance.capture import Call, Capture, output_gradients
-from clext.importance.evaluation import averaged, check_outputs, evaluation, read_batches
+from clext.importance.evaluation import averaged, check_outputs, evaluation, read_inputs
 from clext.options import integer
 from clext.parameters import allocate_state
 from clext.seeding import generator
@@ -41,7 +41,7 @@ def sliced_cramer_importance(
     Args:
         model: maps a batch of inputs to outputs [samples, outputs]; left as it was.
         params: parameters of `model`; frozen ones get 0.
-        batches: iterable of (x, y); y is not looked at.
+        batches: iterable of x, (x,) or (x, y); y is not looked at.
         slices: number of directions drawn, or "exact" for the expectation over all of them (the
             mean square of the derivatives of the single outputs).
         seed: of the draws.
@@ -60,7 +60,7 @@ def sliced_cramer_importance(
     with evaluation(model, params, seed):
         capture = Capture(model, params, lambda rule: rule.gives_rows)
         attributions = Attributions(capture, params)
-        for x, _ in read_batches(owner, batches, params[0].device):
+        for x in read_inputs(owner, batches, params[0].device):
             outputs, calls = capture.forward(x)
             outputs = check_outputs(owner, outputs, len(x))
             if jacobian is None:
@@ -68,7 +68,7 @@ def sliced_cramer_importance(
             if outputs.requires_grad:
                 jacobian.add(outputs, calls, attributions.of(x, outputs, calls, samples=1))
             samples += len(x)
-        assert jacobian is not None  # read_batches gives at least one batch
+        assert jacobian is not None  # read_inputs gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)
 
 

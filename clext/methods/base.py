@@ -186,8 +186,9 @@ class Method(Stateful):
         """End a task: importance and anchor for the tasks to come.
 
         Args:
-            dataloader: iterable of (x, y) batches of the task, for methods that measure importance
-                on data (EWC, MAS, SCP); others leave it alone.
+            dataloader: iterable of (x, y) batches of the task, x a tensor that the model takes, for
+                methods that measure importance on data: EWC, and MAS and SCP, to which x or (x,) is
+                enough. Others leave it alone.
 
         Raises:
             ValueError: the data is missing or not as described, a parameter does not fit its state
