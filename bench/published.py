@@ -181,13 +181,14 @@ VAN_DE_VEN = Protocol(
     batch_size=128,
     order=iterations(5000, 128),
     keep_optimizer=True,
-    tolerance="five times the published standard error",
+    tolerance="three standard deviations of one run: the published spread is the standard error of "
+    "a mean, taken as that of ten runs",
     rows=(
-        Row("none", 78.51, 1.2, Baseline, adam(1e-4), "0.24"),
+        Row("none", 78.51, 2.3, Baseline, adam(1e-4), "0.24"),
         Row(
             "EWC",
             94.31,
-            0.6,
+            1.0,
             lambda model: EWC(model, strength=250.0, anchors="all"),
             adam(1e-4),
             "0.11",
@@ -197,7 +198,7 @@ VAN_DE_VEN = Protocol(
         Row(
             "online EWC",
             94.42,
-            0.7,
+            1.2,
             lambda model: EWC(model, strength=450.0, gamma=0.9),
             adam(1e-4),
             "0.13",
@@ -207,7 +208,7 @@ VAN_DE_VEN = Protocol(
         Row(
             "SI",
             95.33,
-            0.6,
+            1.0,
             lambda model: SI(model, strength=5.0, xi=0.1),
             adam(1e-4),
             "0.11",

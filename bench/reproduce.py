@@ -16,9 +16,10 @@ import torch
 from published import PROTOCOLS, Protocol, Row, verdict
 from timing import machine, record
 
-from clext.data import Dataset, Split, load_dataset
+from clext.data import DataError, Dataset, Split, load_dataset
 from clext.module_mode import module_mode
 from clext.seeding import Seeds, generator, isolated_rng
+from clext.settings import resolve_device
 from clext.steps import TaskSteps
 from clext.training import evaluate
 
@@ -26,25 +27,33 @@ from clext.training import evaluate
 @click.command(help=__doc__)
 @click.argument("name", type=click.Choice(list(PROTOCOLS)))
 @click.option("--row", "rows", multiple=True, help="Only this row; may be given several times.")
-@click.option("--seed", "seeds", multiple=True, type=int, default=[0], show_default=True)
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: str) -> None:
+@click.option(
+    "--seed", "seeds", multiple=True, type=click.IntRange(0), default=[0], show_default=True
+)
+@click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
+def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: str | None) -> None:
     protocol = PROTOCOLS[name]
     known = [row.name for row in protocol.rows]
     if unknown := [row for row in rows if row not in known]:
         raise click.BadParameter(f"{unknown[0]!r}; {name} has {', '.join(map(repr, known))}")
-    data = load_dataset("mnist", None, show=True)
+    try:
+        target = resolve_device(device)
+        data = load_dataset("mnist", None, show=True)
+    except (ValueError, DataError) as error:
+        raise click.ClickException(str(error)) from error
     print(f"{protocol.title}: {protocol.source}")
     for seed in seeds:
         for row in protocol.rows:
             if not rows or row.name in rows:
-                run(name, protocol, row, data, seed, device)
+                run(name, protocol, row, data, seed, target)
 
 
-def run(name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, device: str) -> None:
+def run(
+    name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
+) -> None:
     """Train one row and record what came out."""
     start = time.perf_counter()
-    curve = learn(protocol, row, data, seed, torch.device(device))
+    curve = learn(protocol, row, data, seed, device)
     seconds = time.perf_counter() - start
     got = 100 * curve[-1]
     published = f"; published {row.published:g}: {verdict(row, got)}" if row.published else ""
@@ -59,7 +68,7 @@ def run(name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, devic
             "accuracy": round(got, 2),
             "after_each_task": [round(100 * value, 2) for value in curve],
             "seconds": round(seconds),
-            "machine": machine(device),
+            "machine": machine(device.type),
         },
     )
 
@@ -91,7 +100,9 @@ def learn(
             for rows in protocol.order(len(split.labels), shuffle):
                 steps.take(rows.to(device))
         curve.append(fmean(evaluate(model, seen) for seen in tests))
-        print(f"  {row.name}, seed {seed}: task {task + 1}: {curve[-1]:.4f}", flush=True)
+        print(
+            f"  {row.name}, seed {seed}: task {task + 1}, average {100 * curve[-1]:.2f}", flush=True
+        )
         if task + 1 < protocol.tasks:
             method.consolidate(row.importance_data(model, split))
     return curve

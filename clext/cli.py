@@ -132,7 +132,7 @@ def train(
     with _one_line_errors():
         given = _parse_options(options)
         for name in given:
-            if name == "strength" or name in shared:
+            if name in {"method", "strength", "out"} or name in shared:
                 raise ValueError(f"--option {name}: use --{name.replace('_', '-')} instead")
         folder = out or _new_folder(method)
         result = clext.train(method, strength=strength, out=folder, **shared, **given)

@@ -64,6 +64,7 @@ class TestTrain:
             (["--option", "xi=large"], "xi must be"),
             (["--option", "strength=1"], "Error: --option strength: use --strength instead"),
             (["--option", "batch_size=1"], "use --batch-size instead"),
+            (["--option", "method=si"], "use --method instead"),
             (["--out", "file/below"], "Error: train: out: cannot write in file/below"),
             (["--dataset", "mnist", "--data-dir", "nowhere"], "Error: MNIST cannot be had"),
         ],
