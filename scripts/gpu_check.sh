@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Evidence from a machine with a GPU: builds in place, checks the compiler's report on the kernels,
 # runs the whole test suite with skips turned into failures, small cases under compute-sanitizer, the
-# benchmarks, and the course's whole protocol where MNIST is at hand. Needs torch with CUDA, a CUDA
-# toolkit, pytest, pytest-benchmark and hypothesis; no network.
+# benchmarks, and where MNIST is at hand the course's whole protocol and the published tables. Needs
+# torch with CUDA, a CUDA toolkit, pytest, pytest-benchmark and hypothesis; no network.
 #
 #   scripts/gpu_check.sh            everything
-#   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench, protocol
+#   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench, protocol, published
 #
 # PYTHON chooses the interpreter, CLEXT_BENCH_ARGS selects among the benchmarks (-k ...), CLEXT_DATA
 # is the folder with MNIST. Summaries go to bench/results/gpu_check.txt, full logs to build/, timings
@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-parts=${*:-tests sanitizer bench protocol}
+parts=${*:-tests sanitizer bench protocol published}
 logs=build/gpu_check
 report=bench/results/gpu_check.txt
 mkdir -p "$logs" bench/results
@@ -36,6 +36,7 @@ note() {
 # The lines of a log that tell how it went: pytest's last, the sanitizer's, those of our scripts.
 summaries='=+ .*(passed|failed|error|no tests).*=+|[0-9]+ passed.*|========= .*SUMMARY.*'
 summaries+='|sm_[0-9a-z]+: .*|no kernel uses .*|kernels .*|\w+ (fp32|bf16), .* tasks of .*'
+summaries+='|.* published .*: (agrees|differs) .*'
 
 # step NAME COMMAND...: runs it, keeps its log, notes how it ended.
 step() {
@@ -104,14 +105,23 @@ for part in $parts; do
         note "protocol: NOT RUN, MNIST was not found; set CLEXT_DATA"
       fi
       ;;
+    published)
+      if has_mnist; then
+        for name in agem2019 vandeven2018 zenke2017; do
+          step "published-$name" "$python" bench/reproduce.py "$name"
+        done
+      else
+        note "published: NOT RUN, MNIST was not found; set CLEXT_DATA"
+      fi
+      ;;
     *)
-      echo "unknown part '$part': expected tests, sanitizer, bench or protocol" >&2
+      echo "unknown part '$part': expected tests, sanitizer, bench, protocol or published" >&2
       exit 2
       ;;
   esac
 done
 # A test fails while results and tables differ.
-case $parts in *bench* | *protocol*) step tables "$python" bench/report.py ;; esac
+case $parts in *bench* | *protocol* | *published*) step tables "$python" bench/report.py ;; esac
 
 {
   echo "commit:" $(commit)
