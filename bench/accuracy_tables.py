@@ -26,7 +26,7 @@ def accuracy_table() -> str:
 
 
 def published_table() -> str:
-    """A line for each published number, the mean over our seeds beside it."""
+    """A line for each published number, the mean over our runs beside it."""
     from published import PROTOCOLS, verdict
 
     runs = newest(read_lines("published"), "name", "row", "seed")
@@ -47,7 +47,7 @@ def published_table() -> str:
                     verdict(row, fmean(values)) if values else "",
                 ]
             )
-    head = ["table", "row", "published, %", "tolerance", "clext, %", "seeds", ""]
+    head = ["table", "row", "published, %", "tolerance", "clext, %", "runs", "verdict"]
     return markdown(head, rows)
 
 
