@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) is not bool and isinstance(value, Real)
+
+
 def check_clipping(owner: str, max_norm: object, norm_type: object) -> None:
     """ValueError unless they are a number >= 0 and one > 0; infinity is one."""
-    if type(max_norm) is bool or not isinstance(max_norm, Real) or not max_norm >= 0:
+    if not _is_number(max_norm) or not max_norm >= 0:
         raise ValueError(f"{owner}: max_norm must be a number >= 0, got {max_norm!r}")
-    if type(norm_type) is bool or not isinstance(norm_type, Real) or not norm_type > 0:
+    if not _is_number(norm_type) or not norm_type > 0:
         raise ValueError(f"{owner}: norm_type must be a number > 0 or inf, got {norm_type!r}")
 
 
