@@ -59,6 +59,22 @@ def test_the_factor_of_a_dropped_step_is_forgotten(case, way, clip, device, plan
 
 
 @every_path
+def test_the_factor_is_forgotten_without_a_pull_too(case, device, plan):
+    """In the first task, or with penalty() in the loss, nothing comes between backward and step."""
+    results = []
+    for dropped in (False, True):
+        trained = Trained(case, "apart", device)
+        for batch in make_task(0, device=device):
+            if dropped:
+                drop(trained, batch)
+            trained.backward(batch)
+            trained.optimizer.step()
+            trained.method.update()
+        results.append(trained)
+    assert_same_training(*results)
+
+
+@every_path
 @every_way
 def test_a_new_gradient_at_the_address_of_a_dropped_one_is_not_taken_for_it(case, way, device):
     """Accumulated twice, it has the version that the clipped one had."""
