@@ -13,6 +13,17 @@ from clext.course import baseline, ewc, mas, rwalk, scp, si
 LOADER = make_task(0)
 ERRORS = [
     (ewc, (LOADER, "gpu"), "device must be a torch.device or the name of one, got 'gpu'"),
+    (ewc, (LOADER, "meta"), "ewc: device 'meta' cannot compute here, expected the one that"),
+    (baseline, (None, "cuda:99"), "baseline: device 'cuda:99' cannot compute here"),
+    (
+        ewc,
+        (
+            LOADER,
+            "cpu",
+            [{n: torch.full_like(p, torch.nan) for n, p in make_model().named_parameters()}],
+        ),
+        r"prev_guards\[0\]\['0.weight'\] holds NaN or infinity",
+    ),
     (ewc, (torch.device("cpu"), LOADER), r"device must be .*got list; the order is ewc\(model, "),
     (si, (LOADER, "cpu", 0.1), r"got 0.1; the order is si\(model, dataloader, epsilon, device\)"),
     (si, (LOADER, torch.device("cpu"), "cpu"), r"epsilon must be .* got device\(type='cpu'\)"),
@@ -75,3 +86,64 @@ def test_a_model_that_has_grown(kind):
     model[2] = nn.Linear(6, CLASSES + 1).double()
     with pytest.raises(ValueError, match=r"'2__weight_SI_prev_task'.*\[3, 6\], expected \[4, 6\]"):
         kind(model, LOADER, 0.1, "cpu")
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("given", [None, 3, [torch.zeros(1)]])
+def test_penalty_of_what_is_no_model(kind, given):
+    guard = kind(make_model(), dataloader=None, device="cpu", **ALL[kind])
+    with pytest.raises(ValueError, match=f"{kind.__name__}: penalty and update take the model"):
+        guard.penalty(given)
+    if kind in (si, rwalk):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: penalty and update take the model"):
+            guard.update(given)
+
+
+@pytest.mark.parametrize("kind", [si, rwalk])
+def test_parameters_whose_buffers_would_have_one_name(kind):
+    model = nn.Module()
+    model.a = nn.Linear(2, 2)
+    model.register_parameter("a__weight", nn.Parameter(torch.zeros(2, 2)))
+    with pytest.raises(ValueError, match="'a__weight' and 'a.weight' would share the buffers"):
+        kind(model, None, 0.1, "cpu")
+    assert not dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("kind", [si, rwalk])
+@pytest.mark.parametrize("value", [3, nn.Parameter(torch.zeros(6, 5))])
+def test_an_attribute_with_the_name_of_a_buffer(kind, value):
+    model = make_model()
+    setattr(model, "0__weight_W", value)
+    with pytest.raises(ValueError, match="has an attribute '0__weight_W', .* rename it"):
+        kind(model, None, 0.1, "cpu")
+    assert not dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("kind", [si, rwalk])
+def test_a_path_is_not_counted_twice(kind):
+    """The second task's loop has no update: the model still has the first one's path."""
+    model = make_model()
+    train(model, kind(model, None, 0.1, "cpu"), LOADER)
+    guard = kind(model, LOADER, 0.1, "cpu")
+    before = {name: entry.clone() for name, entry in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"a task counted already; call update\(model\) in the loo"
+    ):
+        kind(model, LOADER, 0.1, "cpu")
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    model.train()
+    train(model, guard, LOADER)
+    kind(model, LOADER, 0.1, "cpu")
+
+
+@pytest.mark.parametrize("kind", [ewc, mas, rwalk])
+def test_empty_batches_do_not_count(kind):
+    x, y = LOADER[0]
+    results = []
+    for loader in (LOADER, [LOADER[0], (x[:0], y[:0]), *LOADER[1:], (x[:0], y[:0])]):
+        model = make_model()
+        options = ALL[kind]
+        train(model, kind(model, dataloader=None, device="cpu", **options), LOADER)
+        guard = kind(model, dataloader=loader, device="cpu", **options)
+        results.append(guard._precision_matrices)
+    torch.testing.assert_close(*results, rtol=0, atol=0)

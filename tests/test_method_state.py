@@ -116,6 +116,71 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(path, value, mes
     assert_same_state(method.state_dict(), before)
 
 
+COUNTERS = [
+    *[("tasks", value) for value in ("abc", [1], -3, 2.7, 10**30, True, float("nan"))],
+    *[("interval_steps", value) for value in ("abc", [1], -3, 2.7, 10**30)],
+    *[("constant", value) for value in ("1e", [1], -1.0, float("nan"), float("inf"), True)],
+]
+
+
+@pytest.mark.parametrize(("counter", "value"), [*COUNTERS, ("tasks", None), ("constant", None)])
+def test_counters_that_are_none_are_refused_and_change_nothing(counter, value):
+    kind, options = (EWC, {"anchors": "all"}) if counter == "constant" else (RWalk, {})
+    method = kind(make_model(), **options)
+    train_tasks(method.model, method, tasks=1)
+    before = method.state_dict()
+    other = kind(make_model(), strength=3.0, **options).state_dict()
+    other["counters"][counter] = value
+    with pytest.raises(
+        ValueError, match=rf"state_dict\['counters'\]: '{counter}' must be"
+    ) as caught:
+        method.load_state_dict(other)
+    assert "\n" not in str(caught.value)
+    assert_same_state(method.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        *[(k, torch.full((6, 5), -1e-9), "below 0") for k in ("importance", "fisher", "score")],
+        ("importance", torch.ones(6, 5, dtype=torch.complex64), "is torch.complex64, .* real"),
+        ("path", torch.ones(6, 5, dtype=torch.int64), "is torch.int64, .* real floating"),
+        ("path", torch.ones(6, 5).to_sparse(), "torch.sparse_coo on cpu, expected a dense"),
+        ("path", torch.ones(6, 5, device="meta"), "on meta, expected a dense"),
+    ],
+)
+def test_tensors_that_no_training_leaves_are_refused(key, value, message):
+    method = RWalk(make_model())
+    train_tasks(method.model, method, tasks=1)
+    before = method.state_dict()
+    other = RWalk(make_model()).state_dict()
+    other["state"][key]["0.weight"] = value
+    with pytest.raises(ValueError, match=message):
+        method.load_state_dict(other)
+    assert_same_state(method.state_dict(), before)
+
+
+def test_a_path_below_zero_is_loaded():
+    method = RWalk(make_model())
+    state = method.state_dict()
+    state["state"]["path"]["0.weight"].fill_(-1.0)
+    method.load_state_dict(state)
+    assert_same_state(method.state_dict(), state)
+
+
+def test_a_state_with_a_constant_is_for_an_ewc_with_all_anchors():
+    """Another would keep the constant in its penalty for ever."""
+    source = EWC(make_model(), anchors="all")
+    train_tasks(source.model, source, tasks=2)
+    assert source.constant > 0
+    latest = EWC(make_model(), strength=3.0)
+    before = latest.state_dict()
+    with pytest.raises(ValueError, match='make the EWC with anchors="all"'):
+        latest.load_state_dict(source.state_dict())
+    assert_same_state(latest.state_dict(), before)
+    EWC(make_model(), anchors="all").load_state_dict(source.state_dict())
+
+
 # ------------------------------------------------------------------ which parameters
 
 

@@ -157,11 +157,29 @@ def test_what_was_clipped_for_a_step_that_never_came_is_forgotten(case, device):
         assert torch.equal(entry, results[1][name])
 
 
-@pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan"), "1", None, True])
 def test_a_bad_max_norm_is_refused(max_norm):
     method = SI(make_model())
     with pytest.raises(ValueError, match="si: max_norm must be a number >= 0, got"):
         method.clip_grad_norm_(max_norm)
+
+
+@pytest.mark.parametrize("norm_type", [0.0, -1.0, float("nan"), "inf", None, True])
+def test_a_bad_norm_type_is_refused(norm_type):
+    method = SI(make_model())
+    with pytest.raises(ValueError, match="si: norm_type must be a number > 0 or inf, got"):
+        method.clip_grad_norm_(1.0, norm_type)
+
+
+@every_way
+def test_an_infinite_max_norm_leaves_gradients_as_they_are(way, device):
+    trained = Trained("si", way, device)
+    trained.backward(make_task(0, device=device)[0])
+    trained.model[0].weight.grad[0, 0] = torch.inf
+    before = [p.grad.clone() for p in trained.model.parameters()]
+    assert trained.method.clip_grad_norm_(torch.inf).isinf()
+    for parameter, grad in zip(trained.model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, grad)
 
 
 # ------------------------------------------------------------------ gradients that others change

@@ -60,6 +60,11 @@ class CourseMethod:
 
     def _trained(self, model: nn.Module, known: Tensors) -> Tensors:
         """The parameters of `model` that are not frozen, by key."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"{self._owner}: penalty and update take the model, a torch.nn.Module, got "
+                f"{brief(model)}"
+            )
         named: Tensors = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -84,12 +89,23 @@ class CourseMethod:
 
     def _check_device(self, device: Any) -> None:  # noqa: ANN401  (that is the check)
         try:
-            torch.device(device)
+            target = torch.device(device)
         except (TypeError, RuntimeError):
             raise ValueError(
                 f"{self._owner}: device must be a torch.device or the name of one, got "
                 f"{brief(device)}; {self._order}"
             ) from None
+        try:
+            torch.empty(0, device=target)
+        except (AssertionError, NotImplementedError, RuntimeError):  # each backend has its own
+            usable = False
+        else:
+            usable = target.type != "meta"
+        if not usable:
+            raise ValueError(
+                f"{self._owner}: device '{target}' cannot compute here, expected the one that the "
+                "model is on"
+            )
 
 
 def brief(value: object) -> str:

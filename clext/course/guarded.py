@@ -55,19 +55,24 @@ class Guarded(CourseMethod):
         return total
 
     def _add_importance(self, total: Tensors, accumulate: Accumulate, weight: float = 1.0) -> None:
-        """Add `weight` times the mean over batches, and leave the model as the notebook does."""
+        """Add `weight` times the mean over batches, empty ones aside, and leave the model as the
+        notebook does.
+        """
         before = [p.grad for p in self.params.values()]
         try:
             with module_mode(self.model, training=False), torch.enable_grad():
                 if self.dataloader is not None:
-                    scale = weight / batch_count(self.dataloader)
+                    sums, batches = self._zeros(), 0
                     for x, y in read_batches(
                         self._owner, self.dataloader, torch.device(self.device)
                     ):
                         self.model.zero_grad()
                         self._objective(self.model(x), y).backward()
                         found = {k: p.grad for k, p in self._keyed().items() if p.grad is not None}
-                        accumulate([total[k] for k in found], list(found.values()), scale)
+                        accumulate([sums[k] for k in found], list(found.values()), 1.0)
+                        batches += 1
+                    for key, entry in total.items():
+                        entry.add_(sums[key], alpha=weight / batches)
         except BaseException:
             for p, grad in zip(self.params.values(), before, strict=True):
                 p.grad = grad
@@ -113,6 +118,11 @@ class Guarded(CourseMethod):
                     raise ValueError(
                         f"{label}['{key}'] has shape {list(entry.shape)}, expected "
                         f"{list(p.shape)} as the parameter; take guards of this model only"
+                    )
+                if not bool(entry.isfinite().all()):
+                    raise ValueError(
+                        f"{label}['{key}'] holds NaN or infinity, which a diverged task has left: "
+                        "leave that guard out"
                     )
 
 

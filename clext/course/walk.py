@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clext import ops
 from clext.course.base import CourseMethod, Device, Tensors, brief
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 
 # Of the new task, where RWalk mixes: Fisher information with the guards, score with the old score.
 FISHER_SHARE, SCORE_SHARE = 0.4, 0.5
+
+# Buffers of a parameter on the model.
+KINDS = ("SI_prev_task", "W", "SI_omega")
+# Path integrals that an importance of a model was made of, on which they stay until an `update`.
+_counted = WeakTensorKeyDictionary()
 
 
 class Walk(CourseMethod):
@@ -68,14 +75,34 @@ class Walk(CourseMethod):
                 f"{self._order}"
             ) from None
 
+    def _check_names(self) -> None:
+        """Whether each parameter has names for its buffers that nothing else on the model has."""
+        named: dict[str, str] = {}
+        for name in self.params:
+            key = self._key(name)
+            if key in named:
+                raise ValueError(
+                    f"{self._owner}: parameters '{named[key]}' and '{name}' would share the "
+                    f"buffers '{key}_...' on the model, rename one of them"
+                )
+            named[key] = name
+            for kind in KINDS:
+                label = f"{key}_{kind}"
+                if hasattr(self.model, label) and label not in self.model._buffers:
+                    raise ValueError(
+                        f"{self._owner}: the model has an attribute '{label}', which is to be the "
+                        f"name of a buffer for parameter '{name}'; rename it"
+                    )
+
     def _check_buffers(self) -> None:
         """Whether the object of the task that has ended left its state on the model."""
+        self._check_names()
         remedies = {
             "SI_prev_task": f"make the first {self._owner} with dataloader=None",
             "W": "call update(model) in the loop, at every step, before zero_grad()",
         }
         for key, p in self._keyed().items() if self.dataloader is not None else ():
-            for kind in ("SI_prev_task", "W", "SI_omega"):
+            for kind in KINDS:
                 name = f"{key}_{kind}"
                 entry = getattr(self.model, name, None)
                 if entry is None and kind in remedies:
@@ -90,6 +117,16 @@ class Walk(CourseMethod):
                         f"that has changed needs a first {self._owner} with dataloader=None"
                     )
 
+        # Of a parameter without gradients in this task it may be: so it is in the notebook.
+        if self.dataloader is not None and all(
+            _counted.get(getattr(self.model, f"{key}_W")) == ref(self.model)
+            for key in self._keyed()
+        ):
+            raise ValueError(
+                f"{self._owner}: the path integral on the model is that of a task counted already; "
+                f"{remedies['W']}"
+            )
+
     @torch.no_grad()
     def _hand_on(self, fisher: Tensors | None) -> None:
         """Anchor and importance for the next task, kept on the model for the next object."""
@@ -103,6 +140,7 @@ class Walk(CourseMethod):
                 gain = path / (distance + self.epsilon)
                 old = getattr(self.model, f"{key}_SI_omega", self._n_omega[key])
                 self._n_omega[key] = self._merged(old, gain)
+                _counted[path] = ref(self.model)
         for key, now in self._n_p_prev.items():
             self.model.register_buffer(f"{key}_SI_prev_task", now)
             if self.dataloader is not None:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.methods.clipping import clip_grads_
+from clext.methods import watch
+from clext.methods.clipping import check_clipping, clip_grads_
 from clext.methods.stateful import Stateful, option_names
-from clext.methods.watch import drop_stamp, leave_stamp, renew_stamp
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from clext.importance.evaluation import Batches
 
 __all__ = ["Method", "option_names"]
@@ -91,7 +93,6 @@ class Method(Stateful):
         # What the gradients in `.grad` were multiplied with since the last step, on their device.
         self._task_scale: Tensor | None = None
         self._pull_scale: Tensor | None = None
-        self._scaled = 0  # the stamp of these gradients
 
     # ------------------------------------------------------------------ in the loop
 
@@ -134,8 +135,10 @@ class Method(Stateful):
         except (TypeError, ValueError) as error:
             raise self._explained(error) from None
         if "path" in self._state.lists:
+            watch.leave_stamp(self)
             self._pull_scale = None
-            self._scaled = leave_stamp(self)
+            if self._task_scale is not None:
+                watch.mark_clipped(self)
         return value
 
     def _add_penalty_grad_by_autograd_(self) -> Tensor:
@@ -160,22 +163,23 @@ class Method(Stateful):
         of one such optimizer takes what was kept.
 
         Args:
-            max_norm: largest total norm of the gradients of the method's parameters, >= 0.
-            norm_type: of the norm, as in torch.
+            max_norm: largest total norm of the gradients of the method's parameters, >= 0; with
+                infinity they stay as they are, also where they are not finite.
+            norm_type: of the norm, > 0 or infinity, as in torch.
             error_if_nonfinite: raise if the norm is not finite.
 
         Raises:
-            ValueError: max_norm is negative or NaN.
-            RuntimeError: the norm is not finite, and error_if_nonfinite.
+            ValueError: max_norm or norm_type is not such a number.
+            RuntimeError: the norm is not finite, and error_if_nonfinite; or gradients that it has
+                clipped were added to since, here or, before anything moves, from the step.
         """
-        if not max_norm >= 0:
-            raise ValueError(f"{self.name}: max_norm must be a number >= 0, got {max_norm!r}")
+        check_clipping(self.name, max_norm, norm_type)
         self._forget_old_scales()
         norm, factor = clip_grads_(self._state.params, max_norm, norm_type, error_if_nonfinite)
         if "path" in self._state.lists:
             self._task_scale = factor if self._task_scale is None else self._task_scale * factor
             self._pull_scale = factor if self._pull_scale is None else self._pull_scale * factor
-            self._scaled = renew_stamp(self)
+            watch.mark_clipped(self)
         return norm
 
     def update(self) -> None:
@@ -209,7 +213,8 @@ class Method(Stateful):
             if self._attached:
                 remedy = f"take the steps with the optimizer that was given this {self.name}"
             warnings.warn(
-                f"clext: {self.name} saw no step of this task that changed a parameter; {remedy}",
+                f"clext: {self.name} saw no step of this task that left a trace in the path "
+                f"integral; {remedy}",
                 stacklevel=4,
             )
 
@@ -223,15 +228,28 @@ class Method(Stateful):
             )
 
     def _forget_old_scales(self) -> None:
-        """Of gradients that are gone: a GradScaler has skipped their step, and nobody told us."""
-        if self._task_scale is not None and self._scaled != self._state.plan.gradient_stamp():
-            self._task_scale = self._pull_scale = None
+        """Of gradients that are gone: their step was dropped, or a GradScaler has skipped it."""
+        if self._task_scale is not None and not watch.is_clipped(self):
+            self._forget_scales()
+
+    def _forget_scales_of(self, cleared: Iterable[Tensor]) -> None:
+        """If `cleared` are all parameters that have a gradient."""
+        if self._task_scale is not None:
+            ids = set(map(id, cleared))
+            if all(entry.grad is None or id(entry) in ids for entry in self._state.params):
+                self._forget_scales()
+
+    def _forget_scales(self) -> None:
+        self._task_scale = self._pull_scale = None
+        watch.forget_clipped(self)
 
     def _take_scales(self) -> tuple[Tensor | None, Tensor | None]:
         """What the task's gradient and the penalty's were multiplied with for the step that was."""
-        drop_stamp(self)
+        watch.drop_stamp(self)
+        if self._task_scale is not None and not watch.is_clipped_by_now(self):
+            self._forget_scales()
         scales = self._task_scale, self._pull_scale
-        self._task_scale = self._pull_scale = None
+        self._forget_scales()
         return scales
 
     # ------------------------------------------------------------------ for optimizers
@@ -252,7 +270,12 @@ class Method(Stateful):
         return 0.0
 
     def take_task_scale(self) -> Tensor | None:
-        """What `clip_grad_norm_` has multiplied the gradients with; forgotten with this call."""
+        """What `clip_grad_norm_` has multiplied the gradients with; forgotten with this call.
+
+        RuntimeError if they are not as it left them.
+        """
+        if not watch.was_stepped_with(self):
+            self._forget_old_scales()
         return self._take_scales()[0]
 
     def _attach(self) -> None:

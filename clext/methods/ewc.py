@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from clext.methods.base import Method
 from clext.options import integer, number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from clext.importance.evaluation import Batches
 
@@ -83,6 +83,16 @@ class EWC(Method):
     def penalty_offset(self) -> float:
         """The constant of anchors="all", strength included."""
         return self.strength * self.constant
+
+    def _checked_counters(self, given: Mapping[str, Any]) -> dict[str, int | float]:
+        counters = super()._checked_counters(given)
+        if self.anchors != "all" and counters["constant"] != 0:
+            raise ValueError(
+                f'{self.name}: state_dict is of an EWC with anchors="all" (its constant is '
+                f"{counters['constant']:g}), and this one has anchors={self.anchors!r}; make the "
+                'EWC with anchors="all"'
+            )
+        return counters
 
     def _end_task(self, dataloader: Batches | None) -> None:
         samples: list[int] = []

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from clext.options import choice, number
+from clext.options import choice, integer, number
 from clext.parameters import check_parameters, trainable_parameters
 from clext.state import ParameterState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+# Sums of squares and of max(0, .): below zero they would push parameters away from the anchor.
+_NEVER_NEGATIVE = frozenset({"importance", "fisher", "running_fisher", "score", "task_score"})
+_LARGEST_COUNT = 2**63 - 1  # seeds are made of counts
 
 
 class Stateful:
@@ -123,18 +127,35 @@ class Stateful:
         It may come from a method that an optimizer had, or had not.
 
         Raises:
-            ValueError: it is of another method, or of a model with other parameters; nothing is
-                changed.
+            ValueError: it is of another method, or of a model with other parameters, or holds what
+                no training leaves; nothing is changed.
         """
         self.refresh_parameters()
         loaded = _checked_state(self, state_dict)
+        counters = self._checked_counters(state_dict["counters"])
         self.strength = state_dict["strength"]
-        for name in self.counter_names:
-            setattr(self, name, type(getattr(self, name))(state_dict["counters"][name]))
+        for name, value in counters.items():
+            setattr(self, name, value)
         for own, other in loaded:
             own.copy_(other)
         for key in set(self.separate_state) - state_dict["state"].keys():
             self._state.restart(key)
+
+    def _checked_counters(self, given: Mapping[str, Any]) -> dict[str, int | float]:
+        """The counters of a state, each of the type that it has here; ValueError for others."""
+        owner = f"{self.name}: state_dict['counters']"
+        counters: dict[str, int | float] = {}
+        for name in self.counter_names:
+            label = f"{name!r}"
+            if isinstance(getattr(self, name), float):
+                counters[name] = number(owner, label, given[name], minimum=0.0)
+            else:
+                counters[name] = integer(owner, label, given[name], minimum=0)
+                if counters[name] > _LARGEST_COUNT:
+                    raise ValueError(
+                        f"{owner}: {label} must be an integer < 2**63, got {given[name]!r}"
+                    )
+        return counters
 
     def __repr__(self) -> str:
         options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
@@ -183,8 +204,15 @@ def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tupl
             if not isinstance(other, Tensor) or other.shape != own.shape:
                 got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
                 raise ValueError(f"{label}[{name!r}] is {got}, expected {list(own.shape)}")
+            if not other.is_floating_point() or other.layout != torch.strided or other.is_meta:
+                raise ValueError(
+                    f"{label}[{name!r}] is {other.dtype}, {other.layout} on {other.device}, "
+                    "expected a dense tensor of real floating-point values"
+                )
             if not bool(other.isfinite().all()):
                 raise ValueError(f"{label}[{name!r}] holds NaN or infinity")
+            if key in _NEVER_NEGATIVE and bool(other.lt(0).any()):
+                raise ValueError(f"{label}[{name!r}] holds values below 0, expected none")
             pairs.append((own, other))
     return pairs
 

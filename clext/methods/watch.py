@@ -5,6 +5,9 @@ clipped in between, say, what it takes out is not what is in there, and the rest
 importance. So the method leaves a stamp of the gradients here, and the step of any optimizer of
 torch that has its parameters is preceded by a comparison. (It has to be before the step: fused
 optimizers of torch write to the gradients while they step.)
+
+What `clip_grad_norm_` multiplied with is of the gradients that it clipped, and of no others: see
+`Clipped`.
 """
 
 from __future__ import annotations
@@ -13,29 +16,114 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from clext.methods.base import Method
 
 _stamps: WeakKeyDictionary[Method, int] = WeakKeyDictionary()
+_clipped: WeakKeyDictionary[Method, Clipped] = WeakKeyDictionary()
 _is_registered = False
 
 
-def leave_stamp(method: Method) -> int:
-    """From now until the step, the gradients of `method` are to stay as they are; their stamp."""
+class Clipped:
+    """Which gradients were clipped.
+
+    Not by their stamp: a new gradient may have the address, and after an accumulation the version,
+    of one that is gone.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._known = {
+            id(entry): (TensorWeakRef(entry.grad), _version(entry.grad))
+            for entry in params
+            if entry.grad is not None
+        }
+        self.was_stepped_with = False
+
+    def are_gone(self, params: Sequence[Tensor]) -> bool:
+        """Whether none of them is the gradient of a parameter any more."""
+        return not any(self._is_known(entry) for entry in params)
+
+    def are_intact(self, params: Sequence[Tensor]) -> bool:
+        """Whether all gradients are among them, and as they were."""
+        return all(
+            self._is_known(entry) and self._known[id(entry)][1] == _version(entry.grad)
+            for entry in params
+            if entry.grad is not None
+        )
+
+    def _is_known(self, entry: Tensor) -> bool:
+        known = self._known.get(id(entry))
+        return known is not None and entry.grad is not None and known[0]() is entry.grad
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version
+
+
+def leave_stamp(method: Method) -> None:
+    """From now until the step, the gradients of `method` are to stay as they are."""
+    _register()
+    _stamps[method] = method._state.plan.gradient_stamp()
+
+
+def mark_clipped(method: Method) -> None:
+    """The factors that `method` has kept are those of the gradients as they are now."""
+    _register()
+    _clipped[method] = Clipped(method._state.params)
+    if method in _stamps:
+        leave_stamp(method)
+
+
+def forget_clipped(method: Method) -> None:
+    """No gradient is clipped any more."""
+    _clipped.pop(method, None)
+
+
+def is_clipped(method: Method) -> bool:
+    """Whether the gradients of `method` are those that it has clipped.
+
+    Raises:
+        RuntimeError: they are, but were changed since (or some are and others are not), and no step
+            was taken with them in between.
+    """
+    clipped, params = _clipped.get(method), method._state.params
+    if clipped is None or clipped.are_gone(params):
+        return False
+    if clipped.are_intact(params):
+        return True
+    if clipped.was_stepped_with:
+        return False
+    raise RuntimeError(
+        f"{method.name}: the gradients were changed after clip_grad_norm_(), so what it multiplied "
+        "them with is no longer that of all of the gradient: call clip_grad_norm_ last before the "
+        "step, and to drop gradients call zero_grad(set_to_none=True)"
+    )
+
+
+def is_clipped_by_now(method: Method) -> bool:
+    """The same once a step was taken with them, which may have written to them."""
+    clipped = _clipped.get(method)
+    return clipped is not None and not clipped.are_gone(method._state.params)
+
+
+def was_stepped_with(method: Method) -> bool:
+    """Whether an optimizer has begun a step with the clipped gradients."""
+    clipped = _clipped.get(method)
+    return clipped is not None and clipped.was_stepped_with
+
+
+def _register() -> None:
     global _is_registered
     if not _is_registered:
-        register_optimizer_step_pre_hook(_compare)
+        register_optimizer_step_pre_hook(_before_a_step)
         _is_registered = True
-    stamp = _stamps[method] = method._state.plan.gradient_stamp()
-    return stamp
-
-
-def renew_stamp(method: Method) -> int:
-    """The method has changed the gradients itself, and knows how; their stamp."""
-    return leave_stamp(method) if method in _stamps else method._state.plan.gradient_stamp()
 
 
 def drop_stamp(method: Method) -> None:
@@ -43,19 +131,33 @@ def drop_stamp(method: Method) -> None:
     _stamps.pop(method, None)
 
 
-def _compare(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    for method, stamp in list(_stamps.items()):
+def _before_a_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    for method in dict.fromkeys([*_stamps.keys(), *_clipped.keys()]):
         known = method._state.ids
-        if not any(
-            id(entry) in known for group in optimizer.param_groups for entry in group["params"]
-        ):
-            continue
-        # Once: the step of a first optimizer may write to gradients that a second one steps with.
-        drop_stamp(method)
-        if method._state.plan.gradient_stamp() != stamp:
-            raise RuntimeError(
-                f"{method.name}: the gradients were changed between add_penalty_grad_() and the "
-                "optimizer's step, so the penalty's share can no longer be taken out of the path "
-                f"integral: to clip, call clip_grad_norm_() of this {method.name} instead of "
-                "torch's; unscale, accumulate and edit before add_penalty_grad_()"
-            )
+        if any(id(entry) in known for group in optimizer.param_groups for entry in group["params"]):
+            _compare(method)
+            _check_clipped(method)
+
+
+def _compare(method: Method) -> None:
+    if method not in _stamps:
+        return
+    # Once: the step of a first optimizer may write to gradients that a second one steps with.
+    stamp = _stamps.pop(method)
+    if method._state.plan.gradient_stamp() != stamp:
+        raise RuntimeError(
+            f"{method.name}: the gradients were changed between add_penalty_grad_() and the "
+            "optimizer's step, so the penalty's share can no longer be taken out of the path "
+            f"integral: to clip, call clip_grad_norm_() of this {method.name} instead of "
+            "torch's; unscale, accumulate and edit before add_penalty_grad_()"
+        )
+
+
+def _check_clipped(method: Method) -> None:
+    clipped = _clipped.get(method)
+    if clipped is None or clipped.was_stepped_with:
+        return
+    if is_clipped(method):
+        clipped.was_stepped_with = True
+    else:
+        method._forget_scales()

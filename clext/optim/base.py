@@ -241,6 +241,14 @@ class FusedOptimizer(Optimizer):
                 self._check_group(group)
             self._checked = [value for group in self.param_groups for value in group.values()]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to zero; what the method clipped with is forgotten."""
+        super().zero_grad(set_to_none)
+        if self.method is not None:
+            self.method._forget_scales_of(
+                entry for group in self.param_groups for entry in group["params"]
+            )
+
     @torch.no_grad()
     def _clear_grads(self) -> None:
         params = [entry for group in self.param_groups for entry in group["params"]]
