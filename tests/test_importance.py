@@ -259,20 +259,20 @@ def test_rule_gives_way_where_a_later_batch_breaks_it(device):
         def __init__(self):
             super().__init__()
             self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-            self.calls = 0
 
         def forward(self, x):
             hidden = self.layer(x).tanh()
-            return self.head(self.layer(hidden) if len(x) == 1 else hidden)
+            return self.head(self.layer(hidden) if x[0, 0] > 5 else hidden)
 
     model = Changing().to(device, torch.float64)
-    params, batches = params_of(model), make_batches((4, 1))
+    params, batches = params_of(model), make_batches((4, 4))
+    batches[1][0][:, 0] += 10
     expected = []
     model.eval()
     for x, y in batches:
         for n in range(len(x)):
             hidden = model.layer(x[n : n + 1].to(params[0].device)).tanh()
-            hidden = model.layer(hidden) if len(x) == 1 else hidden
+            hidden = model.layer(hidden) if x[n, 0] > 5 else hidden
             log_p = model.head(hidden).log_softmax(1)[0, int(y[n])]
             expected.append([g.square() for g in gradients_of(log_p, params)])
     assert_close(fisher_information(model, params, batches), mean(expected))

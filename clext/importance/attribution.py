@@ -20,10 +20,18 @@ if TYPE_CHECKING:
     from clext.importance.capture import Call, Capture
     from clext.importance.layers import Use
 
-# How far the rules' gradient may be from autograd's, relative to its own terms: far above rounding
-# (some of the layers of torch add up in half precision), far below what a hidden use changes.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
+# How far the rules' gradient may be from autograd's, relative to its own terms: above rounding
+# (TF32 on GPUs, and some of the layers of torch add up in half precision), below what a hidden use
+# changes.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+_TF32_TOLERANCE = 2e-3
 _LOW_PRECISION_TOLERANCE = 0.1
+_FLOOR = 0.01  # Terms below this share of the largest are compared as if they had it.
+
+# How far outputs of a smaller batch may be off, relative to how much those of samples differ: each
+# layer may be rounded otherwise.
+_SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
+_SEED = 0
 
 
 class BoundCall:
@@ -91,61 +99,56 @@ def bind(
 class Attributions:
     """Finds the attribution of each batch's forward pass, once for each kind of pass.
 
-    Two passes are of one kind if they call the same layers in the same order, with sizes that allow
-    the same layouts. The first one is probed: its rows are matched to samples by which samples
-    move them, and the gradient by the rules is compared with autograd's, so that uses of a
-    parameter that no hook sees are noticed. A few samples of the batch are enough for that, most
-    of the time.
+    Two passes are of one kind if they call the same layers in the same order with the same sizes.
+    The first one is probed: its rows are matched to samples by which samples move them, and the
+    gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
+    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, or
+    a sample has several rows in one dimension), every pass is probed.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
         self._capture, self._params = capture, params
         self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
         self._known: dict[object, Attribution] = {}
+        self._sizes: dict[object, Sequence[torch.Size]] = {}
+        self._ragged = False
 
     def of(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
         """The attribution of the pass of `x` that made `outputs` and `calls`.
 
         Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
         """
-        possible = [_possible(call, samples) for call in calls]
-        kind = (samples == 1, *((call.rule, p) for call, p in zip(calls, possible, strict=True)))
-        if kind not in self._known:
-            found = self._of_few(x, outputs, calls, possible) if samples > 1 else None
-            if found is None:
-                found, settled = self._probe(outputs, calls, possible, samples)
-                if not settled:
-                    return found
+        if samples == 1:  # no layouts that the sizes could change
+            kind: object = (1, len(x), *(call.rule for call in calls))
+            fresh = False
+        else:
+            sizes = [call.inputs.shape[: -call.row_dims[0] or None] for call in calls]
+            kind = (samples, *((call.rule, s) for call, s in zip(calls, sizes, strict=True)))
+            fresh = self._ragged or self._rows_vary(samples, calls, sizes)
+        if not fresh and kind in self._known:
+            return self._known[kind]
+        if mixes(self._capture, x):
+            found = Attribution([None] * len(calls), {}, frozenset(self._trainable), mixed=True)
+            settled = True
+        else:
+            possible = [_possible(call, samples) for call in calls]
+            found, settled = self._probe(outputs, calls, possible, samples)
+            # Of several rows of a sample in one dimension, the data may say which they are.
+            settled = settled and not any(
+                layout is not None and size[layout.dim] > samples > 1
+                for layout, size in zip(found.layouts, sizes if samples > 1 else [], strict=False)
+            )
+        if settled:
             self._known[kind] = found
-        return self._known[kind]
-
-    def _of_few(
-        self,
-        x: Tensor,
-        outputs: Tensor,
-        calls: Sequence[Call],
-        possible: Sequence[tuple[Layout, ...]],
-    ) -> Attribution | None:
-        """The attribution by the batch's first samples, or None if they are not enough for it."""
-        samples = min(GROUPS, len(x) - 1)
-        try:
-            few, few_calls = self._capture.forward(x[:samples])
-        except (RuntimeError, ValueError):
-            return None  # a model for one size of batches
-        if not _same(few, outputs[:samples]):
-            everything = frozenset(self._trainable)
-            return Attribution([None] * len(calls), {}, everything, mixed=True)
-        same_calls = [call.rule for call in calls] == [call.rule for call in few_calls]
-        if samples == 1 or not same_calls:
-            return None
-        few_possible = [_possible(call, samples) for call in few_calls]
-        found, settled = self._probe(few, few_calls, few_possible, samples)
-        if not settled:
-            return None
-        for layout, allowed in zip(found.layouts, possible, strict=True):
-            if layout is not None and layout not in allowed:
-                return None
         return found
+
+    def _rows_vary(self, samples: int, calls: Sequence[Call], sizes: Sequence[torch.Size]) -> bool:
+        """Whether as many samples had other sizes in an earlier batch: rows depend on the data."""
+        rules = (samples, *(call.rule for call in calls))
+        if self._sizes.setdefault(rules, sizes) != sizes:
+            self._ragged = True
+            self._known.clear()
+        return self._ragged
 
     def _probe(
         self,
@@ -195,7 +198,10 @@ class Attributions:
             places = [(call, n, by_output[c]) for c, n in uses.get(i, []) if (call := bound[c])]
             if len(places) < len(uses.get(i, [])):
                 singly.add(i)
-            elif gradient is not None:
+            elif gradient is None:
+                # The layer was called with another tensor in its place, or to no avail.
+                moved = moved and not uses.pop(i, [])
+            else:
                 gradient = gradient.to_dense()
                 moved = moved and bool(gradient.any())
                 if not _explain(gradient, places):
@@ -217,16 +223,37 @@ def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | N
             rule.add_(size, name, features[sample].abs(), rows[sample].abs(), itself)
         call.release()
     tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
-    return bool((gradient.to(total.dtype) - total).norm() <= tolerance * size.norm())
+    if gradient.is_cuda and gradient.dtype == torch.float32:
+        tolerance = _TF32_TOLERANCE
+    allowed = tolerance * torch.maximum(size, _FLOOR * size.max())
+    return bool(((gradient.to(total.dtype) - total).abs() <= allowed).all())
 
 
-def _same(few: object, outputs: Tensor) -> bool:
-    """Whether a few samples have the outputs that they have in the whole batch."""
-    if not isinstance(few, Tensor) or few.shape != outputs.shape:
+def mixes(capture: Capture, x: Tensor) -> bool:
+    """Whether samples change each other's outputs: a few in another order are compared with all."""
+    if len(x) == 1:
         return False
-    # A smaller batch may be rounded otherwise in every layer.
-    tolerance = _TOLERANCE.get(outputs.dtype, _LOW_PRECISION_TOLERANCE)
-    return bool((few - outputs).detach().norm() <= tolerance * outputs.detach().norm())
+    with torch.no_grad():
+        whole, _ = capture.forward(x)
+        # Relative to how much samples differ: what all have in common tells nothing.
+        spread = (whole - whole.mean(0)).abs().max()
+        tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
+        rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))
+        for group in order.to(x.device).chunk(GROUPS):
+            try:
+                few, _ = capture.forward(x[group])
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                filled = torch.arange(len(x), device=x.device) % len(group)
+                few, _ = capture.forward(x[group[filled]])
+                few = few[: len(group)]
+            if not isinstance(few, Tensor) or few.shape != whole[group].shape:
+                return True
+            if bool((few - whole[group]).abs().max() > tolerance * spread + rounding):
+                return True
+    return False
 
 
 def _possible(call: Call, samples: int) -> tuple[Layout, ...]:

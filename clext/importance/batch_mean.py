@@ -32,7 +32,7 @@ class BatchMeanSum:
 
     def add(self, x: Tensor, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
-        outputs = check_outputs(self._owner, self._model(x), len(x))
+        outputs = check_outputs(self._owner, self._model(x.clone()), len(x))
         for cotangent in cotangents(outputs.detach()):
             found = gradients(outputs, self._params, cotangent / len(x))
             sums = [self.sums[i] for i in found]

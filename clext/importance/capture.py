@@ -92,7 +92,7 @@ class Capture:
                 # First of all hooks, to see the layer's own output.
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
-            outputs = self._model(x)
+            outputs = self._model(x.clone())  # a model may change its input in place
         finally:
             for handle in handles:
                 handle.remove()

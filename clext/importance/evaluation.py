@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from clext.module_mode import module_mode
 from clext.seeding import isolated_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     # Of (x, y), or where labels play no part x, (x,) or (x, y): checked as they are read.
@@ -27,40 +28,104 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
     Training flags (module by module), buffers and the global random state are put back, whatever
     happens inside: dropout and batch statistics must not enter an importance, nor must measuring
     it change the training that follows. Autocast is off: estimates run in the dtype of the model.
+    Inference mode is off too; ValueError for a model that was made in it, which has no gradients.
     """
+    for what, entries in (
+        ("parameters", (*params, *model.parameters())),
+        ("buffers", model.buffers()),
+    ):
+        if any(entry.is_inference() for entry in entries):
+            raise ValueError(
+                f"importance of {type(model).__name__}: its {what} are inference tensors, which "
+                "have no gradients: make or load the model outside of torch.inference_mode()"
+            )
     device = params[0].device
-    buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with (
+        torch.inference_mode(False),
+        _state_kept(model),
+        _eager(),
+        module_mode(model, training=False),
+        isolated_rng(seed, device),
+        torch.autocast(device.type, enabled=False),
+        # Its recurrent layers have no backward pass in eval mode.
+        torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward pass may change: buffers, and tensors that modules keep.
+
+    A tensor kept inside of torch.func is dead after it: it cannot even be copied.
+    """
+    modules = list(model.modules())
+    registered = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
+    kept = [(m, dict(m.__dict__)) for m in modules]
     # Looking a row up in these brings it to its norm, in place.
     tables = [
-        (module.weight, module.weight._version, module.weight.detach().clone())
-        for module in model.modules()
+        module.weight
+        for module in modules
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
     ]
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    values = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *tables)]
     try:
-        with (
-            _eager(),
-            module_mode(model, training=False),
-            isolated_rng(seed, device),
-            torch.autocast(device.type, enabled=False),
-            # Its recurrent layers have no backward pass in eval mode.
-            torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
-            torch.enable_grad(),
-        ):
-            yield
+        yield
     finally:
+        for module, attributes in kept:
+            for name, now in list(module.__dict__.items()):
+                if isinstance(now, Tensor) and attributes.get(name) is not now:
+                    del module.__dict__[name]
+            before = {k: v for k, v in attributes.items() if isinstance(v, Tensor)}
+            module.__dict__.update(before)
+        for module, buffers, non_persistent in registered:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module._non_persistent_buffers_set = non_persistent
         with torch.no_grad():
-            for weight, version, saved in tables:
-                if weight._version != version:
-                    weight.copy_(saved)
-            for module, name, buffer, version, saved in buffers:
-                if buffer._version != version:
-                    buffer.copy_(saved)
-                setattr(module, name, buffer)
+            for tensor, saved in values:
+                # By value: `data` does not count versions. No write where nothing changed, as
+                # that would spoil graphs of the caller.
+                if tensor.shape != saved.shape:
+                    tensor.data = saved
+                elif not torch.equal(tensor, saved):
+                    tensor.copy_(saved)
+
+
+def parameter_list(owner: str, params: object) -> list[Tensor]:
+    """`params` as a list; ValueError if they are no parameters, or none."""
+    expected = f"{owner}: expected params to be a sequence of the model's parameters, got "
+    if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
+        remedy = "; pass list(params.values())" if isinstance(params, Mapping) else ""
+        raise ValueError(f"{expected}{type(params).__name__}{remedy}")
+    found = list(params)
+    for entry in found:
+        if not isinstance(entry, Tensor):
+            raise ValueError(f"{expected}one with {type(entry).__name__} in it")
+    if not found:
+        raise ValueError(f"{expected}an empty one")
+    return found
+
+
+def single_outputs(model: nn.Module, sample: Tensor) -> Tensor:
+    """The outputs for one sample, [1, outputs], of a model that takes a batch of several.
+
+    ValueError where it cannot do without the others.
+    """
+    try:
+        outputs: Tensor = model(sample.clone())
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"importance of {type(model).__name__}: it takes a batch but not one sample alone "
+            f'("{error}"), so it mixes the samples of a batch, and no sample has a gradient of its '
+            "own; take the option \"batch\" of EWC's fisher or MAS's estimator, or let batch norms "
+            "track running statistics"
+        ) from error
+    return outputs
 
 
 def read_batches(
@@ -82,7 +147,7 @@ def read_batches(
             )
         samples += len(x)
         if len(x) > 0:
-            yield x.to(device), y.to(device)
+            yield _ordinary(x).to(device), _ordinary(y).to(device)
     _check_count(owner, samples)
 
 
@@ -94,7 +159,7 @@ def read_inputs(owner: str, batches: Batches | None, device: torch.device) -> It
         x = _tensor(owner, "x", index, first)
         samples += len(x)
         if len(x) > 0:
-            yield x.to(device)
+            yield _ordinary(x).to(device)
     _check_count(owner, samples)
 
 
@@ -120,6 +185,11 @@ def _tensor(owner: str, name: str, index: int, entry: object) -> Tensor:
         f"{owner}: {name} of batch {index} is {what}, expected a tensor with one entry per sample"
         f"{remedy}"
     )
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy that a graph may save."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _check_count(owner: str, samples: int) -> None:

@@ -10,16 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clext.importance.evaluation import gradients
+from clext.importance.evaluation import gradients, single_outputs
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from clext.importance.layers import Function
 
+    GradientsOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
 # Bound on the per-sample gradients held at once.
 _CHUNK_BYTES = 256 * 2**20
+
+# How far torch.func may be from autograd's gradient of a sample, relative to its largest entry.
+_AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}
+_LOW_PRECISION_AGREEMENT = 0.1
+_SEED = 0
 
 _NAMED = 3  # of the parameters in the warning
 
@@ -42,24 +49,63 @@ class SingleSamples:
         self._model, self._params, self._sums = model, params, sums
         self._function = function
         self._use_vmap = True
+        self._agreed: set[object] = set()
 
     def add(self, x: Tensor, cotangent: Tensor, chosen: Iterable[int]) -> None:
         """Add the samples of one batch to the sums of the parameters `chosen`."""
         chosen = sorted(chosen)
         if self._use_vmap:
             try:
-                self._add_by_vmap(x, cotangent, chosen)
+                kind = (tuple(chosen), x.shape[1:])
+                if kind not in self._agreed:
+                    self._use_vmap = self._agrees(x, cotangent, chosen)
+                    self._agreed.add(kind)
+                if self._use_vmap:
+                    self._add_by_vmap(x, cotangent, chosen)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError):
                 # A layer that vmap cannot batch. If the model itself is at fault, the plain loop
                 # will say so in its own words.
                 self._use_vmap = False
-            else:
-                return
-        self._add_by_loop(x, cotangent, chosen)
+        if not self._use_vmap:
+            self._add_by_loop(x, cotangent, chosen)
 
-    def _add_by_vmap(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> None:
+    def _agrees(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> bool:
+        """Whether torch.func finds autograd's gradients, for the first and the last sample.
+
+        It puts other tensors in the parameters' place, which does not reach what the model holds
+        of them elsewhere, nor hooks on them.
+        """
+        samples = torch.tensor([0, len(x) - 1], device=x.device)
+        x = x[samples]
+        draws = torch.Generator().manual_seed(_SEED)
+        weights = torch.randn(cotangent[samples].shape, generator=draws).to(cotangent)
+        params = [self._params[i] for i in chosen]
+        expected = [
+            gradients(single_outputs(self._model, x[n : n + 1]), params, weights[n : n + 1])
+            for n in range(len(x))
+        ]
+        by_vmap, places = self._by_vmap(chosen)
+        found = {places[name]: g.detach() for name, g in by_vmap(x, weights).items()}
+        pairs = [
+            (found[i][n] if i in found else zero, expected[n].get(k, zero))
+            for k, i in enumerate(chosen)
+            for zero in [torch.zeros_like(self._params[i]).detach()]
+            for n in range(len(x))
+        ]
+        dtype = params[0].dtype
+        largest = max(float(theirs.abs().max()) for _, theirs in pairs if theirs.numel())
+        tolerance = _AGREEMENT.get(dtype, _LOW_PRECISION_AGREEMENT)
+        rounding = 16 * torch.finfo(dtype).eps * largest  # of gradients that cancel
+        return all(
+            bool(((mine - theirs).abs() <= tolerance * theirs.abs().max() + rounding).all())
+            for mine, theirs in pairs
+            if theirs.numel()
+        )
+
+    def _by_vmap(self, chosen: list[int]) -> tuple[GradientsOf, dict[str, int]]:
+        """A function from x and cotangent to gradients by name, and the names' indices."""
         index = {id(self._params[i]): i for i in chosen}
         named = dict(self._model.named_parameters())
         places = {name: index[id(entry)] for name, entry in named.items() if id(entry) in index}
@@ -68,22 +114,31 @@ class SingleSamples:
 
         def weighted_output(values: dict[str, Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
             outputs: Tensor = torch.func.functional_call(
-                self._model, (values, others), (x.unsqueeze(0),)
+                self._model, (values, others), (x.unsqueeze(0).clone(),)
             )
             return (outputs.squeeze(0) * cotangent).sum()
 
         gradients_of = torch.vmap(
             torch.func.grad(weighted_output), in_dims=(None, 0, 0), randomness="different"
         )
+
+        def by_vmap(x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+            with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
+                found: dict[str, Tensor] = gradients_of(values, x, cotangent)
+            return found
+
+        return by_vmap, places
+
+    def _add_by_vmap(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> None:
+        by_vmap, places = self._by_vmap(chosen)
         sums = {i: torch.zeros_like(self._sums[i]) for i in chosen}
-        sample_bytes = sum(entry.numel() * entry.element_size() for entry in values.values())
+        params = [self._params[i] for i in chosen]
+        sample_bytes = sum(entry.numel() * entry.element_size() for entry in params)
         size = max(1, _CHUNK_BYTES // max(1, sample_bytes))
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
-            with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
-                found = gradients_of(values, x[chunk], cotangent[chunk])
-            for name, gradient in found.items():
-                wide = gradient.to(state_dtype(gradient.dtype))
+            for name, gradient in by_vmap(x[chunk], cotangent[chunk]).items():
+                wide = gradient.detach().to(state_dtype(gradient.dtype))
                 sums[places[name]].add_(self._function(wide).sum(0))
         for i, entry in sums.items():  # all samples or none: the loop may have to start anew
             self._sums[i].add_(entry)
@@ -91,7 +146,9 @@ class SingleSamples:
     def _add_by_loop(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> None:
         params = [self._params[i] for i in chosen]
         for n in range(len(x)):
-            found = gradients(self._model(x[n : n + 1]), params, cotangent[n : n + 1])
+            found = gradients(
+                single_outputs(self._model, x[n : n + 1]), params, cotangent[n : n + 1]
+            )
             for k, gradient in found.items():
                 wide = gradient.to(state_dtype(gradient.dtype))
                 self._sums[chosen[k]].add_(self._function(wide))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.evaluation import averaged, check_labels, evaluation, read_batches
+from clext.importance.evaluation import (
+    averaged,
+    check_labels,
+    evaluation,
+    parameter_list,
+    read_batches,
+)
 from clext.importance.per_sample import PerSampleSum
 from clext.options import choice
 from clext.seeding import generator
@@ -51,6 +57,7 @@ def fisher_information(
     """
     choice("fisher_information", "kind", kind, FISHER_KINDS)
     owner = f"Fisher information ({kind})"
+    params = parameter_list(owner, params)
     with evaluation(model, params, seed):
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
         sums = kind_of_sum(owner, model, params, absolute=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.evaluation import averaged, evaluation, read_inputs
+from clext.importance.evaluation import averaged, evaluation, parameter_list, read_inputs
 from clext.importance.per_sample import PerSampleSum
 from clext.options import choice
 
@@ -45,6 +45,7 @@ def output_sensitivity(
     owner = f"MAS importance ({estimator})"
     kind_of_sum = BatchMeanSum if estimator == "batch" else PerSampleSum
     samples = 0
+    params = parameter_list(owner, params)
     with evaluation(model, params, seed=0):
         sums = kind_of_sum(owner, model, params, absolute=True)
         for x in read_inputs(owner, batches, params[0].device):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
 from clext.importance.capture import Call, Capture, stream_output_gradients
-from clext.importance.evaluation import check_outputs
+from clext.importance.evaluation import check_outputs, single_outputs
 from clext.importance.fallback import SingleSamples, tell
 from clext.importance.layers import add_joint_, itself
 from clext.parameters import allocate_state
@@ -62,7 +62,7 @@ class PerSampleSum:
 
     def _outputs_one_by_one(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([self._model(sample) for sample in x.split(1)])
+            return torch.cat([single_outputs(self._model, sample) for sample in x.split(1)])
 
 
 class _Batch:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from clext import ops
 from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
 from clext.importance.capture import Call, Capture, output_gradients
-from clext.importance.evaluation import averaged, check_outputs, evaluation, read_inputs
+from clext.importance.evaluation import (
+    averaged,
+    check_outputs,
+    evaluation,
+    parameter_list,
+    read_inputs,
+    single_outputs,
+)
 from clext.options import integer
 from clext.parameters import allocate_state
 from clext.seeding import generator
@@ -57,6 +64,7 @@ def sliced_cramer_importance(
     owner = "SCP importance"
     samples = 0
     jacobian: _Jacobian | None = None
+    params = parameter_list(owner, params)
     with evaluation(model, params, seed):
         capture = Capture(model, params, lambda rule: rule.gives_rows)
         attributions = Attributions(capture, params)
@@ -66,7 +74,15 @@ def sliced_cramer_importance(
             if jacobian is None:
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:
-                jacobian.add(outputs, calls, attributions.of(x, outputs, calls, samples=1))
+                attribution = attributions.of(x, outputs, calls, samples=1)
+                if attribution.mixed:
+                    # f is the mean of what each sample gives by itself.
+                    for sample in x.split(1):
+                        jacobian.add(
+                            single_outputs(model, sample), [], Attribution([], {}, frozenset())
+                        )
+                else:
+                    jacobian.add(outputs, calls, attribution)
             samples += len(x)
         assert jacobian is not None  # read_inputs gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)

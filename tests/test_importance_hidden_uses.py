@@ -1,0 +1,223 @@
+"""Models that do what no hook sees, or mix their samples: against plain loops over samples."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from importance_models import CLASSES, Residual, make_batches, params_of
+from importance_oracle import assert_close, fisher_oracle, mas_oracle, scp_oracle
+from torch import nn
+
+from clext.importance import (
+    fisher_information,
+    output_sensitivity,
+    sliced_cramer_importance,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+
+
+class Model(nn.Module):
+    """`function` of the model and its input, with two layers and a head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.scale = nn.PReLU()
+        self.held = [self.b.weight]
+
+    def forward(self, x):
+        return self.head(self.function(self, x))
+
+
+class Sparing(nn.Module):
+    """`model` without an effect on the input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.clone())
+
+
+def masked():
+    model = Model(lambda m, x: m.a(x).tanh())
+    mask = (torch.arange(36) % 2).view(6, 6)
+    model.a.weight.register_hook(lambda g: g * mask)
+    return model
+
+
+def closed_over():
+    weight = None
+    model = Model(lambda m, x: F.linear(m.scale(m.a(x)), weight))
+    weight = model.b.weight
+    return model
+
+
+def ragged(m, x):
+    kept = x > 0
+    rows = m.a(torch.diag_embed(x)[kept]).tanh()
+    hidden = x.new_zeros(*x.shape, 6)
+    hidden[kept] = rows
+    return hidden.sum(1)
+
+
+def sorted_rows(m, x):
+    order = x[:, 0].argsort()
+    return m.a(x[order])[order.argsort()] * m.a(x.roll(1, 1))
+
+
+def with_other_weight(m, x):
+    other = {"weight": m.b.weight * 2, "bias": m.a.bias}
+    return torch.func.functional_call(m.a, other, (x,))
+
+
+def recurrent_over_batch(m, x):
+    return m.a(x).tanh().cumsum(0)
+
+
+MODELS = {
+    "held in a list": lambda: Model(lambda m, x: F.linear(m.scale(m.a(x)), m.held[0])),
+    "held by a closure": closed_over,
+    "hook on a parameter": masked,
+    "another weight": lambda: Model(with_other_weight),
+    "ragged rows": lambda: Model(ragged),
+    "gate": lambda: Model(lambda m, x: m.a(x) + (x[:, :1] > 0) * F.linear(x, m.a.weight)),
+    "sorted": lambda: Model(sorted_rows),
+    "causal over the batch": lambda: Model(recurrent_over_batch),
+    "mixed, far from zero": lambda: Model(lambda m, x: m.a(x) + 1e9 + 1e-2 * x.cumsum(0)),
+    "changes its input": lambda: Model(lambda m, x: m.a(x.sub_(0.5)).tanh()),
+    "changes its input, slow": lambda: Model(lambda m, x: m.scale(m.a(x.mul_(2)))),
+}
+
+
+def ordered_batches():
+    """Samples of which the first four are ascending and negative in the first entry."""
+    (x, y), *others = make_batches((9, 9, 5))
+    x[:4, 0] = torch.tensor([-4.0, -3.5, -3.0, -2.5])
+    x[4:, 0] = torch.tensor([2.0, 1.0, 3.0, 1.5, 0.5])
+    return [(x, y), *others]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_no_hook_sees_counts(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().double()
+    params, batches = params_of(model), ordered_batches()
+    copies = [(x.clone(), y) for x, y in batches]
+    for estimate, oracle in (
+        (fisher_information, fisher_oracle),
+        (output_sensitivity, mas_oracle),
+        (sliced_cramer_importance, scp_oracle),
+    ):
+        got = estimate(model, params, batches)
+        for (x, _), (before, _) in zip(batches, copies, strict=True):
+            assert torch.equal(x, before)
+        expected = oracle(Sparing(model), params, batches)
+        rtol = 1e-5 if name == "mixed, far from zero" else 1e-9
+        assert_close(got, expected, rtol=rtol)
+
+
+def test_rows_that_the_data_arranges_are_looked_at_in_every_batch():
+    """The first batch has three rows in each sample, the second as many in all."""
+    torch.manual_seed(0)
+    model = Model(ragged).double()
+    x = torch.rand(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
+    counts = [3] * 8 + [3, 3, 3, 3, 2, 4, 2, 4]
+    for sample, count in zip(x, counts, strict=True):
+        sample[count:] = 0
+    y = torch.arange(16) % CLASSES
+    params, batches = params_of(model), list(zip(x.split(8), y.split(8), strict=True))
+    assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
+
+
+def test_a_small_hidden_use_beside_what_cancels():
+    def forward(m, x):
+        hidden = m.a(x)
+        return hidden - hidden.mean(1, keepdim=True) + 0.03 * m.a.bias * torch.ones_like(x)
+
+    torch.manual_seed(0)
+    model = Model(forward)
+    params, batches = params_of(model), make_batches((8,), dtype=torch.float32)
+    got = output_sensitivity(model, params, batches)
+    assert_close(got, mas_oracle(model, params, batches), rtol=1e-3)
+
+
+@pytest.mark.parametrize("function", [lambda m, x: m.a(x), lambda m, x: m.scale(m.a(x))])
+def test_inference_mode_plays_no_part(function):
+    model = Model(function).double()
+    params, batches = params_of(model), make_batches()
+    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+        expected = estimate(model, params, batches)
+        with torch.inference_mode():
+            inputs = [(x.clone(), y.clone()) for x, y in batches]
+            got = estimate(model, params, inputs)
+        assert_close(got, expected)
+        assert any(bool(entry.any()) for entry in got)
+
+
+def test_models_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        whole = Residual()
+        buffer = torch.zeros(3)
+    with pytest.raises(ValueError, match="its parameters are inference tensors"):
+        fisher_information(whole, list(whole.parameters()), make_batches())
+    model = Residual()
+    model.register_buffer("shift", buffer)
+    with pytest.raises(ValueError, match="its buffers are inference tensors"):
+        output_sensitivity(model, params_of(model), make_batches())
+
+
+def test_state_that_a_forward_pass_makes_is_taken_back():
+    def forward(m, x):
+        m.seen.data.add_(1)
+        m.none = x.detach().sum()
+        m.register_buffer("made", x.detach().mean())
+        m.activation = m.scale(m.a(x)).detach()
+        return m.activation * m.scale(m.a(x))
+
+    model = Model(forward).double()
+    model.register_buffer("seen", torch.zeros(()).double())
+    model.register_buffer("none", None)
+    fisher_information(model, params_of(model), make_batches())
+    assert float(model.seen) == 0
+    assert model.none is None
+    assert "made" not in dict(model.named_buffers())
+    assert not hasattr(model, "activation")
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: [], "got an empty one"),
+        (lambda m: dict(m.named_parameters()), "got dict; pass list"),
+        (lambda m: m.head.weight, "got Parameter"),
+        (lambda _: ["head"], "got one with str in it"),
+        (lambda _: None, "got NoneType"),
+    ],
+)
+def test_params_that_are_no_parameters_are_described(make, message):
+    model = Residual()
+    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+        with pytest.raises(ValueError, match=message):
+            estimate(model, make(model), make_batches(dtype=torch.float32))
+
+
+def test_params_may_come_from_a_generator():
+    model = Residual().double()
+    expected = fisher_information(model, list(model.parameters()), make_batches())
+    assert_close(fisher_information(model, model.parameters(), make_batches()), expected)
+
+
+def test_statistics_of_the_batch_alone_are_described():
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    model = nn.Sequential(norm, nn.Linear(6, CLASSES)).double()
+    with pytest.raises(ValueError, match="it mixes the samples of a batch"):
+        fisher_information(model, params_of(model), make_batches((4,)))
