@@ -154,14 +154,15 @@ class TestEarlyEnd:
 
 
 class TestProgress:
-    def test_a_log_gets_a_line_per_epoch(self, capsys):
+    def test_a_log_gets_a_line_per_epoch_and_one_for_the_end_of_a_task(self, capsys):
         clext.train("si", model=small(), **{**QUICK, "progress": True})
         out, err = capsys.readouterr()
         lines = err.splitlines()
         assert out == ""
-        assert len(lines) == 5
+        assert len(lines) == 7
         assert lines[1].startswith("si: task 1/2 epoch 1/2, loss ")
-        assert "accuracy" in lines[4]
+        assert "accuracy" in lines[5]
+        assert [lines[3], lines[6]] == [f"si: task {k}/2 done, consolidating" for k in (1, 2)]
 
     def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
