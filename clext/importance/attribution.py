@@ -33,6 +33,8 @@ _FLOOR = 0.01  # Terms below this share of the largest are compared as if they h
 _SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _SEED = 0
 
+_FEW = 16  # samples whose features are copied at once
+
 
 class BoundCall:
     """A call with the layout of its samples: its tensors as rows, see layers.py."""
@@ -218,9 +220,9 @@ def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | N
             continue
         rule, name, features, rows = call.use(name, call.rows(g))
         rule.add_(total, name, features, rows, itself)
-        for n in range(len(rows)):  # one by one: features may be views of less
-            sample = slice(n, n + 1)
-            rule.add_(size, name, features[sample].abs(), rows[sample].abs(), itself)
+        for start in range(0, len(rows), _FEW):  # features may be views of less
+            few = slice(start, start + _FEW)
+            rule.add_(size, name, features[few].abs(), rows[few].abs(), itself)
         call.release()
     tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
     if gradient.is_cuda and gradient.dtype == torch.float32:
