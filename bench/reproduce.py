@@ -8,7 +8,7 @@ result is printed beside the published value and appended to bench/results/publi
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 
 import click
@@ -18,6 +18,7 @@ from timing import machine, record
 
 from clext.data import DataError, Dataset, Split, load_dataset
 from clext.module_mode import module_mode
+from clext.scenarios import Task, make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import resolve_device
 from clext.steps import TaskSteps
@@ -42,6 +43,7 @@ def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: 
     except (ValueError, DataError) as error:
         raise click.ClickException(str(error)) from error
     print(f"{protocol.title}: {protocol.source}")
+    print(f"Tolerance: {protocol.tolerance}")
     for seed in seeds:
         for row in protocol.rows:
             if not rows or row.name in rows:
@@ -52,6 +54,8 @@ def run(
     name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
 ) -> None:
     """Train one row and record what came out."""
+    if row.note:
+        print(f"{row.name}: {row.note}")
     start = time.perf_counter()
     curve = learn(protocol, row, data, seed, device)
     seconds = time.perf_counter() - start
@@ -84,15 +88,16 @@ def learn(
         model = protocol.model(features, data.num_classes).to(device)
     method = row.method(model)
     optimizer = row.optimizer(method)
-    permutations, shuffle = generator(seeds.scenario), generator(seeds.shuffle)
+    shuffle = generator(seeds.shuffle)
+    prepared = replace(data, train=train, test=test)
+    tasks = make_scenario("permuted", prepared, protocol.tasks, seeds.scenario).tasks
+    if not protocol.first_is_permuted:
+        tasks = [Task("as it is", lambda split: split), *tasks[1:]]
     tests: list[Split] = []
     curve: list[float] = []
-    for task in range(protocol.tasks):
-        pixels = torch.randperm(features, generator=permutations)
-        if task == 0 and not protocol.first_is_permuted:
-            pixels = torch.arange(features)
-        split = permuted(train, pixels)
-        tests.append(permuted(test, pixels))
+    for k, task in enumerate(tasks, start=1):
+        split = task.transform(train)
+        tests.append(task.transform(test))
         if not protocol.keep_optimizer:
             optimizer = row.optimizer(method)
         steps = TaskSteps(method, optimizer, split, protocol.batch_size, "fp32")
@@ -100,16 +105,10 @@ def learn(
             for rows in protocol.order(len(split.labels), shuffle):
                 steps.take(rows.to(device))
         curve.append(fmean(evaluate(model, seen) for seen in tests))
-        print(
-            f"  {row.name}, seed {seed}: task {task + 1}, average {100 * curve[-1]:.2f}", flush=True
-        )
-        if task + 1 < protocol.tasks:
+        print(f"  {row.name}, seed {seed}: task {k}, average {100 * curve[-1]:.2f}", flush=True)
+        if k < protocol.tasks:
             method.consolidate(row.importance_data(model, split))
     return curve
-
-
-def permuted(split: Split, pixels: torch.Tensor) -> Split:
-    return Split(split.inputs.index_select(1, pixels.to(split.inputs.device)), split.labels)
 
 
 if __name__ == "__main__":

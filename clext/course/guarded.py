@@ -136,7 +136,25 @@ def batch_count(dataloader: object) -> int:
         return 0
 
 
-class ewc(Guarded):  # noqa: N801  (the notebook's name)
+class Measured(Guarded):
+    """The importance of the task, as it is, on top of the guards: `ewc` and `mas`."""
+
+    _accumulate: staticmethod[..., None] = staticmethod(ops.accumulate_square_)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataloader: Batches | None,
+        device: Device,
+        prev_guards: Guards = (None,),
+    ) -> None:
+        super().__init__(model, dataloader, device, prev_guards)
+        self._precision_matrices = self._sum_of_guards()
+        self._add_importance(self._precision_matrices, self._accumulate)
+        self.p_old = self._copies()
+
+
+class ewc(Measured):  # noqa: N801  (the notebook's name)
     """Elastic Weight Consolidation (Kirkpatrick et al. 2017, arXiv:1612.00796), the course's way.
 
     Importance: squared gradient of the cross-entropy with the labels of the data. Departs from the
@@ -160,23 +178,11 @@ class ewc(Guarded):  # noqa: N801  (the notebook's name)
         ValueError: an argument is not as described; the model is as it was.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataloader: Batches | None,
-        device: Device,
-        prev_guards: Guards = (None,),
-    ) -> None:
-        super().__init__(model, dataloader, device, prev_guards)
-        self._precision_matrices = self._sum_of_guards()
-        self._add_importance(self._precision_matrices, ops.accumulate_square_)
-        self.p_old = self._copies()
-
     def _objective(self, output: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(output, label)
 
 
-class mas(Guarded):  # noqa: N801  (the notebook's name)
+class mas(Measured):  # noqa: N801  (the notebook's name)
     """Memory Aware Synapses (Aljundi et al. 2018, arXiv:1711.09601), the course's way.
 
     Importance: absolute gradient of the squared norm of the outputs; labels are not looked at.
@@ -187,17 +193,7 @@ class mas(Guarded):  # noqa: N801  (the notebook's name)
     Arguments, attributes and errors are those of `ewc`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataloader: Batches | None,
-        device: Device,
-        prev_guards: Guards = (None,),
-    ) -> None:
-        super().__init__(model, dataloader, device, prev_guards)
-        self._precision_matrices = self._sum_of_guards()
-        self._add_importance(self._precision_matrices, ops.accumulate_abs_)
-        self.p_old = self._copies()
+    _accumulate = staticmethod(ops.accumulate_abs_)
 
     def _objective(self, output: Tensor, label: Tensor) -> Tensor:  # noqa: ARG002
         return output.square().sum(dim=1).mean()
