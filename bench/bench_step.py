@@ -16,10 +16,11 @@ from torch.nn import functional
 
 import clext
 from clext.data import Split
+from clext.evaluation import autocast
 from clext.methods import make_method
 from clext.models import mlp
 from clext.optim import Adam
-from clext.steps import autocast, make_steps
+from clext.steps import make_steps
 
 BATCH = 128
 # A round is short beside the spells of a busy machine; a GPU needs more steps to be measurable.

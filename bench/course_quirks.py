@@ -26,12 +26,12 @@ from torch import nn
 import clext
 from clext import course
 from clext.data import Batches, Dataset, Split, load_dataset
+from clext.evaluation import evaluate
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
 from clext.models import mlp
 from clext.scenarios import make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import resolve_device
-from clext.training import evaluate
 
 TASKS, BATCH, LR = 5, 128, 1e-4
 
@@ -99,15 +99,15 @@ def learn_in_the_notebook(run: Run, data: Dataset, epochs: int, seed: int) -> li
     shuffle = generator(seeds.shuffle)
     with isolated_rng(seeds.model, device):
         model = mlp(data.features, scenario.num_outputs).to(device)
-    data = data.to(device, torch.float32)
+    scenario = scenario.to(device, torch.float32)
     np.random.seed(seeds.method)  # noqa: NPY002  (scp draws from it)
     guard = run.kind(model=model, dataloader=None, device=device, **run.options)
     guards: list[Any] = []
     accuracies = []
     for k, task in enumerate(scenario.tasks):
-        split = task.transform(data.train)
+        split = task.train()
         train_task(model, split, guard, run.strength, epochs, shuffle)
-        accuracies.append(evaluated(model, data, scenario.tasks[: k + 1]))
+        accuracies.append(evaluated(model, scenario.tasks[: k + 1]))
         more = {}
         if run.method not in ("baseline", "si"):
             guards.append(guard._precision_matrices)
@@ -140,8 +140,8 @@ def train_task(
             optimizer.step()
 
 
-def evaluated(model: nn.Module, data: Dataset, tasks: Any) -> list[float]:
-    return [evaluate(model, task.transform(data.test)) for task in tasks]
+def evaluated(model: nn.Module, tasks: Any) -> list[float]:
+    return [evaluate(clext.Baseline(model), task.test()) for task in tasks]
 
 
 def learn_as_in_the_paper(run: Run, epochs: int, seed: int) -> list[list[float]]:
@@ -218,7 +218,7 @@ def first_task(epochs: int, seeds: Seeds, device: torch.device) -> tuple[nn.Modu
     scenario = make_scenario("permuted", data, TASKS, seeds.scenario)
     with isolated_rng(seeds.model, device):
         model = mlp(data.features, scenario.num_outputs).to(device)
-    split = scenario.tasks[0].transform(data.to(device, torch.float32).train)
+    split = scenario.to(device, torch.float32).tasks[0].train()
     train_task(
         model, split, course.baseline(model, None, device), 0.0, epochs, generator(seeds.shuffle)
     )

@@ -16,13 +16,14 @@ import torch
 from published import PROTOCOLS, Protocol, Row, verdict
 from timing import machine, record
 
-from clext.data import DataError, Dataset, Split, load_dataset
+from clext.data import DataError, Dataset, load_dataset
+from clext.evaluation import Examiner
 from clext.module_mode import module_mode
-from clext.scenarios import Task, make_scenario
+from clext.scenarios import make_scenario
+from clext.scenarios.scenario import as_it_is
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import resolve_device
 from clext.steps import TaskSteps
-from clext.training import evaluate
 
 
 @click.command(help=__doc__)
@@ -90,21 +91,21 @@ def learn(
     optimizer = row.optimizer(method)
     shuffle = generator(seeds.shuffle)
     prepared = replace(data, train=train, test=test)
-    tasks = make_scenario("permuted", prepared, protocol.tasks, seeds.scenario).tasks
+    scenario = make_scenario("permuted", prepared, protocol.tasks, seeds.scenario)
     if not protocol.first_is_permuted:
-        tasks = [Task("as it is", lambda split: split), *tasks[1:]]
-    tests: list[Split] = []
+        first = replace(scenario.tasks[0], transform=as_it_is)
+        scenario = replace(scenario, tasks=[first, *scenario.tasks[1:]])
+    examiner = Examiner(method, scenario)
     curve: list[float] = []
-    for k, task in enumerate(tasks, start=1):
-        split = task.transform(train)
-        tests.append(task.transform(test))
+    for k, task in enumerate(scenario.tasks, start=1):
+        split = task.train()
         if not protocol.keep_optimizer:
             optimizer = row.optimizer(method)
-        steps = TaskSteps(method, optimizer, split, protocol.batch_size, "fp32")
+        steps = TaskSteps(method, optimizer, tuple(split), protocol.batch_size, "fp32")
         with module_mode(model, training=True):
             for rows in protocol.order(len(split.labels), shuffle):
                 steps.take(rows.to(device))
-        curve.append(fmean(evaluate(model, seen) for seen in tests))
+        curve.append(fmean(examiner.accuracies(k - 1)))
         print(f"  {row.name}, seed {seed}: task {k}, average {100 * curve[-1]:.2f}", flush=True)
         if k < protocol.tasks:
             method.consolidate(row.importance_data(model, split))

@@ -16,6 +16,7 @@ from clext.comparison import Comparison, compare
 from clext.data import DataError
 from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
 from clext.result import Result
+from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "NonFiniteLossError",
     "RWalk",
     "Result",
+    "Scenario",
     "__version__",
     "build_info",
     "compare",

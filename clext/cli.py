@@ -15,11 +15,12 @@ import click
 import torch
 
 import clext
+from clext.comparison import DEFAULT_METHODS
 from clext.data import DATASETS, DataError, whereabouts
 from clext.methods.base import option_names
 from clext.progress import say
 from clext.result import PICTURE_NAME
-from clext.scenarios import SCENARIOS
+from clext.scenarios import INCREMENTAL, SCENARIOS
 from clext.settings import PRECISIONS
 from clext.training import NonFiniteLossError
 
@@ -37,11 +38,17 @@ _SHARED_OPTIONS = (
         help="Folder with the data set's files.  [default: $CLEXT_DATA, then the cache folder]",
     ),
     click.option("--scenario", default="permuted", show_default=True, help=" | ".join(SCENARIOS)),
+    click.option(
+        "--incremental", default="domain", show_default=True, help=" | ".join(INCREMENTAL)
+    ),
     click.option("--tasks", type=int, default=5, show_default=True, help="Number of tasks."),
     click.option("--epochs", type=int, default=10, show_default=True, help="Epochs per task."),
     click.option("--batch-size", type=int, default=128, show_default=True, help="Examples a step."),
     click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's learning rate."),
     click.option("--precision", default="fp32", show_default=True, help=" | ".join(PRECISIONS)),
+    click.option(
+        "--evaluate-every", type=int, metavar="STEPS", help="Also take accuracies within tasks."
+    ),
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
     ),
@@ -56,11 +63,13 @@ class _Shared(TypedDict):
     dataset: str
     data_dir: str | None
     scenario: str
+    incremental: str
     tasks: int
     epochs: int
     batch_size: int
     lr: float
     precision: str
+    evaluate_every: int | None
     seed: int
     device: str | None
     progress: bool
@@ -146,7 +155,7 @@ def train(
 @click.option(
     "--methods",
     metavar="A,B,...",
-    help=f"Which to compare.  [default: {','.join(clext.METHODS)}]",
+    help=f"Which to compare.  [default: {','.join(DEFAULT_METHODS)}]",
 )
 @click.option(
     "--option",

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
-from clext.data import load_dataset
 from clext.learner import LearnerSpec
-from clext.methods import METHODS
+from clext.methods import METHODS, part_names
 from clext.options import unknown_name
 from clext.result import PICTURE_NAME, Result
+from clext.scenarios import Scenario
 from clext.settings import Settings
 from clext.storage import keep, read_json, writable_folder, write_json
-from clext.training import NonFiniteLossError, run
+from clext.training import NonFiniteLossError, chosen_scenario, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FILE_NAME = "comparison.json"
 
 _KIND = "comparison"
+# The course's six. The others need a memory, a generator or all the data, or take far longer.
+DEFAULT_METHODS = ("baseline", "ewc", "mas", "si", "rwalk", "scp")
 
 
 @dataclass(eq=False, repr=False)
@@ -105,12 +107,14 @@ def compare(
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str = "auto",
-    scenario: str = "permuted",
-    tasks: int = 5,
+    scenario: str | Scenario = "permuted",
+    incremental: str | None = None,
+    tasks: int | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 1e-4,
     precision: str = "fp32",
+    evaluate_every: int | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -124,15 +128,18 @@ def compare(
     the others go on.
 
     Args:
-        methods: names in `clext.METHODS`; by default all of them.
+        methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay"); by default the
+            six that only protect: baseline, ewc, mas, si, rwalk, scp.
         options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}`.
         dataset: as in `clext.train`, like all that follow.
-        scenario: how the data set becomes tasks.
+        scenario: how the data set becomes tasks, or tasks of your own.
+        incremental: "domain", "task" or "class".
         tasks: number of tasks.
         epochs: passes over the data of each task.
         batch_size: examples in a step.
         lr: learning rate of Adam.
         precision: "fp32", or "bf16" for forward and backward in bfloat16.
+        evaluate_every: also take accuracies every so many steps.
         model: by default the course's perceptron; each method trains a copy of a given one.
         seed: of everything random, the same for all methods.
         device: by default CUDA if there is one, else the CPU.
@@ -151,11 +158,13 @@ def compare(
     settings = Settings.checked(
         dataset=dataset,
         scenario=scenario,
+        incremental=incremental,
         tasks=tasks,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
         precision=precision,
+        evaluate_every=evaluate_every,
         seed=seed,
         device=device,
         data_dir=data_dir,
@@ -163,7 +172,7 @@ def compare(
     )
     specs = _checked_specs(methods, model, options or {})
     folder = None if out is None else writable_folder(out, "compare: out")
-    data = load_dataset(settings.dataset, settings.data_dir, show=progress)
+    chosen = chosen_scenario(settings)
     comparison = Comparison({})
     for name, spec in specs.items():
 
@@ -173,7 +182,7 @@ def compare(
 
         try:
             # Copied only now, so that no more than one model is held beside the given one.
-            run(replace(spec, model=copy.deepcopy(model)), data, settings, save)
+            run(replace(spec, model=copy.deepcopy(model)), chosen, settings, save)
         except NonFiniteLossError as error:
             warnings.warn(str(error), stacklevel=2)
     if folder is not None:
@@ -186,7 +195,8 @@ def _checked_specs(
     model: nn.Module | None,
     options: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, LearnerSpec]:
-    names = list(METHODS) if methods is None else [methods] if isinstance(methods, str) else methods
+    names = [methods] if isinstance(methods, str) else methods
+    names = DEFAULT_METHODS if names is None else names
     if not names:
         raise ValueError(
             f"compare: expected at least one method, got none; choose from {[*METHODS]}"
@@ -201,6 +211,7 @@ def _checked_specs(
                 f"compare: methods must be names of clext.METHODS, got {type(name).__name__}; "
                 "pass the settings of a method in options"
             )
+        part_names(name)
         if name in specs:
             raise ValueError(f"compare: method {name!r} is given twice; name each method once")
         given = dict(options.get(name, {}))

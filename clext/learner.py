@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from clext.methods import METHODS, Method, make_method
+from clext.methods import METHODS, Method, make_method, part_names
 from clext.methods.base import option_names
 from clext.models import mlp
 from clext.module_mode import module_mode
 
+if TYPE_CHECKING:
+    from clext.methods.learning import Learning
+    from clext.scenarios import Scenario
+
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """A method, by name or as an instance, with its options, and the model it works on."""
+    """A method, by name(s) or as an instance, with its options, and the model it works on."""
 
-    method: str | Method
+    method: str | Sequence[str] | Method
     model: nn.Module | None = None
     strength: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,20 +40,22 @@ class LearnerSpec:
             model = self.model if isinstance(self.method, Method) else model
         make_method(self.method, model, strength=self.strength, **self.options)
 
-    def build(self, features: int, outputs: int, device: torch.device, seed: int) -> Method:
+    def build(self, scenario: Scenario, device: torch.device, seed: int) -> Method:
         """The method on its model, on `device`. A model of our own takes the global random state.
 
-        Raises ValueError if a given model does not turn [N, features] into [N, >= outputs].
+        Raises ValueError if a given model does not turn examples into enough logits.
         """
         if isinstance(self.method, Method):
             model = self.method.model
         else:
-            model = mlp(features, outputs) if self.model is None else self.model
+            model = _perceptron(scenario) if self.model is None else self.model
         model.to(device)
-        _check_forward(model, features, outputs, device)
+        _check_forward(model, scenario, device)
         if isinstance(self.method, Method):
             return self.method.to(device)
-        own_seed = {"seed": seed} if "seed" in option_names(METHODS[self.method]) else {}
+        kinds = [METHODS[name] for name in part_names(self.method)]
+        seeded = any("seed" in option_names(kind) for kind in kinds)
+        own_seed = {"seed": seed} if seeded else {}
         return make_method(
             self.method, model, strength=self.strength, **{**own_seed, **self.options}
         )
@@ -56,15 +64,30 @@ class LearnerSpec:
 def describe_learner(method: Method) -> dict[str, Any]:
     """What a result records about its method and model."""
     model = method.model
+    options = {part.name: _options(part) for part in method.parts}
     return {
-        "method": method.name,
+        "method": method.label,
         "strength": method.strength,
-        "method_options": {
-            name: getattr(method, name) for name in option_names(type(method)) if name != "strength"
-        },
+        "method_options": options[method.name] if len(options) == 1 else options,
         "model": _describe_model(model),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def _options(part: Learning) -> dict[str, Any]:
+    """What the method was made with, but for its strength and modules, as JSON values."""
+    values = {name: getattr(part, name) for name in option_names(type(part)) if name != "strength"}
+    return {
+        name: type(value).__name__ if isinstance(value, nn.Module) else value
+        for name, value in values.items()
+    }
+
+
+def _perceptron(scenario: Scenario) -> nn.Module:
+    """The course's perceptron for the scenario's examples."""
+    shape = scenario.input_shape
+    model = mlp(math.prod(shape), scenario.num_outputs)
+    return model if len(shape) == 1 else nn.Sequential(nn.Flatten(), *model)
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -74,7 +97,9 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 
 def _describe_model(model: nn.Module) -> str:
     """The widths of a plain perceptron, else the name of the class."""
-    if type(model) is nn.Sequential and all(isinstance(m, nn.Linear | nn.ReLU) for m in model):
+    if type(model) is nn.Sequential and all(
+        isinstance(m, nn.Linear | nn.ReLU | nn.Flatten) for m in model
+    ):
         layers = [layer for layer in model if isinstance(layer, nn.Linear)]
         widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
         return f"MLP {'-'.join(str(width) for width in widths)}"
@@ -93,10 +118,13 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_forward(model: nn.Module, features: int, outputs: int, device: torch.device) -> None:
+def _check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
     """Try the model on two examples: a shape error in the first step would name no argument."""
-    probe = torch.zeros(2, features, device=device, dtype=input_dtype(model))
-    expected = f"inputs [N, {features}] into logits [N, {outputs}]"
+    stored, outputs = scenario.tasks[0].stored_train.inputs, scenario.num_outputs
+    dtype = input_dtype(model) if stored.is_floating_point() else stored.dtype
+    probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=dtype)
+    shape = ", ".join(["N", *map(str, scenario.input_shape)])
+    expected = f"inputs [{shape}] into logits [N, {outputs}]"
     try:
         with torch.no_grad(), module_mode(model, training=False):
             logits = model(probe)
@@ -105,6 +133,6 @@ def _check_forward(model: nn.Module, features: int, outputs: int, device: torch.
             f"train: model must turn {expected}, but failed on such inputs ({error}); "
             "begin it with nn.Unflatten if it takes images"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
-        got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"train: model must turn {expected}, got {got} for N = 2")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
 
 
 def tasks_learned(accuracy: Matrix) -> int:

@@ -35,15 +35,22 @@ class Progress:
 
     A terminal gets one bar for the whole run, redrawn at most ten times a second, so that a step
     pays well under a microsecond. Anything else (a log, CI, a notebook) gets a line per epoch.
+
+    Args:
+        label: what runs.
+        epochs: of each task.
+        steps: of an epoch of each task, as far as they are known; see `task_start`.
+        show: False for no sign of life.
     """
 
-    def __init__(self, label: str, tasks: int, epochs: int, steps: int, *, show: bool) -> None:
-        self._label, self._tasks, self._epochs = label, tasks, epochs
+    def __init__(self, label: str, epochs: int, steps: list[int], *, show: bool) -> None:
+        self._label, self._tasks, self._epochs = label, len(steps), epochs
+        self._steps = list(steps)
         self._lines = show and not _has_terminal()
         self._start = time.perf_counter()
         self._last = ""
         self._bar = tqdm(
-            total=tasks * epochs * steps,
+            total=epochs * sum(steps),
             desc=label,
             # Fits 80 columns with the task, epoch, loss and accuracy that follow as postfix.
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
@@ -64,6 +71,11 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.close()
+
+    def task_start(self, task: int, steps: int) -> None:
+        """An epoch of `task` has so many steps, now that it is known what it trains on."""
+        self._steps[task] = steps
+        self._bar.total = self._epochs * sum(self._steps)
 
     def epoch_start(self, task: int, epoch: int) -> None:
         """Show which task and epoch (both counted from 0) the coming steps belong to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 import numpy as np
 
@@ -22,6 +22,14 @@ _KIND = "result"
 _WIDEST_TABLE = 10
 
 
+class Step(TypedDict):
+    """Accuracies taken within a task: which task and how many of its steps, on tasks 0..task."""
+
+    task: int
+    step: int
+    accuracy: list[float]
+
+
 @dataclass(eq=False, repr=False)
 class Result:
     """The outcome of `clext.train`. Accuracies are fractions between 0 and 1.
@@ -30,6 +38,10 @@ class Result:
         accuracy: float64 [T, T]; [k, j] is the accuracy on task j after learning task k, both
             counted from 0. NaN for j > k and for tasks that were not finished.
         curve: average accuracy over the tasks seen so far, one entry per epoch.
+        before: float64 [T]; accuracy on each task just before it was learned, NaN where it was not
+            begun.
+        untrained: float64 [T]; accuracy on each task of the model as it was given.
+        steps: accuracies on the tasks seen taken every `evaluate_every` steps, if that was asked.
         config: every setting, the data set really used, seeds, device, threads and versions.
         timings: the seconds spent on "training", "evaluation" and "consolidation".
         stopped: why the run ended early, or None.
@@ -38,13 +50,17 @@ class Result:
     accuracy: metrics.Matrix
     curve: list[float]
     config: dict[str, Any]
+    before: metrics.Vector
+    untrained: metrics.Vector
+    steps: list[Step] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
 
     @classmethod
     def empty(cls, tasks: int, config: dict[str, Any]) -> Self:
         """A result in which nothing has been learned yet."""
-        return cls(np.full((tasks, tasks), np.nan), [], config)
+        unknown = np.full(tasks, np.nan)
+        return cls(np.full((tasks, tasks), np.nan), [], config, unknown, unknown.copy())
 
     @property
     def complete(self) -> bool:
@@ -111,7 +127,10 @@ class Result:
             "stopped": self.stopped,
             "timings": self.timings,
             "accuracy": self.accuracy.tolist(),
+            "before": self.before.tolist(),
+            "untrained": self.untrained.tolist(),
             "curve": self.curve,
+            "steps": self.steps,
             "config": self.config,
         }
 
@@ -125,6 +144,9 @@ class Result:
                 accuracy,
                 curve,
                 dict(content["config"]),
+                np.array(content["before"], dtype=np.float64),
+                np.array(content["untrained"], dtype=np.float64),
+                list(content["steps"]),
                 dict(content["timings"]),
                 content["stopped"],
             )

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clext.data import Split
+from clext.evaluation import autocast
 from clext.methods import Method
+from clext.methods.learning import Examples
 from clext.optim import Adam
 
 Function = Callable[[], object]
@@ -26,28 +26,23 @@ Function = Callable[[], object]
 WARM_UP_STEPS = 3
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that the model runs in: bfloat16 where "bf16" allows it, else no change."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
 class TaskSteps:
     """One step after the other, each launched by the host.
 
     Args:
         method: its model is trained; the optimizer was made with it.
         optimizer: of this task.
-        split: the task's training data, on the model's device.
+        examples: what `method.begin_task` returned, on the model's device.
         batch_size: examples in a step; the last batch of an epoch may be smaller.
         precision: "fp32", or "bf16" for a forward pass in bfloat16.
     """
 
     def __init__(
-        self, method: Method, optimizer: Adam, split: Split, batch_size: int, precision: str
+        self, method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
     ) -> None:
-        self.method, self.optimizer, self.split = method, optimizer, split
+        self.method, self.optimizer, self.examples = method, optimizer, examples
         self.batch_size, self.precision = batch_size, precision
-        self.device = split.labels.device
+        self.device = examples[0].device
 
     def run_epoch(self, order: Tensor, step_done: Function) -> Tensor:
         """Train on the examples `order` (int64 [N]); the loss of each step, penalty included.
@@ -64,7 +59,7 @@ class TaskSteps:
     def empty_losses(self, examples: int) -> Tensor:
         """Room for the loss of every step of an epoch."""
         # Not in half precision: a loss of 70,000 is finite, though float16 has no number for it.
-        dtype = torch.promote_types(self.split.inputs.dtype, torch.float32)
+        dtype = torch.promote_types(self.examples[0].dtype, torch.float32)
         return torch.empty(-(-examples // self.batch_size), device=self.device, dtype=dtype)
 
     def take(self, rows: Tensor) -> Tensor:
@@ -76,10 +71,9 @@ class TaskSteps:
 
     def backward(self, rows: Tensor) -> Tensor:
         """Loss and gradients of the examples `rows`."""
-        inputs = self.split.inputs.index_select(0, rows)
-        labels = self.split.labels.index_select(0, rows)
+        batch = [entry.index_select(0, rows) for entry in self.examples]
         with autocast(self.device, self.precision):
-            loss = F.cross_entropy(self.method.model(inputs), labels)
+            loss = self.method.loss(*batch)
         loss.backward()
         return loss.detach()
 
@@ -97,20 +91,20 @@ class GraphedSteps(TaskSteps):
         self,
         method: Method,
         optimizer: Adam,
-        split: Split,
+        examples: Examples,
         batch_size: int,
         precision: str,
         *,
         capture: Callable[[Function], Function] | None = None,
     ) -> None:
-        super().__init__(method, optimizer, split, batch_size, precision)
+        super().__init__(method, optimizer, examples, batch_size, precision)
         self._capture = capture or capture_graph
         self._replay: Function | None = None
         # What the recorded step reads and writes lies here, in memory that stays.
-        whole = len(split.labels) // batch_size
+        whole = len(examples[0]) // batch_size
         self._batches = torch.empty(whole, batch_size, dtype=torch.int64, device=self.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._losses = self.empty_losses(len(split.labels))
+        self._losses = self.empty_losses(len(examples[0]))
         self._warm = 0  # steps taken before the capture
 
     def run_epoch(self, order: Tensor, step_done: Function) -> Tensor:
@@ -189,9 +183,9 @@ def capture_graph(function: Function) -> Function:
 
 
 def make_steps(
-    method: Method, optimizer: Adam, split: Split, batch_size: int, precision: str
+    method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
 ) -> TaskSteps:
     """Graphed steps where CUDA and the method allow it."""
-    graphed = split.labels.is_cuda and method.fused_state is not None
-    kind = GraphedSteps if graphed else TaskSteps
-    return kind(method, optimizer, split, batch_size, precision)
+    recordable = method.fused_state is not None and all(part.recordable for part in method.parts)
+    kind = GraphedSteps if examples[0].is_cuda and recordable else TaskSteps
+    return kind(method, optimizer, examples, batch_size, precision)

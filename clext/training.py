@@ -14,24 +14,23 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from clext.data import Batches, Dataset, Split, load_dataset
+from clext.data import Batches, Split, load_dataset
+from clext.evaluation import Examiner, Trace
 from clext.learner import LearnerSpec, describe_learner, input_dtype
 from clext.methods import Method
+from clext.methods.learning import Examples
 from clext.module_mode import module_mode
 from clext.optim import Adam
 from clext.parameters import trainable_parameters
 from clext.progress import Progress
 from clext.result import Result
-from clext.scenarios import Task, make_scenario
+from clext.scenarios import Scenario, make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import Settings, describe_machine
-from clext.steps import autocast, make_steps
+from clext.steps import make_steps
 from clext.storage import keep, writable_folder
 
 Save = Callable[[Result], Path | None]
-
-# Large enough that a batch keeps every core busy, small enough for any model's activations.
-EVALUATION_BATCH = 1000
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,15 +58,17 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    method: str | Method,
+    method: str | Sequence[str] | Method,
     *,
     dataset: str = "auto",
-    scenario: str = "permuted",
-    tasks: int = 5,
+    scenario: str | Scenario = "permuted",
+    incremental: str | None = None,
+    tasks: int | None = None,
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 1e-4,
     precision: str = "fp32",
+    evaluate_every: int | None = None,
     strength: float | None = None,
     model: nn.Module | None = None,
     seed: int = 0,
@@ -83,19 +84,28 @@ def train(
     seed gives the same bits on the same machine; the global random state is left as it was.
 
     Args:
-        method: a name in `clext.METHODS`, or an instance (then its model is trained).
+        method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
+            combine a penalty with a method that rehearses; or an instance (then its model is
+            trained).
         dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
             "mnist", "fashion_mnist" or "digits".
-        scenario: how the data set becomes tasks: "permuted".
-        tasks: number of tasks.
+        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (0 to 180 degrees)
+            or "split" (classes); or a `clext.Scenario` with tasks of your own.
+        incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
+            known when tested) or "class" (one head that grows; all classes seen compete); see
+            `clext.Scenario`.
+        tasks: number of tasks, 5 unless a given scenario has its own.
         epochs: passes over the data of each task.
         batch_size: examples in a step; the last, smaller batch of an epoch is used too.
         lr: learning rate of Adam.
         precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
             parameters, optimizer and method state in float32 as before.
+        evaluate_every: also take the accuracy on all tasks seen every so many steps, for
+            `Result.worst_accuracy`; by default only after each epoch.
         strength: weight of the method's penalty; by default the method's own.
-        model: any module from [N, features] float inputs to logits [N, classes], trained in place
-            and moved to `device`; by default the course's 784-1024-512-256-10 perceptron.
+        model: any module from examples [N, features] to logits [N, outputs], trained in place and
+            moved to `device`; by default the course's 784-1024-512-256-10 perceptron, with the
+            outputs that the scenario needs.
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
@@ -115,11 +125,13 @@ def train(
     settings = Settings.checked(
         dataset=dataset,
         scenario=scenario,
+        incremental=incremental,
         tasks=tasks,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
         precision=precision,
+        evaluate_every=evaluate_every,
         seed=seed,
         device=device,
         data_dir=data_dir,
@@ -128,36 +140,44 @@ def train(
     spec = LearnerSpec(method, model, strength, method_options)
     spec.check()
     folder = None if out is None else writable_folder(out, "train: out")
-    data = load_dataset(settings.dataset, settings.data_dir, show=progress)
+    chosen = chosen_scenario(settings)
 
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)
 
-    return run(spec, data, settings, save)
+    return run(spec, chosen, settings, save)
 
 
-def run(spec: LearnerSpec, data: Dataset, settings: Settings, save: Save) -> Result:
+def chosen_scenario(settings: Settings) -> Scenario:
+    """The scenario that was given, or is made of the data set, which is loaded."""
+    if isinstance(settings.scenario, Scenario):
+        return settings.scenario
+    data = load_dataset(settings.dataset, settings.data_dir, show=settings.progress)
+    seed = Seeds.derive(settings.seed).scenario
+    return make_scenario(settings.scenario, data, settings.tasks, seed, settings.incremental)
+
+
+def run(spec: LearnerSpec, scenario: Scenario, settings: Settings, save: Save) -> Result:
     """`train` on checked arguments and loaded data.
 
     `save` is called with the result after each task, and when the run ends early.
     """
     seeds = Seeds.derive(settings.seed)
-    scenario = make_scenario(settings.scenario, data, settings.tasks, seeds.scenario)
     with isolated_rng(seeds.model, settings.device):
-        method = spec.build(data.features, scenario.num_outputs, settings.device, seeds.method)
+        method = spec.build(scenario, settings.device, seeds.method)
         result = Result.empty(
             settings.tasks,
             {
                 **describe_learner(method),
                 **settings.describe(),
-                "data": data.describe(),
+                "data": scenario.data,
                 "seeds": asdict(seeds),
                 **describe_machine(settings.device),
             },
         )
         try:
-            with module_mode(method.model, training=True):
-                learn(method, scenario.tasks, data, settings, result, save)
+            with module_mode(method.model, training=True), method.outputs.selected(None):
+                learn(method, scenario, settings, result, save)
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -170,59 +190,65 @@ def run(spec: LearnerSpec, data: Dataset, settings: Settings, save: Save) -> Res
 
 
 def learn(
-    method: Method,
-    tasks: Sequence[Task],
-    data: Dataset,
-    settings: Settings,
-    result: Result,
-    save: Save,
+    method: Method, scenario: Scenario, settings: Settings, result: Result, save: Save
 ) -> None:
     """The loop itself, one task after the other; `result` is filled in as it goes."""
     model, device = method.model, settings.device
-    data = data.to(device, input_dtype(model))
+    scenario = scenario.to(device, input_dtype(model))
     shuffle = generator(result.config["seeds"]["shuffle"])
-    step_count = math.ceil(len(data.train.labels) / settings.batch_size)
     clock = Clock(result.timings, device)
-    with Progress(
-        method.name, settings.tasks, settings.epochs, step_count, show=settings.progress
-    ) as bar:
-        for k, task in enumerate(tasks):
+    examiner = Examiner(method, scenario, settings.precision)
+    trace = Trace(
+        examiner, settings.evaluate_every, result.steps, lambda: clock.measure("evaluation")
+    )
+    with clock.measure("evaluation"):
+        result.untrained[:] = [examiner.accuracy(k, k) for k in range(len(scenario.tasks))]
+    unknown = [0] * len(scenario.tasks)
+    with Progress(method.label, settings.epochs, unknown, show=settings.progress) as bar:
+
+        def step_done() -> None:
+            bar.step()
+            trace.step()
+
+        for k in range(len(scenario.tasks)):
+            with clock.measure("evaluation"):
+                result.before[k] = examiner.accuracy(k, k)
             with clock.measure("training"):
-                train_split = task.transform(data.train)
+                own, examples = begin_task(method, scenario, k)
                 parameters = trainable_parameters(model).values()
                 optimizer = Adam(parameters, lr=settings.lr, method=method)
                 steps = make_steps(
-                    method, optimizer, train_split, settings.batch_size, settings.precision
+                    method, optimizer, examples, settings.batch_size, settings.precision
                 )
+            bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
+            trace.begin_task(k)
             for epoch in range(settings.epochs):
                 bar.epoch_start(k, epoch)
                 with clock.measure("training"):
-                    order = torch.randperm(len(train_split.labels), generator=shuffle).to(device)
-                    losses = steps.run_epoch(order, bar.step)
+                    order = torch.randperm(len(examples[0]), generator=shuffle).to(device)
+                    losses = steps.run_epoch(order, step_done)
                     step = first_non_finite(losses, model)
                 if step is not None:
                     raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
                 with clock.measure("evaluation"):
-                    seen = (seen_task.transform(data.test) for seen_task in tasks[: k + 1])
-                    accuracies = [evaluate(model, split, settings.precision) for split in seen]
+                    accuracies = examiner.accuracies(k)
                 result.curve.append(fmean(accuracies))
                 bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
             result.accuracy[k, : k + 1] = accuracies
             bar.task_end(k)
             with clock.measure("consolidation"):
-                method.consolidate(Batches(train_split, settings.batch_size))
+                method.consolidate(Batches(own, settings.batch_size))
             keep(lambda: save(result))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split: Split, precision: str = "fp32") -> float:
-    """The share of `split` that the model, in eval mode, classifies correctly."""
-    device = split.labels.device
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    with module_mode(model, training=False), autocast(device, precision):
-        for inputs, labels in Batches(split, EVALUATION_BATCH):
-            correct += (model(inputs).argmax(dim=1) == labels).sum()
-    return int(correct) / len(split.labels)
+def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:
+    """Begin task k: its own examples with local labels, and what the method trains on."""
+    task, active = scenario.tasks[k], scenario.active(k, k)
+    own = task.train()
+    if active is not None:
+        own = Split(own.inputs, own.labels - active.start)
+    examples = method.begin_task(tuple(own), block=task.outputs, active=active)
+    return own, tuple(own) if examples is None else examples
 
 
 def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
@@ -240,12 +266,16 @@ class Clock:
 
     def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
         self._seconds, self._device = seconds, device
+        self._apart = 0.0  # seconds of what was measured inside what is being measured
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`."""
+        """Count the time inside as `name`, without what is measured inside."""
+        outer, self._apart = self._apart, 0.0
         start = time.perf_counter()
         yield
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds - self._apart
+        self._apart = outer + seconds

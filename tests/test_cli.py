@@ -98,7 +98,7 @@ class TestTrain:
         def interrupt(*_args: object) -> float:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("clext.training.evaluate", interrupt)
+        monkeypatch.setattr("clext.evaluation.evaluate", interrupt)
         outcome = run("train", "--method", "baseline", *QUICK)
         assert outcome.exit_code == 130
         assert outcome.stderr.splitlines()[-1] == (

@@ -30,7 +30,10 @@ def result(method: str = "ewc", tasks: int = 3, epochs: int = 2, done: int | Non
         "scenario": "permuted",
         "data": {"name": "digits"},
     }
-    return Result(accuracy, curve, config, {"training": 2.0, "evaluation": 0.5})
+    result = Result.empty(len(accuracy), config)
+    result.accuracy[:], result.curve = accuracy, curve
+    result.timings |= {"training": 2.0, "evaluation": 0.5}
+    return result
 
 
 class TestNumbers:

@@ -15,7 +15,7 @@ def dataset(features: int = 9) -> Dataset:
 def test_each_task_shuffles_the_pixels_of_train_and_test_alike():
     data = dataset()
     for task in make_scenario("permuted", data, 3, seed=1).tasks:
-        train, test = task.transform(data.train), task.transform(data.test)
+        train, test = task.train(), task.test()
         assert train.inputs[:2].add(100).equal(test.inputs)
         assert train.inputs.sort(dim=1).values.equal(data.train.inputs)
         assert train.labels.equal(data.train.labels)
@@ -25,7 +25,7 @@ def test_all_tasks_differ_and_the_first_is_permuted_too():
     data = dataset()
     seen = [data.train.inputs]
     for task in make_scenario("permuted", data, 4, seed=0).tasks:
-        inputs = task.transform(data.train).inputs
+        inputs = task.train().inputs
         assert not any(inputs.equal(other) for other in seen)
         seen.append(inputs)
 
@@ -34,7 +34,7 @@ def test_the_permutations_are_those_of_a_cpu_generator_with_the_seed():
     data, random = dataset(), torch.Generator().manual_seed(7)
     for task in make_scenario("permuted", data, 2, seed=7).tasks:
         expected = data.train.inputs[:, torch.randperm(9, generator=random)]
-        assert task.transform(data.train).inputs.equal(expected)
+        assert task.train().inputs.equal(expected)
 
 
 def test_another_seed_gives_other_tasks_and_more_tasks_the_same_first_ones():
@@ -42,7 +42,7 @@ def test_another_seed_gives_other_tasks_and_more_tasks_the_same_first_ones():
 
     def inputs(tasks: int, seed: int) -> list[torch.Tensor]:
         scenario = make_scenario("permuted", data, tasks, seed)
-        return [task.transform(data.train).inputs for task in scenario.tasks]
+        return [task.train().inputs for task in scenario.tasks]
 
     assert not inputs(1, seed=0)[0].equal(inputs(1, seed=1)[0])
     assert all(a.equal(b) for a, b in zip(inputs(2, 0), inputs(5, 0), strict=False))

@@ -9,7 +9,7 @@ from quick_runs import QUICK, same, small, weights
 from torch import nn
 
 import clext
-from clext import training
+from clext import evaluation, training
 
 BAD_INPUT = [
     ({"method": "ewx"}, "unknown method 'ewx'.*'ewc'"),
@@ -115,14 +115,14 @@ class TestEarlyEnd:
 
     def test_ctrl_c_saves_what_was_done(self, tmp_path, monkeypatch):
         calls = itertools.count()
-        evaluate = training.evaluate
+        evaluate = evaluation.evaluate
 
         def interrupt(*args: object) -> float:
-            if next(calls) == 3:
+            if next(calls) == 7:  # in the first epoch of the second task
                 raise KeyboardInterrupt
             return evaluate(*args)
 
-        monkeypatch.setattr(training, "evaluate", interrupt)
+        monkeypatch.setattr(evaluation, "evaluate", interrupt)
         with pytest.raises(KeyboardInterrupt) as caught:
             clext.train("baseline", model=small(), out=tmp_path, **QUICK)
         assert "saved in" in caught.value.__notes__[0]

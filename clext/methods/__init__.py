@@ -14,17 +14,44 @@ from clext.methods.si import SI
 from clext.options import unknown_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
-__all__ = ["EWC", "MAS", "METHODS", "SCP", "SI", "Baseline", "Method", "RWalk", "make_method"]
+__all__ = [
+    "EWC",
+    "MAS",
+    "METHODS",
+    "SCP",
+    "SI",
+    "Baseline",
+    "Method",
+    "RWalk",
+    "make_method",
+    "part_names",
+]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP)
 }
 
 
+def part_names(method: str | Sequence[str]) -> list[str]:
+    """The names in "ewc", "ewc+replay" or ["ewc", "replay"].
+
+    ValueError for an unknown one (with the nearest valid name), or for more than two.
+    """
+    names = method.split("+") if isinstance(method, str) else list(method)
+    for name in names:
+        if not isinstance(name, str) or name not in METHODS:
+            raise unknown_name("method", name, METHODS)
+    if not 1 <= len(names) <= 2:
+        raise ValueError(f"method: expected one name or two to combine, got {len(names)}: {names}")
+    return names
+
+
 def make_method(
-    method: str | Method,
+    method: str | Sequence[str] | Method,
     model: nn.Module,
     *,
     strength: float | None = None,
@@ -33,32 +60,40 @@ def make_method(
     """The method of that name on `model`; an instance made for `model` is returned as it is.
 
     Args:
-        method: a name in `METHODS`, or an instance.
+        method: a name in `METHODS`, two of them to combine (["ewc", "replay"] or "ewc+replay", see
+            `Method.combine`), or an instance.
         model: the model to protect.
-        strength: weight of the penalty; by default the method's own.
-        **options: options of the method, such as `xi` of "si".
+        strength: weight of the penalty; by default the method's own. In a combination it is that of
+            the method with a penalty.
+        **options: options of the method, such as `xi` of "si". In a combination an option goes to
+            each of the two that has it.
 
     Raises:
-        ValueError: an unknown method or option (with the nearest valid name), a bad value, an
-            instance of another model or given together with options.
+        ValueError: an unknown method or option (with the nearest valid name), a bad value, two
+            methods that do not combine, an instance of another model or given together with
+            options.
     """
     if isinstance(method, Method):
         given = [*options] if strength is None else ["strength", *options]
         if given:
             raise ValueError(
-                f"make_method: {method.name!r} is an instance already, so {', '.join(given)} "
+                f"make_method: {method.label!r} is an instance already, so {', '.join(given)} "
                 "cannot be set here; pass them where it is made"
             )
         if method.model is not model:
             raise ValueError(
-                f"make_method: this {method.name!r} instance was made for another model"
+                f"make_method: this {method.label!r} instance was made for another model"
             )
         return method
-    if method not in METHODS:
-        raise unknown_name("method", method, METHODS)
-    kind = METHODS[method]
-    known = option_names(kind)
+    kinds = [METHODS[name] for name in part_names(method)]
+    # Whichever was named first: it is the other one that learns by its own loss.
+    kinds.sort(key=lambda kind: kind.learns_otherwise())
+    known = list(dict.fromkeys(name for kind in kinds for name in option_names(kind)))
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of {method}", option, known)
-    return kind(model, strength=strength, **options)
+            raise unknown_name(f"option of {'+'.join(kind.name for kind in kinds)}", option, known)
+    parts = []
+    for number, kind in enumerate(kinds):
+        own = {name: value for name, value in options.items() if name in option_names(kind)}
+        parts.append(kind(model, strength=None if number else strength, **own))
+    return parts[0] if len(parts) == 1 else parts[0].combine(parts[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from clext import ops
 from clext.methods import watch
 from clext.methods.clipping import check_clipping, clip_grads_
-from clext.methods.stateful import Stateful, option_names
+from clext.methods.learning import Learning
+from clext.methods.stateful import option_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,12 +33,14 @@ _FUSED_STATES = (
 _REPLACED_BY_A_STEP = ("penalty", "add_penalty_grad_", "update")
 
 
-class Method(Stateful):
+class Method(Learning):
     """A continual-learning method on one model; subclasses are the methods.
 
     The training loop is the same for all of them::
 
-        loss = cross_entropy(model(x), y)
+        method.begin_task()             # where methods shall learn otherwise, see `begin_task`
+        ...
+        loss = method.loss(x, y)        # or a loss of your own, for methods that only protect
         loss.backward()
         method.add_penalty_grad_()      # or, before backward: loss = loss + method.penalty()
         optimizer.step()
@@ -199,9 +203,15 @@ class Method(Stateful):
                 (see `refresh_parameters`), or what the steps have left is not finite; nothing is
                 changed.
         """
-        self.refresh_parameters()
+        if self._rehearsal is not None and isinstance(dataloader, Iterator):
+            dataloader = list(dataloader)  # it is read twice
+        for part in self.parts:
+            part.refresh_parameters()
+        commit = self._learner._prepare_end(dataloader)
         self._end_task(dataloader)
-        self.tasks += 1
+        commit()
+        for part in self.parts:
+            part.tasks += 1
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError

@@ -13,7 +13,10 @@ from clext.parameters import check_parameters, trainable_parameters
 from clext.state import ParameterState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    # What is left to do once nothing can fail any more.
+    Commit = Callable[[], None]
 
 # Sums of squares and of max(0, .): below zero they would push parameters away from the anchor.
 _NEVER_NEGATIVE = frozenset({"importance", "fisher", "running_fisher", "score", "task_score"})
@@ -130,16 +133,24 @@ class Stateful:
             ValueError: it is of another method, or of a model with other parameters, or holds what
                 no training leaves; nothing is changed.
         """
+        self._prepare_load(state_dict)()
+
+    def _prepare_load(self, state_dict: Mapping[str, Any]) -> Commit:
+        """Check a state, as `load_state_dict`; returns what takes it over."""
         self.refresh_parameters()
         loaded = _checked_state(self, state_dict)
         counters = self._checked_counters(state_dict["counters"])
-        self.strength = state_dict["strength"]
-        for name, value in counters.items():
-            setattr(self, name, value)
-        for own, other in loaded:
-            own.copy_(other)
-        for key in set(self.separate_state) - state_dict["state"].keys():
-            self._state.restart(key)
+
+        def commit() -> None:
+            self.strength = state_dict["strength"]
+            for name, value in counters.items():
+                setattr(self, name, value)
+            for own, other in loaded:
+                own.copy_(other)
+            for key in set(self.separate_state) - state_dict["state"].keys():
+                self._state.restart(key)
+
+        return commit
 
     def _checked_counters(self, given: Mapping[str, Any]) -> dict[str, int | float]:
         """The counters of a state, each of the type that it has here; ValueError for others."""
@@ -156,6 +167,10 @@ class Stateful:
                         f"{owner}: {label} must be an integer < 2**63, got {given[name]!r}"
                     )
         return counters
+
+    def _state_dict_keys(self) -> list[str]:
+        """The entries that a state dict has to have."""
+        return ["method", "strength", "counters", "state"]
 
     def __repr__(self) -> str:
         options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
@@ -186,7 +201,7 @@ def option_names(method: type[Stateful]) -> list[str]:
 def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Pairs of an own tensor of `method` and the loaded one for it."""
     owner = f"{method.name}: state_dict"
-    _check_keys(owner, state_dict, ("method", "strength", "counters", "state"))
+    _check_keys(owner, state_dict, method._state_dict_keys())
     if state_dict["method"] != method.name:
         raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {method.name!r}")
     number(method.name, "strength", state_dict["strength"], minimum=0.0)

@@ -1,0 +1,248 @@
+"""The part of a method that learns: a task's beginning, the loss of a batch, a prediction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clext.methods.stateful import Stateful
+from clext.outputs import Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clext.importance.evaluation import Batches
+    from clext.methods.stateful import Commit
+
+# What a task is trained on: tensors with one row for each example. A row of each is what the loss
+# takes: inputs and labels, and what a method has added.
+Examples = tuple[Tensor, ...]
+
+
+class Learning(Stateful):
+    """One half of what `Method` does beside its penalty; the hooks of methods that learn otherwise.
+
+    A subclass overrides what it needs of `_begin_task`, `_loss`, `_predict` and `_prepare_end`, and
+    the three functions of extra state if it keeps anything but counters and one tensor for each
+    parameter. `recordable` says whether the loss can be captured in a CUDA graph: it does nothing
+    on the host that differs from step to step, and reads nothing that moves in memory.
+    """
+
+    recordable: bool = True
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+        super().__init__(model, strength=strength)
+        self.outputs = Outputs(model)
+        self._rehearsal: Learning | None = None
+
+    # ------------------------------------------------------------------ in the loop
+
+    def begin_task(
+        self,
+        examples: Examples | None = None,
+        *,
+        block: range | None = None,
+        active: range | None = None,
+    ) -> Examples | None:
+        """Begin a task; returns what it is to be trained on.
+
+        Args:
+            examples: inputs [N, ...] and labels [N] int64 of the task, on the model's device, for
+                methods that prepare something for the whole task or train on more than its own
+                data (joint, iCaRL); others do without.
+            block: which of the model's outputs are the classes of this task; None: all of them.
+            active: with which outputs they compete: the task's own (a head for each task), or
+                those of all classes seen (a growing head). While it is not None the model returns
+                these alone, and labels count from the first of them.
+
+        Returns:
+            Tensors with a row for each example to train on; the same rows of each are the arguments
+            of `loss`. The given examples for most methods, and None if none were given.
+
+        Raises:
+            ValueError: the examples are not what the method can work on; nothing is changed.
+        """
+        learner = self._learner
+        before = self.outputs.active
+        self.outputs.begin_task(block, active)
+        try:
+            return learner._begin_task(examples)
+        except BaseException:
+            if block is not None:
+                self.outputs.blocks.pop()
+            self.outputs.select(before)
+            raise
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """The loss of a batch without the penalty (0-dim, differentiable).
+
+        Args:
+            *batch: inputs and labels, or the same rows of all that `begin_task` returned.
+        """
+        return self._learner._loss(*batch)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """A score for each example and active output, [N, outputs]; the largest is the class."""
+        return self._learner._predict(inputs)
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def _begin_task(self, examples: Examples | None) -> Examples | None:
+        """As `begin_task`; the outputs are selected already. Must leave all as it was if it fails.
+
+        The labels of `examples` are local (see `Outputs`).
+        """
+        return examples
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        """As `loss`. By default the cross entropy of the model's outputs."""
+        inputs, labels = batch
+        return F.cross_entropy(self.model(inputs), labels)
+
+    def _predict(self, inputs: Tensor) -> Tensor:
+        scores: Tensor = self.model(inputs)
+        return scores
+
+    def _prepare_end(self, dataloader: Batches | None) -> Commit:  # noqa: ARG002
+        """All of a task's end that can fail; returns what then changes the method.
+
+        `dataloader` is that of `consolidate`, its labels are local.
+        """
+        return _nothing
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What is kept beside parameters and counters: tensors, numbers, strings, dicts, lists."""
+        return {}
+
+    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
+        """Check what `_extra_state` returned, ValueError if it is not; returns what takes it."""
+        if extra:
+            raise ValueError(
+                f"{self.name}: state_dict['extra'] holds {', '.join(extra)}, expected nothing"
+            )
+        return _nothing
+
+    def _move_extra_state(self, device: torch.device) -> None:
+        """Move what is kept beside the parameters."""
+
+    # ------------------------------------------------------------------ combinations
+
+    @property
+    def label(self) -> str:
+        """The name, or both names of a combination, as in pictures and tables."""
+        return self.name if self._rehearsal is None else f"{self.name}+{self._rehearsal.name}"
+
+    @property
+    def parts(self) -> tuple[Learning, ...]:
+        """The methods of a combination: this one and its rehearsal; else this one."""
+        return (self,) if self._rehearsal is None else (self, self._rehearsal)
+
+    @classmethod
+    def learns_otherwise(cls) -> bool:
+        """Whether this method has a beginning of tasks, a loss or a prediction of its own."""
+        hooks = ("_begin_task", "_loss", "_predict")
+        return any(getattr(cls, hook) is not getattr(Learning, hook) for hook in hooks)
+
+    def combine(self, rehearsal: Learning) -> Self:
+        """Learn with the loss of `rehearsal` from now on, and protect as before; returns self.
+
+        `clext.EWC(model).combine(clext.Replay(model))` is what method="ewc+replay" makes.
+
+        Args:
+            rehearsal: a method of the same model that works by its loss: replay, LwF, DGR, ...
+
+        Raises:
+            ValueError: the two are of different models, or both or neither of them work by their
+                loss, or one is combined already; nothing is changed.
+        """
+        for part in (self, rehearsal):
+            if part._rehearsal is not None:
+                raise ValueError(f"{part.label}: is a combination already; two methods can combine")
+        if rehearsal.model is not self.model:
+            raise ValueError(
+                f"{self.name}: {rehearsal.name} was made for another model; make both for one"
+            )
+        if self.learns_otherwise() or not rehearsal.learns_otherwise() or rehearsal.state_names:
+            raise ValueError(
+                f"{self.name} does not combine with {rehearsal.name}: expected a method with a "
+                "penalty or a change of the gradient (such as ewc) and one with a loss of its own "
+                "(such as replay)"
+            )
+        self._rehearsal, rehearsal.outputs = rehearsal, self.outputs
+        return self
+
+    @property
+    def _learner(self) -> Learning:
+        """Who begins tasks, and makes losses and predictions."""
+        return self if self._rehearsal is None else self._rehearsal
+
+    # ------------------------------------------------------------------ state
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the state to `device`, where the model has to be already; returns the method."""
+        super().to(device)
+        for part in self.parts:
+            part._move_extra_state(torch.empty(0, device=device).device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on as if it had not stopped, as copies.
+
+        Plain dicts and lists of tensors, numbers and strings; the options are not among them.
+        """
+        return {
+            **super().state_dict(),
+            "outputs": [[block.start, block.stop] for block in self.outputs.blocks],
+            "extra": self._extra_state(),
+            "rehearsal": None if self._rehearsal is None else self._rehearsal.state_dict(),
+        }
+
+    def _state_dict_keys(self) -> list[str]:
+        return [*super()._state_dict_keys(), "outputs", "extra", "rehearsal"]
+
+    def _prepare_load(self, state_dict: Mapping[str, Any]) -> Commit:
+        commits = [super()._prepare_load(state_dict)]
+        owner = f"{self.name}: state_dict"
+        blocks = _checked_blocks(owner, state_dict["outputs"])
+        extra, rehearsal = state_dict["extra"], state_dict["rehearsal"]
+        if not isinstance(extra, dict):
+            raise ValueError(f"{owner}['extra'] is {type(extra).__name__}, expected a dict")
+        commits.append(self._prepare_extra_state(extra))
+        if (rehearsal is None) != (self._rehearsal is None):
+            raise ValueError(
+                f"{owner} is of {self.name} {'alone' if rehearsal is None else 'in a combination'}"
+                f", and this is {self.label}"
+            )
+        if self._rehearsal is not None:
+            commits.append(self._rehearsal._prepare_load(rehearsal))
+
+        def commit() -> None:
+            for part in commits:
+                part()
+            self.outputs.blocks[:] = blocks
+
+        return commit
+
+
+def _nothing() -> None:
+    """What is left to do where there is nothing to do."""
+
+
+def _checked_blocks(owner: str, given: object) -> list[range]:
+    """The outputs of each task, as `state_dict` has them."""
+    entries: list[Any] = given if isinstance(given, list) else [given]
+    for entry in entries:
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and all(type(place) is int for place in entry)
+            and 0 <= entry[0] < entry[1]
+        ):
+            raise ValueError(
+                f"{owner}['outputs'] holds {entry!r}, expected the first and the end of a task's "
+                "outputs"
+            )
+    return [range(start, stop) for start, stop in entries]
