@@ -27,7 +27,8 @@ def accuracy_table() -> str:
 
 def published_table() -> str:
     """A line for each published number, the mean over our runs beside it."""
-    from published import PROTOCOLS, verdict
+    from protocols import verdict
+    from published import PROTOCOLS
 
     runs = newest(read_lines("published"), "name", "row", "seed")
     rows = []

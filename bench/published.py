@@ -1,110 +1,18 @@
-"""Published results on Permuted MNIST, with the protocols they were measured by.
+"""Published results, with the protocols they were measured by.
 
-A protocol says what everyone of its table shares; a row what one line of it does. Where the
-authors' released code differs from their paper, the code is followed, since it made the number, and
-the difference is named in the row.
+Where the authors' released code differs from their paper, the code is followed, since it made the
+number, and the difference is named in the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
-
 import torch
+from protocols import Protocol, Row, adam, epochs, iterations, sgd
 from released import RunningFisherEWC
-from torch import Tensor, nn
+from torch import nn
 
 from clext.data import Batches, Dataset, Split
-from clext.methods import EWC, MAS, SI, Baseline, Method, RWalk
-from clext.optim import SGD, Adam
-
-Order = Callable[[int, torch.Generator], Iterator[Tensor]]
-
-
-def in_batches(_model: nn.Module, split: Split) -> Batches:
-    return Batches(split, 500)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One published number, in per cent, and the method that it was measured with.
-
-    Without a number: what another formula gives in the place of the one above it.
-    """
-
-    name: str
-    published: float | None
-    tolerance: float  # how far ours may be from it; see the protocol
-    method: Callable[[nn.Module], Method]
-    optimizer: Callable[[Method], Adam | SGD]
-    spread: str = ""  # as published
-    importance_data: Callable[[nn.Module, Split], Batches] = in_batches  # for `consolidate`
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What the rows of a table share.
-
-    `order` gives the batches of a task as rows of the training data; `keep_optimizer` tells whether
-    one optimizer sees all tasks.
-    """
-
-    title: str
-    source: str
-    tasks: int
-    hidden: tuple[int, ...]
-    initialize: Callable[[nn.Module], None]
-    prepare: Callable[[Dataset], tuple[Split, Split]]
-    first_is_permuted: bool
-    batch_size: int
-    order: Order
-    keep_optimizer: bool
-    tolerance: str
-    rows: tuple[Row, ...]
-
-    def model(self, features: int, outputs: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for inputs, width in pairwise((features, *self.hidden)):
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
-        model = nn.Sequential(*layers, nn.Linear(self.hidden[-1], outputs))
-        for module in model:
-            self.initialize(module)
-        return model
-
-
-def epochs(count: int, batch_size: int) -> Order:
-    """Passes over the data, each in a new order, the last smaller batch included."""
-
-    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
-        for _ in range(count):
-            yield from torch.randperm(examples, generator=random).split(batch_size)
-
-    return order
-
-
-def iterations(count: int, batch_size: int) -> Order:
-    """So many whole batches, in a new order whenever the data is used up."""
-
-    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
-        left = count
-        while left > 0:
-            whole = torch.randperm(examples, generator=random).split(batch_size)
-            whole = whole[: min(left, examples // batch_size)]
-            left -= len(whole)
-            yield from whole
-
-    return order
-
-
-def adam(lr: float) -> Callable[[Method], Adam]:
-    return lambda method: Adam(method.model.parameters(), lr=lr, method=method)
-
-
-def sgd(lr: float) -> Callable[[Method], SGD]:
-    return lambda method: SGD(method.model.parameters(), lr=lr, method=method)
-
+from clext.methods import EWC, MAS, SI, Baseline, RWalk
 
 # ---------------------------------------------------------------------- Zenke et al. 2017
 
@@ -177,7 +85,6 @@ VAN_DE_VEN = Protocol(
     hidden=(1000, 1000),
     initialize=lambda _module: None,
     prepare=padded,
-    first_is_permuted=True,
     batch_size=128,
     order=iterations(5000, 128),
     keep_optimizer=True,
@@ -237,7 +144,6 @@ A_GEM = Protocol(
     hidden=(256, 256),
     initialize=truncated_normal,
     prepare=without_validation,
-    first_is_permuted=True,
     batch_size=10,
     order=epochs(1, 10),
     keep_optimizer=False,
@@ -292,10 +198,3 @@ A_GEM = Protocol(
 )
 
 PROTOCOLS = {"zenke2017": ZENKE, "vandeven2018": VAN_DE_VEN, "agem2019": A_GEM}
-
-
-def verdict(row: Row, accuracy: float) -> str:
-    """Whether `accuracy`, in per cent, is what was published; "" where nothing was."""
-    if row.published is None:
-        return ""
-    return "agrees" if abs(accuracy - row.published) <= row.tolerance else "differs"

@@ -7,13 +7,16 @@ result is printed beside the published value and appended to bench/results/publi
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import fmean
 
 import click
 import torch
-from published import PROTOCOLS, Protocol, Row, verdict
+from protocols import Protocol, Row, verdict
+from published import PROTOCOLS
 from timing import machine, record
 
 from clext.data import DataError, Dataset, load_dataset
@@ -24,6 +27,7 @@ from clext.scenarios.scenario import as_it_is
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import resolve_device
 from clext.steps import TaskSteps
+from clext.training import begin_task
 
 
 @click.command(help=__doc__)
@@ -32,8 +36,19 @@ from clext.steps import TaskSteps
 @click.option(
     "--seed", "seeds", multiple=True, type=click.IntRange(0), default=[0], show_default=True
 )
+@click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the state of a row after each task; a row that has one there goes on from it.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
-def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: str | None) -> None:
+def reproduce(
+    name: str,
+    rows: tuple[str, ...],
+    seeds: tuple[int, ...],
+    checkpoints: Path | None,
+    device: str | None,
+) -> None:
     protocol = PROTOCOLS[name]
     known = [row.name for row in protocol.rows]
     if unknown := [row for row in rows if row not in known]:
@@ -48,18 +63,39 @@ def reproduce(name: str, rows: tuple[str, ...], seeds: tuple[int, ...], device: 
     for seed in seeds:
         for row in protocol.rows:
             if not rows or row.name in rows:
-                run(name, protocol, row, data, seed, target)
+                run(name, protocol, row, data, seed, target, checkpoints)
 
 
 def run(
-    name: str, protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
+    name: str,
+    protocol: Protocol,
+    row: Row,
+    data: Dataset,
+    seed: int,
+    device: torch.device,
+    folder: Path | None,
 ) -> None:
     """Train one row and record what came out."""
     if row.note:
         print(f"{row.name}: {row.note}")
+    file = folder and folder / f"{name}-{slug(row.name)}-{seed}.pt"
     start = time.perf_counter()
-    curve = learn(protocol, row, data, seed, device)
-    seconds = time.perf_counter() - start
+    training = Training(protocol, row, data, seed, device)
+    if file is not None and file.is_file():
+        training.load(file)
+        print(f"{row.name}: goes on after task {len(training.curve)}", flush=True)
+    before = training.seconds
+    while len(training.curve) < protocol.tasks:
+        training.learn_task()
+        training.seconds = before + time.perf_counter() - start
+        print(
+            f"  {row.name}, seed {seed}: task {len(training.curve)}, "
+            f"average {100 * training.curve[-1]:.2f}",
+            flush=True,
+        )
+        if file is not None:
+            training.save(file)
+    curve, seconds = training.curve, training.seconds
     got = 100 * curve[-1]
     published = f"; published {row.published:g}: {verdict(row, got)}" if row.published else ""
     print(f"{row.name}: {got:.2f}{published} ({seconds / 60:.0f} min)", flush=True)
@@ -76,40 +112,80 @@ def run(
             "machine": machine(device.type),
         },
     )
+    if file is not None:
+        file.unlink()
 
 
-def learn(
-    protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
-) -> list[float]:
-    """The average accuracy over the tasks seen, after each task."""
-    seeds = Seeds.derive(seed)
-    train, test = (split.to(device, torch.float32) for split in protocol.prepare(data))
-    features = train.inputs.shape[1]
-    with isolated_rng(seeds.model, device):
-        model = protocol.model(features, data.num_classes).to(device)
-    method = row.method(model)
-    optimizer = row.optimizer(method)
-    shuffle = generator(seeds.shuffle)
-    prepared = replace(data, train=train, test=test)
-    scenario = make_scenario("permuted", prepared, protocol.tasks, seeds.scenario)
-    if not protocol.first_is_permuted:
-        first = replace(scenario.tasks[0], transform=as_it_is)
-        scenario = replace(scenario, tasks=[first, *scenario.tasks[1:]])
-    examiner = Examiner(method, scenario)
-    curve: list[float] = []
-    for k, task in enumerate(scenario.tasks, start=1):
-        split = task.train()
+def slug(name: str) -> str:
+    """The name of a row as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
+
+
+class Training:
+    """One row in training, task by task; between tasks it can be saved and loaded.
+
+    `curve` is the average accuracy over the tasks seen, after each task.
+    """
+
+    def __init__(
+        self, protocol: Protocol, row: Row, data: Dataset, seed: int, device: torch.device
+    ) -> None:
+        self.protocol, self.row = protocol, row
+        seeds = Seeds.derive(seed)
+        train, test = protocol.prepare(data)
+        prepared = replace(data, train=train, test=test)
+        self.scenario = make_scenario(
+            protocol.scenario, prepared, protocol.tasks, seeds.scenario, row.incremental
+        ).to(device, torch.float32)
+        if not protocol.first_is_permuted:
+            first = replace(self.scenario.tasks[0], transform=as_it_is)
+            self.scenario = replace(self.scenario, tasks=[first, *self.scenario.tasks[1:]])
+        with isolated_rng(seeds.model, device):
+            model = protocol.model(prepared.features, self.scenario.num_outputs).to(device)
+        self.method = row.method(model)
+        self.optimizer = row.optimizer(self.method)
+        self.shuffle = generator(seeds.shuffle)
+        self.curve: list[float] = []
+        self.seconds = 0.0
+
+    def learn_task(self) -> None:
+        """Learn the next task, and end it unless it is the last."""
+        method, protocol, k = self.method, self.protocol, len(self.curve)
+        own, examples = begin_task(method, self.scenario, k)
         if not protocol.keep_optimizer:
-            optimizer = row.optimizer(method)
-        steps = TaskSteps(method, optimizer, tuple(split), protocol.batch_size, "fp32")
-        with module_mode(model, training=True):
-            for rows in protocol.order(len(split.labels), shuffle):
-                steps.take(rows.to(device))
-        curve.append(fmean(examiner.accuracies(k - 1)))
-        print(f"  {row.name}, seed {seed}: task {k}, average {100 * curve[-1]:.2f}", flush=True)
-        if k < protocol.tasks:
-            method.consolidate(row.importance_data(model, split))
-    return curve
+            self.optimizer = self.row.optimizer(method)
+        steps = TaskSteps(method, self.optimizer, examples, protocol.batch_size, "fp32")
+        with module_mode(method.model, training=True):
+            for rows in protocol.order(len(examples[0]), self.shuffle):
+                steps.take(rows.to(steps.device))
+        # Methods that predict by what they remember are tested with this task in the memory.
+        method.consolidate(self.row.importance_data(method.model, own))
+        self.curve.append(fmean(Examiner(method, self.scenario).accuracies(k)))
+
+    def save(self, file: Path) -> None:
+        """Keep what a later run needs to go on; replaces the file once it is written."""
+        state = {
+            "curve": self.curve,
+            "seconds": self.seconds,
+            "model": self.method.model.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "shuffle": self.shuffle.get_state(),
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Go on from what `save` has kept."""
+        state = torch.load(file, weights_only=True)
+        self.method.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        if self.protocol.keep_optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.shuffle.set_state(state["shuffle"])
+        self.curve, self.seconds = state["curve"], state["seconds"]
 
 
 if __name__ == "__main__":

@@ -40,18 +40,25 @@ def data():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_row_trains_and_its_seed_decides(bench, data, name):
+def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp_path):
     published, reproduce = bench("published"), bench("reproduce")
+    iterations = bench("protocols").iterations
     whole = published.PROTOCOLS[name]
-    protocol = replace(whole, tasks=2, hidden=(6,), order=published.iterations(12, 5))
+    protocol = replace(whole, tasks=2, hidden=(6,), order=iterations(12, 5))
     small = replace(data, train=Split(data.train.inputs[-60:], data.train.labels[-60:]))
     used = data if name == "agem2019" else small
     for row in whole.rows:
         device = torch.device("cpu")
-        first = reproduce.learn(protocol, row, used, 0, device)
-        assert len(first) == 2
-        assert all(0 <= accuracy <= 1 for accuracy in first)
-        assert reproduce.learn(protocol, row, used, 0, device) == first
+        first = reproduce.Training(protocol, row, used, 0, device)
+        first.learn_task()
+        first.save(tmp_path / "row.pt")
+        first.learn_task()
+        assert len(first.curve) == 2
+        assert all(0 <= accuracy <= 1 for accuracy in first.curve)
+        resumed = reproduce.Training(protocol, row, used, 0, device)
+        resumed.load(tmp_path / "row.pt")
+        resumed.learn_task()
+        assert resumed.curve == first.curve
 
 
 def test_names_of_tables_are_those_that_are_tested(bench):
@@ -59,7 +66,7 @@ def test_names_of_tables_are_those_that_are_tested(bench):
 
 
 def test_epochs_see_everything_and_iterations_whole_batches_alone(bench):
-    published = bench("published")
+    published = bench("protocols")
     random = torch.Generator().manual_seed(0)
     batches = list(published.epochs(2, 4)(10, random))
     assert [len(rows) for rows in batches] == [4, 4, 2] * 2
@@ -71,11 +78,11 @@ def test_epochs_see_everything_and_iterations_whole_batches_alone(bench):
 
 
 def test_published_and_ours_are_compared_by_the_tolerance(bench):
-    published = bench("published")
+    published, verdict = bench("published"), bench("protocols").verdict
     row = published.VAN_DE_VEN.rows[1]
-    assert published.verdict(row, row.published + row.tolerance - 0.01) == "agrees"
-    assert published.verdict(row, row.published + row.tolerance + 0.01) == "differs"
-    assert published.verdict(published.A_GEM.rows[-1], 50.0) == ""
+    assert verdict(row, row.published + row.tolerance - 0.01) == "agrees"
+    assert verdict(row, row.published + row.tolerance + 0.01) == "differs"
+    assert verdict(published.A_GEM.rows[-1], 50.0) == ""
 
 
 def test_padding_puts_the_image_in_the_middle(bench, data):

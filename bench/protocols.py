@@ -1,0 +1,109 @@
+"""What a published number was measured by: a protocol for its table, a row for its line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from clext.data import Batches, Dataset, Split
+from clext.methods import Method
+from clext.optim import SGD, Adam
+
+Order = Callable[[int, torch.Generator], Iterator[Tensor]]
+
+
+def in_batches(_model: nn.Module, split: Split) -> Batches:
+    return Batches(split, 500)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published number, in per cent, and the method that it was measured with.
+
+    Without a number: what another formula gives in the place of the one above it.
+    """
+
+    name: str
+    published: float | None
+    tolerance: float  # how far ours may be from it; see the protocol
+    method: Callable[[nn.Module], Method]
+    optimizer: Callable[[Method], Adam | SGD]
+    spread: str = ""  # as published
+    importance_data: Callable[[nn.Module, Split], Batches] = in_batches  # for `consolidate`
+    note: str = ""
+    incremental: str = "domain"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the rows of a table share.
+
+    `order` gives the batches of a task as rows of what is trained on; `keep_optimizer` tells
+    whether one optimizer sees all tasks.
+    """
+
+    title: str
+    source: str
+    tasks: int
+    hidden: tuple[int, ...]
+    initialize: Callable[[nn.Module], None]
+    prepare: Callable[[Dataset], tuple[Split, Split]]
+    batch_size: int
+    order: Order
+    keep_optimizer: bool
+    tolerance: str
+    rows: tuple[Row, ...]
+    scenario: str = "permuted"
+    first_is_permuted: bool = True
+
+    def model(self, features: int, outputs: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for inputs, width in pairwise((features, *self.hidden)):
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Linear(self.hidden[-1], outputs))
+        for module in model:
+            self.initialize(module)
+        return model
+
+
+def epochs(count: int, batch_size: int) -> Order:
+    """Passes over the data, each in a new order, the last smaller batch included."""
+
+    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
+        for _ in range(count):
+            yield from torch.randperm(examples, generator=random).split(batch_size)
+
+    return order
+
+
+def iterations(count: int, batch_size: int) -> Order:
+    """So many whole batches, in a new order whenever the data is used up."""
+
+    def order(examples: int, random: torch.Generator) -> Iterator[Tensor]:
+        left = count
+        while left > 0:
+            whole = torch.randperm(examples, generator=random).split(batch_size)
+            whole = whole[: min(left, examples // batch_size)]
+            left -= len(whole)
+            yield from whole
+
+    return order
+
+
+def adam(lr: float) -> Callable[[Method], Adam]:
+    return lambda method: Adam(method.model.parameters(), lr=lr, method=method)
+
+
+def sgd(lr: float) -> Callable[[Method], SGD]:
+    return lambda method: SGD(method.model.parameters(), lr=lr, method=method)
+
+
+def verdict(row: Row, accuracy: float) -> str:
+    """Whether `accuracy`, in per cent, is what was published; "" where nothing was."""
+    if row.published is None:
+        return ""
+    return "agrees" if abs(accuracy - row.published) <= row.tolerance else "differs"
