@@ -136,4 +136,4 @@ class Scenario:
             "train": sum(len(task.stored_train.labels) for task in tasks),
             "test": sum(len(task.stored_test.labels) for task in tasks),
         }
-        return cls(name, incremental, tasks, {"name": "own data", **counts})
+        return cls(name, incremental, tasks, {"name": "tasks", **counts})

@@ -1,0 +1,161 @@
+"""Which outputs of a model count: the hook, losses over tasks, importance, and predictions."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clext
+from clext.evaluation import Examiner
+from clext.outputs import Outputs
+from clext.scenarios import make_scenario
+from clext.training import begin_task
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6)).double()
+
+
+def examples(count: int = 9) -> torch.Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(1)).double()
+
+
+class TestSelection:
+    def test_the_model_returns_the_active_outputs_alone(self, model):
+        x = examples()
+        full = model(x)
+        outputs = Outputs(model)
+        outputs.select(range(2, 5))
+        assert model(x).equal(full[:, 2:5])
+        with outputs.full():
+            assert model(x).equal(full)
+        with outputs.selected(range(1)):
+            assert model(x).shape == (9, 1)
+        assert model(x).shape == (9, 3)
+        outputs.select(None)
+        assert model(x).equal(full)
+        assert not model._forward_hooks
+
+    def test_the_selection_comes_back_after_an_error(self, model):
+        outputs = Outputs(model)
+        outputs.select(range(2))
+        with pytest.raises(KeyError), outputs.selected(range(3)), outputs.full():
+            raise KeyError
+        assert model(examples()).shape == (9, 2)
+
+    def test_training_leaves_no_hook_behind(self):
+        model = nn.Linear(64, 10)
+        options = {"dataset": "digits", "scenario": "split", "epochs": 1, "progress": False}
+        clext.train("baseline", model=model, incremental="class", **options)
+        assert not model._forward_hooks
+        assert model(torch.zeros(1, 64)).shape == (1, 10)
+
+
+class TestLossOverTasks:
+    """Each example against the outputs that compete with its class, one example at a time."""
+
+    def expected(self, model, x, labels, rivals):
+        losses = []
+        for entry, label in zip(x, labels.tolist(), strict=True):
+            logits = model(entry[None])[0]
+            among = rivals(label)
+            losses.append(torch.logsumexp(logits[among], 0) - logits[label])
+        return torch.stack(losses).mean()
+
+    def test_a_head_for_each_task(self, model):
+        x, labels = examples(6), torch.tensor([0, 5, 2, 3, 1, 4])
+        blocks = [range(2), range(2, 3), range(3, 6)]
+        expected = self.expected(
+            model, x, labels, lambda label: next([*b] for b in blocks if label in b)
+        )
+        outputs = Outputs(model)
+        for block in blocks:
+            outputs.begin_task(block, block)
+        torch.testing.assert_close(outputs.cross_entropy(x, labels), expected)
+
+    def test_a_head_that_grows(self, model):
+        x, labels = examples(4), torch.tensor([0, 3, 2, 1])
+        expected = self.expected(model, x, labels, lambda _label: [0, 1, 2, 3])
+        outputs = Outputs(model)
+        outputs.begin_task(range(2), range(2))
+        outputs.begin_task(range(2, 4), range(4))
+        torch.testing.assert_close(outputs.cross_entropy(x, labels), expected)
+
+    def test_one_head(self, model):
+        x, labels = examples(4), torch.tensor([0, 5, 2, 1])
+        outputs = Outputs(model)
+        outputs.begin_task(range(6), None)
+        torch.testing.assert_close(
+            outputs.cross_entropy(x, labels), F.cross_entropy(model(x), labels)
+        )
+
+
+class TestMethods:
+    def test_importance_is_of_the_active_outputs_and_needs_no_fallback(self, model):
+        x, labels = examples(), torch.tensor([0, 1, 0, 1, 1, 0, 0, 1, 0])
+        method = clext.EWC(model)
+        method.begin_task(block=range(2, 4), active=range(2, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            method.consolidate([(x, labels)])
+        squares = torch.zeros_like(model[2].weight)
+        for entry, label in zip(x, labels, strict=True):
+            loss = F.cross_entropy(model(entry[None]), label[None])
+            squares += torch.autograd.grad(loss, model[2].weight)[0] ** 2
+        torch.testing.assert_close(method.importance["2.weight"], squares / len(x))
+        assert bool(squares[2:4].any())
+        assert not bool(method.importance["2.weight"][[0, 1, 4, 5]].any())
+
+    @pytest.mark.parametrize("incremental", ["task", "class"])
+    def test_the_examiner_counts_by_hand(self, incremental):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 10)
+        method = clext.Baseline(model)
+        data = clext.data.load_dataset("digits", show=False)
+        scenario = make_scenario("split", data, 5, 0, incremental)
+        for k in range(3):
+            begin_task(method, scenario, k)
+        accuracies = Examiner(method, scenario).accuracies(2)
+        method.outputs.select(None)
+        for k, accuracy in enumerate(accuracies):
+            test = scenario.tasks[k].test()
+            among = range(2 * k, 2 * k + 2) if incremental == "task" else range(6)
+            logits = model(test.inputs)[:, list(among)]
+            right = logits.argmax(1) + among[0] == test.labels
+            assert accuracy == right.double().mean().item()
+
+    def test_a_beginning_that_fails_leaves_the_outputs_as_they_were(self, model):
+        class Refuses(clext.Baseline):
+            name = "refuses"
+
+            def _begin_task(self, examples):
+                raise ValueError(f"no, not {len(examples)}")
+
+        method = Refuses(model)
+        method.outputs.begin_task(range(2), range(2))
+        with pytest.raises(ValueError, match="no"):
+            method.begin_task((), block=range(2, 4), active=range(4))
+        assert method.outputs.blocks == [range(2)]
+        assert model(examples()).shape == (9, 2)
+
+    def test_the_blocks_are_in_the_state(self, model):
+        method = clext.EWC(model)
+        method.begin_task(block=range(2), active=range(2))
+        method.begin_task(block=range(2, 4), active=range(4))
+        other = clext.EWC(model)
+        other.load_state_dict(method.state_dict())
+        assert other.outputs.blocks == [range(2), range(2, 4)]
+
+    @pytest.mark.parametrize("given", [None, 3, [[0]], [[2, 1]], [[0, 1.5]], [[-1, 2]]])
+    def test_blocks_that_are_none_are_refused(self, model, given):
+        method = clext.EWC(model)
+        state = {**method.state_dict(), "outputs": given, "strength": 7.0}
+        with pytest.raises(ValueError, match=r"ewc: state_dict\['outputs'\] holds"):
+            method.load_state_dict(state)
+        assert method.strength == clext.EWC.default_strength
