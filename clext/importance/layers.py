@@ -239,15 +239,22 @@ class _Norm(LayerRule):
         return self.normalised(inputs.flatten(0, 1)).reshape(inputs.shape)
 
     def normalised(self, inputs: Tensor) -> Tensor:
-        """The layer's output for `inputs` [batch, *row], but for weight and bias."""
+        """What `gradient` takes for `inputs` [batch, *row]: them, but for the weight and bias, as
+        the layer puts them out.
+        """
         raise NotImplementedError
 
     def scratch(self, name: str, features: Tensor) -> int:  # noqa: ARG002
         return features[:1].numel()
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
-        terms = g if name == "bias" else g * features
-        return terms.sum([1, *range(2 + self.layer.weight.dim(), g.dim())])
+        channel = 2 + self.layer.weight.dim()
+        if name == "bias":
+            return g.sum([1, *range(channel, g.dim())])
+        if g.dim() == channel:
+            return (g * features).sum(1)
+        # Product and sum in one pass: the products would be as large as the activations.
+        return torch.linalg.vecdot(g.flatten(channel), features.flatten(channel)).sum(1)
 
 
 class _BatchNorm(_Norm):
@@ -256,11 +263,15 @@ class _BatchNorm(_Norm):
         return self.layer.running_mean is not None and not self.layer.training
 
     def normalised(self, inputs: Tensor) -> Tensor:
-        shape = (-1, *[1] * (inputs.dim() - 2))
-        mean: Tensor = self.layer.running_mean.to(inputs).view(shape)
-        variance: Tensor = self.layer.running_var.to(inputs).view(shape)
-        eps: float = self.layer.eps
-        return (inputs - mean) * (variance + eps).rsqrt()
+        return inputs  # mean and variance are constants, taken care of in the sums
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        if name == "bias":
+            return super().gradient(name, features, g)
+        mean, variance = self.layer.running_mean.to(g), self.layer.running_var.to(g)
+        products = super().gradient(name, features, g)
+        sums = super().gradient("bias", features, g)
+        return (products - mean * sums) * (variance + self.layer.eps).rsqrt()
 
 
 class _InstanceNorm(_BatchNorm):
@@ -275,6 +286,11 @@ class _InstanceNorm(_BatchNorm):
         if self.layer.running_mean is not None:
             return super().normalised(inputs)
         return F.instance_norm(inputs, eps=self.layer.eps)
+
+    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+        if self.layer.running_mean is not None:
+            return super().gradient(name, features, g)
+        return _Norm.gradient(self, name, features, g)
 
 
 class _GroupNorm(_Norm):
