@@ -254,7 +254,8 @@ class _Norm(LayerRule):
         if g.dim() == channel:
             return (g * features).sum(1)
         # Product and sum in one pass: the products would be as large as the activations.
-        return torch.linalg.vecdot(g.flatten(channel), features.flatten(channel)).sum(1)
+        products: Tensor = torch.linalg.vecdot(g.flatten(channel), features.flatten(channel))
+        return products.sum(1)
 
 
 class _BatchNorm(_Norm):
@@ -268,10 +269,11 @@ class _BatchNorm(_Norm):
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         if name == "bias":
             return super().gradient(name, features, g)
-        mean, variance = self.layer.running_mean.to(g), self.layer.running_var.to(g)
+        mean: Tensor = self.layer.running_mean.to(g)
+        variance: Tensor = self.layer.running_var.to(g) + self.layer.eps
         products = super().gradient(name, features, g)
         sums = super().gradient("bias", features, g)
-        return (products - mean * sums) * (variance + self.layer.eps).rsqrt()
+        return (products - mean * sums) * variance.rsqrt()
 
 
 class _InstanceNorm(_BatchNorm):
