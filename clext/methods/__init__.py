@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
 from clext.methods.ewc import EWC
+from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
@@ -25,6 +26,7 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "LwF",
     "Method",
     "RWalk",
     "make_method",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP)
+    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF)
 }
 
 
