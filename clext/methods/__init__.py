@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
+from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
 from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "DGR",
     "EWC",
     "MAS",
     "METHODS",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF)
+    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, DGR)
 }
 
 
