@@ -14,12 +14,13 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
+from clext.methods import DGR, EWC, MAS, METHODS, SCP, SI, Baseline, LwF, Method, RWalk
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
+    "DGR",
     "EWC",
     "MAS",
     "METHODS",
@@ -28,6 +29,7 @@ __all__ = [
     "Baseline",
     "Comparison",
     "DataError",
+    "LwF",
     "Method",
     "NonFiniteLossError",
     "RWalk",

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
+from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
+from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "DGR",
     "EWC",
     "MAS",
     "METHODS",
     "SCP",
     "SI",
     "Baseline",
+    "LwF",
     "Method",
     "RWalk",
     "make_method",
@@ -32,7 +36,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP)
+    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, DGR)
 }
 
 
