@@ -14,7 +14,7 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
+from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, ICaRL, Joint, Method, Replay, RWalk
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
@@ -28,9 +28,12 @@ __all__ = [
     "Baseline",
     "Comparison",
     "DataError",
+    "ICaRL",
+    "Joint",
     "Method",
     "NonFiniteLossError",
     "RWalk",
+    "Replay",
     "Result",
     "Scenario",
     "__version__",

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
 from clext.methods.ewc import EWC
+from clext.methods.icarl import ICaRL
+from clext.methods.joint import Joint
 from clext.methods.mas import MAS
+from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
 from clext.methods.si import SI
@@ -25,14 +28,17 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "ICaRL",
+    "Joint",
     "Method",
     "RWalk",
+    "Replay",
     "make_method",
     "part_names",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP)
+    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, Replay, ICaRL, Joint)
 }
 
 
