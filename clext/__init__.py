@@ -14,7 +14,21 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import DGR, EWC, MAS, METHODS, SCP, SI, Baseline, LwF, Method, RWalk
+from clext.methods import (
+    DGR,
+    EWC,
+    MAS,
+    METHODS,
+    SCP,
+    SI,
+    Baseline,
+    ICaRL,
+    Joint,
+    LwF,
+    Method,
+    Replay,
+    RWalk,
+)
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
@@ -29,10 +43,13 @@ __all__ = [
     "Baseline",
     "Comparison",
     "DataError",
+    "ICaRL",
+    "Joint",
     "LwF",
     "Method",
     "NonFiniteLossError",
     "RWalk",
+    "Replay",
     "Result",
     "Scenario",
     "__version__",

@@ -8,8 +8,11 @@ from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
 from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
+from clext.methods.icarl import ICaRL
+from clext.methods.joint import Joint
 from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
+from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
 from clext.methods.si import SI
@@ -28,15 +31,19 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "ICaRL",
+    "Joint",
     "LwF",
     "Method",
     "RWalk",
+    "Replay",
     "make_method",
     "part_names",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, DGR)
+    method.name: method
+    for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, ICaRL, DGR, Joint)
 }
 
 
