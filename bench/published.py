@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from protocols import Protocol, Row, adam, epochs, iterations, sgd
+from published_rehearsal import SPLIT, VAN_DE_VEN_ROWS
 from released import RunningFisherEWC
 from torch import nn
 
@@ -121,6 +122,7 @@ VAN_DE_VEN = Protocol(
             "0.11",
             note="c = 5, xi = 0.1",
         ),
+        *VAN_DE_VEN_ROWS,
     ),
 )
 
@@ -197,4 +199,9 @@ A_GEM = Protocol(
     ),
 )
 
-PROTOCOLS = {"zenke2017": ZENKE, "vandeven2018": VAN_DE_VEN, "agem2019": A_GEM}
+PROTOCOLS = {
+    "zenke2017": ZENKE,
+    "vandeven2018": VAN_DE_VEN,
+    "vandeven2018-split": SPLIT,
+    "agem2019": A_GEM,
+}

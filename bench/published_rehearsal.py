@@ -1,0 +1,94 @@
+"""Published results of methods that rehearse: rows for the tables, and Split MNIST."""
+
+from __future__ import annotations
+
+from protocols import Protocol, Row, adam, iterations
+from torch import nn
+
+from clext.data import Dataset, Split
+from clext.methods import DGR, ICaRL, Joint, LwF, Method
+
+# The authors weigh old and new by the number of tasks.
+_BY_TASKS = "the k-th task's own loss counts 1/k"
+_DGR_NOTE = f"{_BY_TASKS}; generator as wide as the model, learning at the same rate"
+_PERMUTED_WIDTHS, _SPLIT_WIDTHS = (1000, 1000), (400, 400)
+
+
+def lwf(model: nn.Module) -> Method:
+    return LwF(model, balance="tasks", temperature=2.0)
+
+
+VAN_DE_VEN_ROWS = (
+    Row("LwF", 72.64, 4.9, lwf, adam(1e-4), "0.52", note=_BY_TASKS),
+    Row(
+        "DGR",
+        95.09,
+        0.4,
+        lambda model: DGR(model, hidden=_PERMUTED_WIDTHS, generator_lr=1e-4),
+        adam(1e-4),
+        "0.04",
+        note=_DGR_NOTE,
+    ),
+    Row(
+        "DGR with distillation",
+        97.35,
+        0.2,
+        lambda model: DGR(model, distill=True, hidden=_PERMUTED_WIDTHS, generator_lr=1e-4),
+        adam(1e-4),
+        "0.02",
+        note=_DGR_NOTE,
+    ),
+    Row("joint", 97.59, 0.2, Joint, adam(1e-4), "0.02", note="the data of all tasks so far"),
+)
+
+
+def as_it_is(data: Dataset) -> tuple[Split, Split]:
+    return data.train, data.test
+
+
+def split_rows(name: str, published: dict[str, tuple[float, float]], **given: object) -> list[Row]:
+    """A row for each setting: the published value and its tolerance."""
+    return [
+        Row(f"{name}, {setting}", value, tolerance, incremental=setting, **given)  # type: ignore[arg-type]
+        for setting, (value, tolerance) in published.items()
+    ]
+
+
+SPLIT = Protocol(
+    title="Split MNIST, five tasks of two digits",
+    source="van de Ven and Tolias 2018 (arXiv:1809.10635), Table 3, without its spread; iCaRL "
+    "by the same authors in 2019 (arXiv:1904.07734)",
+    tasks=5,
+    hidden=(400, 400),
+    initialize=lambda _module: None,
+    prepare=as_it_is,
+    batch_size=128,
+    order=iterations(2000, 128),
+    keep_optimizer=True,
+    tolerance="chosen before the runs: 0.3 where tasks have heads, 5 and 3 for LwF with one head, "
+    "2 for DGR with one, 1 for iCaRL",
+    scenario="split",
+    rows=(
+        *split_rows(
+            "LwF",
+            {"task": (99.60, 0.3), "domain": (71.02, 5.0), "class": (24.17, 3.0)},
+            method=lwf,
+            optimizer=adam(1e-3),
+            note=_BY_TASKS,
+        ),
+        *split_rows(
+            "DGR",
+            {"task": (99.47, 0.3), "domain": (95.74, 2.0), "class": (91.24, 2.0)},
+            method=lambda model: DGR(model, hidden=_SPLIT_WIDTHS, generator_lr=1e-3),
+            optimizer=adam(1e-3),
+            note=_DGR_NOTE,
+        ),
+        *split_rows(
+            "iCaRL",
+            {"class": (94.57, 1.0)},
+            method=lambda model: ICaRL(model, budget=2000),
+            optimizer=adam(1e-3),
+            note="budget 2000",
+        ),
+    ),
+)
