@@ -1,0 +1,187 @@
+"""Two methods on one model: the penalty of one, the loss of the other."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from quick_runs import QUICK, same, small, weights
+from torch import nn
+
+import clext
+from clext.methods import METHODS, make_method
+
+REHEARSALS = [name for name, kind in METHODS.items() if kind.learns_otherwise()]
+PROTECTORS = [name for name in METHODS if name not in REHEARSALS]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batches(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    random = torch.Generator().manual_seed(seed)
+    return [
+        (torch.rand(8, 4, generator=random), torch.randint(3, (8,), generator=random))
+        for _ in range(3)
+    ]
+
+
+class TestNames:
+    @pytest.mark.parametrize("given", ["ewc+replay", ["replay", "ewc"], ("ewc", "replay")])
+    def test_two_names_in_any_order(self, given):
+        method = make_method(given, model(), strength=3.0, budget=7, fisher="exact", seed=5)
+        assert method.label == "ewc+replay"
+        ewc, replay = method.parts
+        assert isinstance(ewc, clext.EWC)
+        assert isinstance(replay, clext.Replay)
+        assert (ewc.strength, ewc.fisher, ewc.seed) == (3.0, "exact", 5)
+        assert (replay.strength, replay.budget, replay.seed) == (1.0, 7, 5)
+
+    @pytest.mark.parametrize("pair", [*itertools.product(PROTECTORS, REHEARSALS)], ids="+".join)
+    def test_every_pair_of_both_kinds(self, pair):
+        assert make_method("+".join(pair), model()).label == "+".join(pair)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("ewc+si", "ewc does not combine with si"),
+            ("replay+lwf", "replay does not combine with lwf|lwf does not combine with replay"),
+            ("ewc+ewc", "ewc does not combine with ewc"),
+            ("ewc+replai", "unknown method 'replai'.*'replay'"),
+            ("ewc+", "unknown method ''"),
+            (["ewc", "replay", "lwf"], "expected one name or two to combine, got 3"),
+            ([], "expected one name or two to combine, got 0"),
+            ([3], "unknown method 3"),
+        ],
+    )
+    def test_names_that_do_not_combine(self, given, message):
+        with pytest.raises(ValueError, match=message):
+            make_method(given, model())
+
+    def test_an_option_that_neither_has(self):
+        with pytest.raises(ValueError, match=r"option of ewc\+replay.*'bugdet'.*'budget'"):
+            make_method("ewc+replay", model(), bugdet=3)
+
+
+class TestCombining:
+    def test_of_two_models(self):
+        with pytest.raises(ValueError, match="replay was made for another model"):
+            clext.EWC(model()).combine(clext.Replay(model()))
+
+    def test_twice(self):
+        one = model()
+        method = clext.EWC(one).combine(clext.Replay(one))
+        with pytest.raises(ValueError, match=r"ewc\+replay: is a combination already"):
+            method.combine(clext.LwF(one))
+        assert method.label == "ewc+replay"
+
+    def test_the_loop_sees_the_loss_of_one_and_the_penalty_of_the_other(self):
+        """Against the two apart on a copy, their gradients added by hand."""
+        together, apart = model(), model()
+        method = clext.EWC(together, strength=5.0).combine(clext.Replay(together, seed=3))
+        ewc, replay = clext.EWC(apart, strength=5.0), clext.Replay(apart, seed=3)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (together, apart)]
+        for task in range(3):
+            method.begin_task()
+            replay.begin_task()
+            for x, y in batches(task):
+                method.loss(x, y).backward()
+                method.add_penalty_grad_()
+                (replay.loss(x, y) + ewc.penalty()).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                method.update()
+            method.consolidate(batches(task))
+            ewc.consolidate(batches(task))
+            replay.consolidate(batches(task))
+        for ours, theirs in zip(together.parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert [part.tasks for part in method.parts] == [3, 3]
+
+    def test_batches_that_can_be_read_once_serve_both(self):
+        one = model()
+        method = clext.EWC(one).combine(clext.Replay(one))
+        method.begin_task()
+        method.consolidate(iter(batches(0)))
+        twin = copy.deepcopy(one)
+        alone = clext.EWC(twin)
+        alone.consolidate(batches(0))
+        assert method.importance["0.weight"].equal(alone.importance["0.weight"])
+        assert bool(method.importance["0.weight"].any())
+
+    def test_an_end_that_one_refuses_changes_neither(self):
+        one = model()
+        method = clext.SI(one).combine(clext.Replay(one))
+        optimizer = clext.optim.SGD(one.parameters(), lr=0.1, method=method)
+        method.begin_task()
+        method.loss(*batches(0)[0]).backward()
+        optimizer.step()
+        before = method.state_dict()
+        method._state.lists["path"][0].fill_(torch.nan)
+        with pytest.raises(ValueError, match="NaN"):
+            method.consolidate(batches(0))
+        assert method.parts[1].state_dict()["extra"].keys() == before["rehearsal"]["extra"].keys()
+        assert [part.tasks for part in method.parts] == [0, 0]
+
+    def test_a_state_of_the_pair_resumes_and_that_of_one_alone_is_refused(self):
+        def trained(method: clext.Method) -> None:
+            optimizer = clext.optim.Adam(method.model.parameters(), method=method)
+            for task in range(2):
+                method.begin_task()
+                for x, y in batches(task + 10 * method.tasks):
+                    method.loss(x, y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                method.consolidate(batches(task))
+
+        one, two = model(), model()
+        method = clext.SI(one).combine(clext.Replay(one, seed=1))
+        trained(method)
+        two.load_state_dict(one.state_dict())
+        resumed = clext.SI(two).combine(clext.Replay(two, seed=1))
+        resumed.load_state_dict(method.state_dict())
+        trained(method)
+        trained(resumed)
+        for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
+            assert ours.equal(theirs)
+        with pytest.raises(
+            ValueError, match="si: state_dict is of si alone, and this is si.replay"
+        ):
+            resumed.load_state_dict(clext.SI(two).state_dict())
+        with pytest.raises(ValueError, match="of si in a combination, and this is si"):
+            clext.SI(two).load_state_dict(method.state_dict())
+
+
+class TestRuns:
+    def test_the_pair_remembers_more_than_the_penalty_alone(self):
+        options = {**QUICK, "scenario": "split", "tasks": 5, "incremental": "class", "lr": 3e-3}
+        alone = clext.train("ewc", model=small(), **options)
+        pair = clext.train(["ewc", "replay"], model=small(), budget=200, **options)
+        assert pair.average_accuracy[-1] > alone.average_accuracy[-1] + 0.2
+        assert pair.label == "ewc+replay"
+        assert pair.config["method_options"]["replay"]["budget"] == 200
+        assert pair.config["method_options"]["ewc"]["gamma"] == 1.0
+
+    def test_the_seed_decides(self):
+        models = [small(), small()]
+        runs = [clext.train("si+replay", model=given, seed=4, **QUICK) for given in models]
+        assert runs[0].curve == runs[1].curve
+        assert same(*map(weights, models))
+
+    def test_a_comparison_has_both(self):
+        found = clext.compare(["ewc", "ewc+replay"], model=small(), **QUICK)
+        assert list(found.results) == ["ewc", "ewc+replay"]
+        assert "ewc+replay" in found.table()
+
+    @pytest.mark.parametrize("name", REHEARSALS)
+    def test_each_rehearsal_trains_with_rwalk(self, name):
+        given = small()
+        before = weights(given)
+        result = clext.train(f"rwalk+{name}", model=given, **QUICK)
+        assert result.complete
+        assert not same(before, weights(given))
