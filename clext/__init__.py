@@ -14,12 +14,27 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, ICaRL, Joint, Method, Replay, RWalk
+from clext.methods import (
+    DGR,
+    EWC,
+    MAS,
+    METHODS,
+    SCP,
+    SI,
+    Baseline,
+    ICaRL,
+    Joint,
+    LwF,
+    Method,
+    Replay,
+    RWalk,
+)
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
+    "DGR",
     "EWC",
     "MAS",
     "METHODS",
@@ -30,6 +45,7 @@ __all__ = [
     "DataError",
     "ICaRL",
     "Joint",
+    "LwF",
     "Method",
     "NonFiniteLossError",
     "RWalk",

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
+from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
 from clext.methods.icarl import ICaRL
 from clext.methods.joint import Joint
+from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
 from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "DGR",
     "EWC",
     "MAS",
     "METHODS",
@@ -30,6 +33,7 @@ __all__ = [
     "Baseline",
     "ICaRL",
     "Joint",
+    "LwF",
     "Method",
     "RWalk",
     "Replay",
@@ -38,7 +42,8 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, Replay, ICaRL, Joint)
+    method.name: method
+    for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, DGR, ICaRL, Joint)
 }
 
 
