@@ -307,7 +307,8 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
     classes: int | None = None
     for inputs, labels in read_batches(method.name, dataloader, device):
         classes = classes or count_outputs(method, inputs)
-        yield inputs, check_labels(method.name, labels, classes) + method.outputs.start
+        labels = check_labels(method.name, labels, classes)
+        yield inputs.detach(), labels + method.outputs.start
 
 
 def check_examples(method: Learning, examples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

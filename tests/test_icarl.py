@@ -24,6 +24,7 @@ from toy_training import assert_same_state
 import clext
 from clext import EWC, ICaRL
 from clext.exemplars import herd
+from clext.steps import WARM_UP_STEPS, GraphedSteps
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 both_norms = pytest.mark.parametrize("norm", [True, False])
@@ -212,6 +213,28 @@ def test_means_are_made_anew_when_something_has_changed():
     assert predicted() == [3, 6, 12]
     method.consolidate(own_batches(method, "class", 1))
     assert predicted() == [3, 4]
+
+
+def test_recorded_steps_of_a_combination_are_seen():
+    """They leave no trace on the parameters that the host could see."""
+    model = make_model("domain")
+    method = EWC(model).combine(ICaRL(model))
+    run_task(method, "domain", 0)
+    optimizer = clext.optim.Adam(model.parameters(), method=method)
+    examples = begin(method, "domain", 1)
+    steps = GraphedSteps(method, optimizer, examples, 2, "fp32", capture=lambda function: function)
+    before = method.parts[1]._version()
+    steps.run_epoch(torch.arange(len(examples[0])), lambda: None)
+    recorded = len(examples[0]) // 2 - WARM_UP_STEPS
+    assert method.parts[1]._version()[0] == before[0] + recorded
+
+
+def test_inputs_with_gradients_are_kept_without():
+    method = ICaRL(make_model("domain"), budget=4)
+    inputs, labels = make_examples("domain", 0)
+    method.consolidate([(inputs.requires_grad_(), labels)])
+    kept = [entry for entries in method._sets.values() for entry in entries]
+    assert not any(entry.requires_grad for entry in kept)
 
 
 def test_predicting_leaves_modes_and_batch_statistics_alone():
