@@ -1,4 +1,4 @@
-"""iCaRL in every way that a method can be used: resumed, combined, in other loops, with bad input."""
+"""iCaRL as it is used: resumed, combined, in loops of all kinds, with bad input."""
 
 from __future__ import annotations
 
