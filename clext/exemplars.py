@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from clext.memory import check_alike
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
 # One entry for each task that had the class: inputs in the order in which herding took them.
 Sets = dict[int, list[Tensor]]
@@ -117,6 +117,6 @@ def joined(sets: Sets) -> tuple[Tensor, Tensor] | None:
     )
 
 
-def map_sets(sets: Sets, function: Any) -> Sets:  # noqa: ANN401
+def map_sets(sets: Sets, function: Callable[[Tensor], Tensor]) -> Sets:
     """The same with `function` of each tensor."""
     return {label: [function(entry) for entry in entries] for label, entries in sets.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.importance.evaluation import check_labels, read_batches
+from clext.methods.sampling import Sampling
 from clext.module_mode import module_mode
 from clext.options import choice, integer
 
@@ -53,7 +54,7 @@ class Memory:
         self.size = 0
         self._seen: dict[int, int] = {}  # examples, by class or all together
         self._buffers: Examples | None = None
-        self._random: torch.Generator | None = None
+        self._random = Sampling(self.seed)
 
     @property
     def inputs(self) -> Tensor | None:
@@ -73,10 +74,11 @@ class Memory:
         assert self._buffers is not None
         inputs, labels, _ = self._buffers
         device = labels.device
+        random = self._random.on(device)
         if count <= self.size:
-            rows = torch.randperm(self.size, generator=self._random, device=device)[:count]
+            rows = torch.randperm(self.size, generator=random, device=device)[:count]
         else:
-            rows = torch.randint(self.size, (count,), generator=self._random, device=device)
+            rows = torch.randint(self.size, (count,), generator=random, device=device)
         return inputs.index_select(0, rows), labels.index_select(0, rows)
 
     # ------------------------------------------------------------------ taking examples in
@@ -114,25 +116,24 @@ class Memory:
             for buffer, entry in zip(buffers, new, strict=True):
                 buffer[: self.size].copy_(entry)
             self._buffers = buffers
-            self._seen, self._random = choosing.seen, choosing.random
+            self._seen, self._random = choosing.seen, choosing.random or self._random
 
         return commit
 
     # ------------------------------------------------------------------ state
 
     def move(self, device: torch.device) -> None:
-        """Move everything to `device`. On another kind of device other examples will be drawn."""
-        if self._buffers is not None and self._random is not None:
+        """Move everything to `device`. On another one other examples will be drawn."""
+        if self._buffers is not None:
             inputs, labels, keys = (entry.to(device) for entry in self._buffers)
-            self._random = _generator(device, self._random.get_state(), self.seed)
             self._buffers = inputs, labels, keys
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the options, as copies; {} before the first example."""
-        if self._buffers is None or self._random is None:
+        if self._buffers is None:
             return {}
         inputs, labels, keys = (entry[: self.size].clone() for entry in self._buffers)
-        random = self._random.get_state()
+        random = self._random.state_dict()
         seen = dict(self._seen)
         return {"inputs": inputs, "labels": labels, "keys": keys, "seen": seen, "random": random}
 
@@ -154,7 +155,7 @@ class Memory:
         for buffer, entry in zip(loaded._buffers, given_rows, strict=True):
             buffer[:size].copy_(entry)
         loaded.size, loaded._seen = size, dict(state["seen"])
-        loaded._random = _generator(device, state["random"], self.seed)
+        loaded._random = Sampling.load(f"{owner}['random']", self.seed, state["random"], device)
         return lambda: self.__dict__.update(loaded.__dict__)
 
 
@@ -164,7 +165,7 @@ class _Choosing:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self.seen = dict(memory._seen)
-        self.random = memory._random
+        self.random: Sampling | None = None  # a copy: nothing is drawn if this choice is not taken
         # What was chosen so far: labels, keys, and at which row of the joined pieces it is.
         self._pieces: list[Tensor] = []
         self._rows = 0
@@ -179,10 +180,11 @@ class _Choosing:
         """Choose between what was chosen so far and these batches."""
         inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
         device = labels.device
-        if self.random is None or self.random is self._memory._random:
-            before = None if self.random is None else self.random.get_state()
-            self.random = _generator(device, before, self._memory.seed)
-        keys = torch.randint(_KEYS, (len(labels),), generator=self.random, device=device)
+        if self.random is None:
+            memory = self._memory
+            before = memory._random.state_dict()
+            self.random = Sampling.load(memory.owner, memory.seed, before, device)
+        keys = torch.randint(_KEYS, (len(labels),), generator=self.random.on(device), device=device)
         rows = torch.full_like(keys, -1)
         old = 0
         if self._state is not None:
@@ -267,19 +269,11 @@ def _smallest(groups: Tensor, keys: Tensor, shares: Mapping[int, int]) -> Tensor
     return order[rank < counts.index_select(0, which)].sort().values
 
 
-def _generator(device: torch.device, state: Tensor | None, seed: int) -> torch.Generator:
-    """On `device`, in `state` if that is of such a device, else started with `seed`."""
-    random = torch.Generator(device).manual_seed(seed)
-    if state is not None and state.shape == random.get_state().shape:
-        random.set_state(state.cpu())
-    return random
-
-
 def _checked_state(owner: str, given: object) -> dict[str, Any]:
     if not isinstance(given, dict) or set(given) != set(_ENTRIES):
         got = sorted(given, key=str) if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"{owner} is {got}, expected {', '.join(_ENTRIES)}")
-    for name in ("inputs", "labels", "keys", "random"):
+    for name in ("inputs", "labels", "keys"):
         entry = given[name]
         if not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.is_meta:
             raise ValueError(f"{owner}: {name!r} is {type(entry).__name__}, expected a tensor")
@@ -291,10 +285,8 @@ def _checked_state(owner: str, given: object) -> dict[str, Any]:
                 f"{owner}: {name!r} is {entry.dtype} {list(entry.shape)}, expected int64 [{size}]"
             )
     seen = given["seen"]
-    if size == 0 or int(labels.min()) < 0 or given["random"].dtype != torch.uint8:
-        raise ValueError(
-            f"{owner} holds no examples, or labels below 0, or no state of a generator"
-        )
+    if size == 0 or int(labels.min()) < 0:
+        raise ValueError(f"{owner} holds no examples, or labels below 0")
     if not isinstance(seen, dict) or any(
         type(number) is not int or number < 0 for pair in seen.items() for number in pair
     ):
@@ -315,7 +307,8 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
     classes: int | None = None
     for inputs, labels in read_batches(method.name, dataloader, device):
         classes = classes or count_outputs(method, inputs)
-        yield inputs, check_labels(method.name, labels, classes) + method.outputs.start
+        labels = check_labels(method.name, labels, classes)
+        yield inputs.detach(), labels + method.outputs.start
 
 
 def check_examples(method: Learning, examples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,7 @@ def test_a_restored_memory_goes_on_alike(policy, how):
         ({"labels": torch.full((10,), -1)}, "labels below 0"),
         ({"seen": {0: -1}}, "'seen' is {0: -1}, expected a count"),
         ({"seen": [3]}, "expected a count"),
+        ({"random": {"state": 3}}, "is no state of a generator"),
     ],
 )
 def test_a_state_that_is_none_is_refused(change, message):

@@ -117,6 +117,13 @@ def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
     assert_same_state(results[0].state_dict(), results[1].state_dict())
 
 
+def test_inputs_with_gradients_are_kept_without():
+    method = Replay(make_model("domain"))
+    inputs, labels = make_examples("domain", 0)
+    method.consolidate([(inputs.requires_grad_(), labels)])
+    assert not method._memory.inputs.requires_grad
+
+
 def test_a_loop_without_begin_task():
     model = make_model("domain")
     method = Replay(model, budget=6)

@@ -23,7 +23,7 @@ from clext.memory import check_alike, check_examples, count_outputs, read_exampl
 from clext.methods.snapshot import Snapshot
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
-from clext.options import integer
+from clext.options import integer, number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +65,8 @@ class ICaRL(Unpenalised):
         features: the name of the layer whose input are the features; None: the nn.Linear that
             makes the model's outputs.
         norm: bring features and their means to length 1.
+        temperature: what the logits of the model before the task are divided by; 1 in the paper, 2
+            in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
         ValueError: an option is out of range; or, at the beginning of a task, the budget is smaller
@@ -82,6 +84,7 @@ class ICaRL(Unpenalised):
         budget: int = 2000,
         features: str | None = None,
         norm: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(model, strength=strength)
         self.budget = integer(self.name, "budget", budget, minimum=1)
@@ -90,6 +93,9 @@ class ICaRL(Unpenalised):
         if not isinstance(norm, bool):
             raise ValueError(f"{self.name}: norm must be True or False, got {norm!r}")
         self.features, self.norm = features, norm
+        self.temperature = number(
+            self.name, "temperature", temperature, minimum=0.0, open_minimum=True
+        )
         self._features = Features(self, features)
         self._sets: Sets = {}
         self._previous: Snapshot | None = None
@@ -128,7 +134,8 @@ class ICaRL(Unpenalised):
         targets = one_hot.index_select(0, labels)
         if self._previous is not None and self.outputs.blocks[:-1]:
             with self.outputs.full():
-                before = self._previous.record(inputs)[:, :width].to(dtype).sigmoid()
+                before = self._previous.record(inputs)[:, :width].to(dtype)
+            before = (before / self.temperature).sigmoid()
             # The head may have been narrower then.
             before = F.pad(before, (0, width - before.shape[1]))
             targets = torch.where(self._old_outputs(width, labels.device), before, targets)

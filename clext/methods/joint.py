@@ -26,7 +26,7 @@ class Joint(Unpenalised):
         inputs, labels = method.begin_task((task_inputs, task_labels), block=..., active=...)
 
     and train on rows of these. Nothing bounds the memory: the examples of all tasks are kept, by
-    reference where that is possible.
+    reference where that is possible, and are in the state dict.
 
     Args:
         model: see `Method`.

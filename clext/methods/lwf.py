@@ -45,8 +45,8 @@ class LwF(Rehearsal):
         balance: "sum": current + strength * distillation; "tasks": the k-th task counts 1/k, see
             `Rehearsal`.
         temperature: T, > 0.
-        scale: "squared" for the factor T^2, which the paper's appendix and Hinton et al. (2015,
-            arXiv:1503.02531) have; "none" for none.
+        scale: "squared" for the factor T^2 (Hinton et al. 2015, arXiv:1503.02531), with which
+            gradients do not shrink as T grows; "none" for none.
     """
 
     name: ClassVar[str] = "lwf"

@@ -1,0 +1,175 @@
+"""iCaRL as it is used: resumed, combined, in loops of all kinds, with bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quick_runs import QUICK, small
+from rehearsal_tasks import (
+    SETTINGS,
+    begin,
+    make_examples,
+    make_model,
+    own_batches,
+    ranges,
+    run_task,
+)
+from toy_training import assert_same_state
+
+import clext
+from clext import EWC, ICaRL
+from clext.data import load_dataset
+from clext.scenarios import make_scenario
+
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+
+
+@every_setting
+def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
+    results = []
+    for resumed in (False, True):
+        method = ICaRL(make_model(setting), budget=7)
+        run_task(method, setting, 0)
+        if resumed:
+            other = ICaRL(make_model(setting), budget=7)
+            other.model.load_state_dict(method.model.state_dict())
+            other.load_state_dict(method.state_dict())
+            method = other
+        run_task(method, setting, 1)
+        results.append(method)
+    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
+    assert_same_state(results[0].state_dict(), results[1].state_dict())
+    inputs = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(results[0].predict(inputs), results[1].predict(inputs))
+
+
+def test_a_loop_without_begin_task():
+    method = ICaRL(make_model("domain"), budget=8)
+    for number in range(2):
+        for inputs, labels in own_batches(method, "domain", number):
+            loss = method.loss(inputs, labels)
+            target = F.one_hot(labels, 2).double()
+            obvious = F.binary_cross_entropy(method.model(inputs).sigmoid(), target)
+            torch.testing.assert_close(loss, 2 * obvious)
+        method.consolidate(iter(own_batches(method, "domain", number)))
+    assert sum(len(entry) for entries in method._sets.values() for entry in entries) == 8
+
+
+def test_beside_a_penalty_and_in_bf16():
+    model = small()
+    method = EWC(model).combine(ICaRL(model, budget=50))
+    options = {**QUICK, "scenario": "split", "incremental": "class", "precision": "bf16"}
+    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    assert result.config["method"] == "ewc+icarl"
+    assert result.average_accuracy[-1] > 0.5
+
+
+def test_icarl_forgets_less_on_split_digits(device):
+    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
+    run = {"lr": 1e-2, "device": device, **options}
+    result = clext.train("icarl", model=small(), **run)
+    assert result.average_accuracy[-1] > 0.7
+    again = clext.train("icarl", model=small(), **run)
+    assert again.accuracy.tolist()[-1] == result.accuracy.tolist()[-1]
+
+
+def test_the_last_accuracy_of_a_task_is_that_of_its_exemplars():
+    options = {**QUICK, "scenario": "split", "incremental": "class", "epochs": 1}
+    method = ICaRL(small(), budget=10)
+    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    scenario = make_scenario("split", load_dataset("digits", None, show=False), 2, 0, "class")
+    test = scenario.tasks[1].test()
+    with method.outputs.selected(range(10)):
+        found = method.predict(test.inputs).argmax(dim=1).eq(test.labels).double().mean().item()
+    assert result.accuracy[1, 1] == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "icarl: budget must be an integer >= 1, got 0"),
+        ({"budget": 2.0}, "budget must be an integer"),
+        ({"features": 3}, "features must be a layer's name, got 3"),
+        ({"norm": 1}, "norm must be True or False, got 1"),
+        ({"temperature": 0}, "temperature must be a finite number > 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ICaRL(make_model("domain"), **options)
+
+
+def test_a_budget_below_the_number_of_classes_is_refused_when_the_task_begins():
+    method = ICaRL(make_model("class"), budget=3)
+    run_task(method, "class", 0)
+    before, blocks = method.state_dict(), list(method.outputs.blocks)
+    message = "icarl: a budget of 3 is too small for one exemplar of each of the 4 classes; .*=4"
+    block, active = ranges("class", 1)
+    for examples in (make_examples("class", 1), None):
+        with pytest.raises(ValueError, match=message):
+            method.begin_task(examples, block=block, active=active)
+        assert method.outputs.blocks == blocks
+        assert method.outputs.active == ranges("class", 0)[1]
+        assert_same_state(method.state_dict(), before)
+    again = ICaRL(make_model("domain"), budget=3)
+    run_task(again, "domain", 0)
+    with pytest.raises(ValueError, match="of the 2 classes in up to 2 tasks; .*budget=4"):
+        begin(again, "domain", 1)
+
+
+INPUTS = torch.zeros(4, 5, dtype=torch.float64)
+BAD = [
+    ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
+    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
+    ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
+    ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
+    ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, expected"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD)
+def test_a_task_that_begins_or_ends_with_bad_data_changes_nothing(data, message):
+    method = ICaRL(make_model("task"), budget=5)
+    run_task(method, "task", 0)
+    before, blocks = method.state_dict(), list(method.outputs.blocks)
+    block, active = ranges("task", 1)
+    with pytest.raises(ValueError, match=message):
+        method.begin_task(data, block=block, active=active)
+    assert method.outputs.blocks == blocks
+    assert_same_state(method.state_dict(), before)
+    begin(method, "task", 1)
+    before = method.state_dict()
+    for batches in ([data], iter([data])):
+        with pytest.raises(ValueError, match=message) as caught:
+            method.consolidate(batches)
+        assert "\n" not in str(caught.value)
+        assert_same_state(method.state_dict(), before)
+
+
+def test_a_task_that_ends_without_data_is_refused():
+    method = ICaRL(make_model("domain"))
+    for data, message in ((None, "icarl needs the data of the task"), ([], "is empty")):
+        with pytest.raises(ValueError, match=message):
+            method.consolidate(data)
+    assert method.tasks == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({}, "holds nothing, expected exemplars and previous"),
+        ({"exemplars": [], "previous": None}, "is list, expected exemplars by class"),
+        ({"exemplars": {-1: []}, "previous": None}, "holds -1, expected a class"),
+        ({"exemplars": {0: [INPUTS[:0]]}, "previous": None}, "no list of tensors with exemplars"),
+        ({"exemplars": {0: [INPUTS] * 2}, "previous": None}, "8 exemplars and the budget is 5"),
+        ({"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "previous": None}, r"\[4\] each, expected"),
+        ({"exemplars": {}, "previous": {"a": INPUTS}}, "'a', which the model has not"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(extra, message):
+    method = ICaRL(make_model("domain"), budget=5)
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=message):
+        method.load_state_dict(before | {"extra": extra})
+    assert_same_state(method.state_dict(), before)
