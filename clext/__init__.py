@@ -14,13 +14,15 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import EWC, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
+from clext.methods import AGEM, EWC, GEM, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
+    "AGEM",
     "EWC",
+    "GEM",
     "MAS",
     "METHODS",
     "SCP",

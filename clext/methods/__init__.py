@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clext.methods.agem import AGEM
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
 from clext.methods.ewc import EWC
+from clext.methods.gem import GEM
 from clext.methods.mas import MAS
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "AGEM",
     "EWC",
+    "GEM",
     "MAS",
     "METHODS",
     "SCP",
@@ -32,7 +36,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP)
+    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, GEM, AGEM)
 }
 
 
