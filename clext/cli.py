@@ -148,7 +148,7 @@ def train(
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
         result.save(folder)
-        click.echo(f"\nSaved in {folder}: result.json, {PICTURE_NAME}")
+        click.echo(f"\nSaved in {folder}: {', '.join(['result.json', *result.pictures])}")
 
 
 @main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
