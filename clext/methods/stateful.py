@@ -36,6 +36,8 @@ class Stateful:
     state_names: tuple[str, ...] = ("anchor", "importance")
     counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
     separate_state: ClassVar[tuple[str, ...]] = ()
+    # What is kept beside `state_names` -> bytes, in the letters of `clext.description`.
+    memory: ClassVar[dict[str, str]] = {}
     # The values that an option in words may have, the default first.
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
