@@ -25,6 +25,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "optim": speed_tables.optim_table,
     "protocol": speed_tables.protocol_table,
     "step": speed_tables.step_table,
+    "rehearsal": speed_tables.rehearsal_table,
     "plan": speed_tables.plan_table,
     "importance": speed_tables.importance_table,
     "course": accuracy_tables.course_table,

@@ -172,6 +172,24 @@ def step_table() -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
+def rehearsal_table() -> str:
+    """A line for each contestant of a run."""
+    runs = newest(read_lines("rehearsal"), "model", "precision")
+    lines = [{**e, "name": name} for e in runs for name in e["ms"]]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            e["name"],
+            e["precision"],
+            f"{e['ms'][e['name']]:.2f}",
+            times(e["against_baseline"][e["name"]], 2),
+            times(e["against_hand"].get(e["name"]), 2),
+        ]
+
+    head = ["loss", "precision", "ms a step", "of baseline", "of the same by hand"]
+    return by_device(lines, head, row)
+
+
 def importance_table() -> str:
     """Everything as a multiple of a plain forward and backward pass over the same data."""
     others = ["vmap", "loop", "backpack", "curvlinops product", "100 backward passes"]

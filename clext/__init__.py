@@ -14,13 +14,30 @@ from clext._extension import build_info
 from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
-from clext.methods import AGEM, EWC, GEM, MAS, METHODS, SCP, SI, Baseline, Method, RWalk
+from clext.methods import (
+    AGEM,
+    DGR,
+    EWC,
+    GEM,
+    MAS,
+    METHODS,
+    SCP,
+    SI,
+    Baseline,
+    ICaRL,
+    Joint,
+    LwF,
+    Method,
+    Replay,
+    RWalk,
+)
 from clext.result import Result
 from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
     "AGEM",
+    "DGR",
     "EWC",
     "GEM",
     "MAS",
@@ -30,9 +47,13 @@ __all__ = [
     "Baseline",
     "Comparison",
     "DataError",
+    "ICaRL",
+    "Joint",
+    "LwF",
     "Method",
     "NonFiniteLossError",
     "RWalk",
+    "Replay",
     "Result",
     "Scenario",
     "__version__",

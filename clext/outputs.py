@@ -82,7 +82,7 @@ class Outputs:
         finally:
             self._is_full = before
 
-    def cross_entropy(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def cross_entropy(self, inputs: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
         """The mean loss of examples of any task seen.
 
         An example competes with the active outputs if its class is among them, else with those of
@@ -91,13 +91,16 @@ class Outputs:
         Args:
             inputs: of the model, N examples.
             labels: global, int64 [N].
+            reduction: "mean", or "none" for the loss of each, [N].
         """
-        if not self._apart():
-            return F.cross_entropy(self._model(inputs), labels - self.start)
+        if not self.apart:
+            local = labels - self.start
+            return F.cross_entropy(self._model(inputs), local, reduction=reduction)
         with self.full():
             logits = self._model(inputs)
         rivals = self.competing(logits.shape[1], logits.device).index_select(0, labels)
-        return F.cross_entropy(logits.masked_fill(~rivals, -torch.inf), labels)
+        rivalling = logits.masked_fill(~rivals, -torch.inf)
+        return F.cross_entropy(rivalling, labels, reduction=reduction)
 
     def competing(self, outputs: int, device: torch.device) -> Tensor:
         """Row l: with which of the model's `outputs` the class l competes; bool, square."""
@@ -107,7 +110,8 @@ class Outputs:
             rivals[block.start : block.stop, block.start : block.stop] = True
         return rivals
 
-    def _apart(self) -> bool:
+    @property
+    def apart(self) -> bool:
         """Whether a task seen has outputs that are not active (a head for each task)."""
         active = self.active
         return active is not None and any(

@@ -116,7 +116,8 @@ class GraphedSteps(TaskSteps):
         self._position.fill_(first)
         for _ in range(first, whole):
             self._recorded()()
-            self.method.after_step()
+            for part in self.method.parts:
+                part.after_step()
             step_done()
         for step in range(whole, len(batches)):
             self._losses[step] = self.take(batches[step])

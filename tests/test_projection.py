@@ -346,15 +346,15 @@ def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(kind, device):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("inputs", None, "holds labels, sizes, generator, expected inputs"),
+        ("inputs", None, "holds labels, sizes, random, expected inputs"),
         ("inputs", torch.zeros(3, 5), r"\['inputs'\] is \[3, 5\], expected 12 examples"),
         ("inputs", torch.full((12, 5), torch.nan), "holds NaN or infinity"),
         ("labels", torch.zeros(12), "expected int64"),
         ("labels", -torch.ones(12, dtype=torch.int64), "none below 0"),
         ("sizes", [6.0, 6], "expected a list of integers > 0"),
         ("sizes", [6, 7], "expected 13 examples"),
-        ("generator", torch.zeros(3), "not the state of a generator"),
-        ("generator", "abc", "not the state of a generator"),
+        ("random", {"device": "cpu", "state": torch.zeros(3)}, "is no state of a generator"),
+        ("random", "abc", "is no state of a generator"),
     ],
 )
 def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, value, message):
@@ -376,9 +376,15 @@ def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, val
     [
         (None, "needs the data of the task"),
         ([], "is empty"),
-        ([(torch.zeros(2, FEATURES).double(), torch.zeros(2))], "labels are torch.float32"),
-        ([(torch.zeros(2, 3).double(), torch.zeros(2, dtype=int))], r"of shape \[3\], expected"),
-        ([(torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))], "examples are torch.float32"),
+        ([(torch.zeros(2, FEATURES).double(), torch.zeros(2))], "labels have dtype torch.float32"),
+        (
+            [make_task(1)[0], (torch.zeros(2, 3).double(), torch.zeros(2, dtype=int))],
+            r"inputs are torch.float64 \[3\] each, expected",
+        ),
+        (
+            [make_task(1)[0], (torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))],
+            "inputs are torch.float32",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_kept_is_refused_and_changes_nothing(kind, data, message):

@@ -48,7 +48,8 @@ def train_two_tasks(kind: type[TaskSteps], method_name: str, device: str, **opti
     split, done, losses = make_split(device), [], []
     for task in range(2):
         optimizer = Adam(model.parameters(), lr=1e-2, method=method)
-        task_steps = kind(method, optimizer, split, BATCH, "fp32", **options)
+        examples = [entry[:EXAMPLES] for entry in method.begin_task(tuple(split))]
+        task_steps = kind(method, optimizer, tuple(examples), BATCH, "fp32", **options)
         random = torch.Generator().manual_seed(task)
         for _ in range(EPOCHS):
             order = torch.randperm(EXAMPLES, generator=random).to(device)

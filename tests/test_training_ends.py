@@ -161,8 +161,8 @@ class TestProgress:
         assert out == ""
         assert len(lines) == 7
         assert lines[1].startswith("si: task 1/2 epoch 1/2, loss ")
-        assert "accuracy" in lines[5]
-        assert [lines[3], lines[6]] == [f"si: task {k}/2 done, consolidating" for k in (1, 2)]
+        assert "accuracy" in lines[6]
+        assert [lines[2], lines[5]] == [f"si: task {k}/2 done, consolidating" for k in (1, 2)]
 
     def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

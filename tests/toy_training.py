@@ -48,6 +48,8 @@ def assert_same_state(one, other):
     for key, value in one.items():
         if isinstance(value, dict):
             assert_same_state(value, other[key])
+        elif isinstance(value, list):
+            assert_same_state(dict(enumerate(value)), dict(enumerate(other[key])))
         elif isinstance(value, torch.Tensor):
             assert torch.equal(value, other[key]), key
         else:

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 from clext.methods.agem import AGEM
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
+from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
 from clext.methods.gem import GEM
+from clext.methods.icarl import ICaRL
+from clext.methods.joint import Joint
+from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
+from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
 from clext.methods.si import SI
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGEM",
+    "DGR",
     "EWC",
     "GEM",
     "MAS",
@@ -29,14 +35,19 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "ICaRL",
+    "Joint",
+    "LwF",
     "Method",
     "RWalk",
+    "Replay",
     "make_method",
     "part_names",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Baseline, EWC, MAS, SI, RWalk, SCP, GEM, AGEM)
+    method.name: method
+    for method in (Baseline, EWC, MAS, SI, RWalk, SCP, GEM, AGEM, LwF, Replay, DGR, ICaRL, Joint)
 }
 
 

@@ -52,7 +52,8 @@ class AGEM(Episodic):
     def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
         inputs, labels = self._kept_examples()
         if len(labels) > self.batch:
-            order = torch.randperm(len(labels), generator=self._generator(), device=labels.device)
+            random = self._sampling.on(labels.device)
+            order = torch.randperm(len(labels), generator=random, device=labels.device)
             drawn = order[: self.batch]
             inputs, labels = inputs.index_select(0, drawn), labels.index_select(0, drawn)
         self._write_row(rows, 0, params, inputs, labels)

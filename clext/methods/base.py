@@ -264,13 +264,6 @@ class Method(Learning):
 
     # ------------------------------------------------------------------ for optimizers
 
-    def after_step(self) -> None:
-        """What is left to do after a step that an optimizer of `clext.optim` has taken.
-
-        The optimizer calls it. Where `optimizer.launch()` was captured in a CUDA graph, call it
-        after each replay.
-        """
-
     def step_options(self) -> dict[str, float]:
         """Numbers that the optimizer's pass needs: "strength", and "decay" of fisher's average."""
         return {"strength": self._strength, "decay": 0.0}

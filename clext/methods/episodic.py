@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clext.importance.evaluation import read_batches
+from clext.memory import check_alike, read_examples
+from clext.methods.sampling import Sampling
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import buffers_kept
 from clext.options import integer
@@ -48,7 +49,7 @@ class Episodic(Unpenalised):
         self._sizes: list[int] = []  # how many of each task
         self._rows: list[Tensor] = []  # for each parameter its gradients of the past
         self._rows_for: tuple[object, ...] = ()  # what they were made for
-        self._random: torch.Generator | None = None  # made on the model's device when first needed
+        self._sampling = Sampling(self.seed)
 
     # ------------------------------------------------------------------ at a step
 
@@ -121,41 +122,26 @@ class Episodic(Unpenalised):
     def _end_task(self, dataloader: Batches | None) -> None:
         """Draw the examples to keep, uniformly: those with the largest of random keys."""
         device = self._state.params[0].device
-        random = self._generator()
-        inputs, labels = self._inputs, self._labels
-        kept: tuple[Tensor, Tensor, Tensor] | None = None
-        for x, y in read_batches(self.name, dataloader, device):
-            self._check_batch(x, y, inputs if kept is None else kept[0])
+        # On a copy: what fails below has drawn nothing.
+        drawing = Sampling.load(self.name, self.seed, self._sampling.state_dict(), device)
+        random = drawing.on(device)
+        chosen: tuple[Tensor, ...] | None = None
+        for x, y in read_examples(self, dataloader):
+            known = self._inputs if chosen is None else chosen[0]
+            if known is not None:
+                check_alike(self.name, x, known, "in the memory")
             keys = torch.rand(len(x), dtype=torch.float64, generator=random, device=device)
-            batch = (x, y.long() + self.outputs.start, keys)
-            pool = batch if kept is None else tuple(map(torch.cat, zip(kept, batch, strict=True)))
+            pool: tuple[Tensor, ...] = (x.detach(), y, keys)
+            if chosen is not None:
+                pool = tuple(torch.cat(pair) for pair in zip(chosen, pool, strict=True))
             best = pool[2].topk(min(self.per_task, len(pool[2]))).indices
-            kept = (pool[0][best], pool[1][best], pool[2][best])
-        assert kept is not None  # read_batches gives at least one batch
-        new = kept[0].detach(), kept[1]
-        if inputs is not None and labels is not None:
-            new = torch.cat([inputs, new[0]]), torch.cat([labels, new[1]])
-        self._inputs, self._labels = new
-        self._sizes = [*self._sizes, len(kept[1])]
-
-    def _generator(self) -> torch.Generator:
-        """What draws, without a trace in the global random state."""
-        if self._random is None:
-            device = self._state.params[0].device
-            self._random = torch.Generator(device).manual_seed(self.seed + self.tasks)
-        return self._random
-
-    def _check_batch(self, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
-        """ValueError for what cannot be kept and learned from later."""
-        if y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-            raise ValueError(
-                f"{self.name}: labels are {y.dtype} of shape {list(y.shape)}, expected integers [N]"
-            )
-        if kept is not None and (x.shape[1:] != kept.shape[1:] or x.dtype != kept.dtype):
-            raise ValueError(
-                f"{self.name}: examples are {x.dtype} of shape {list(x.shape[1:])}, expected "
-                f"{kept.dtype} of shape {list(kept.shape[1:])} as those in the memory"
-            )
+            chosen = tuple(entry[best] for entry in pool)
+        assert chosen is not None  # read_examples gives at least one batch
+        inputs, labels, _ = chosen
+        self._sizes = [*self._sizes, len(labels)]
+        if self._inputs is not None and self._labels is not None:
+            inputs, labels = torch.cat([self._inputs, inputs]), torch.cat([self._labels, labels])
+        self._inputs, self._labels, self._sampling = inputs, labels, drawing
 
     # ------------------------------------------------------------------ state
 
@@ -167,26 +153,25 @@ class Episodic(Unpenalised):
             "inputs": inputs.clone(),
             "labels": labels.clone(),
             "sizes": list(self._sizes),
-            "generator": self._generator().get_state(),
+            "random": self._sampling.state_dict(),
         }
 
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         device = self._state.params[0].device
         inputs, labels, sizes = _checked_memory(self.name, extra)
-        random = _checked_generator(self.name, extra.get("generator"), device)
+        owner = f"{self.name}: state_dict['extra']['random']"
+        sampling = Sampling.load(owner, self.seed, extra.get("random", {}), device)
 
         def commit() -> None:
             self._inputs = None if inputs is None else inputs.to(device, copy=True)
             self._labels = None if labels is None else labels.to(device, copy=True)
-            self._sizes, self._random = sizes, random
+            self._sizes, self._sampling = sizes, sampling
 
         return commit
 
     def _move_extra_state(self, device: torch.device) -> None:
         if self._sizes:
             self._inputs, self._labels = (entry.to(device) for entry in self._kept_examples())
-        if self._random is not None and self._random.device != device:
-            self._random = None
 
 
 def _checked_memory(
@@ -196,7 +181,7 @@ def _checked_memory(
     owner = f"{name}: state_dict['extra']"
     if not extra:
         return None, None, []
-    expected = ("inputs", "labels", "sizes", "generator")
+    expected = ("inputs", "labels", "sizes", "random")
     if set(extra) != set(expected):
         raise ValueError(f"{owner} holds {', '.join(extra)}, expected {', '.join(expected)}")
     inputs, labels, sizes = extra["inputs"], extra["labels"], extra["sizes"]
@@ -215,24 +200,3 @@ def _checked_memory(
     if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
         raise ValueError(f"{owner}['inputs'] holds NaN or infinity")
     return inputs, labels, sizes
-
-
-def _checked_generator(name: str, state: object, device: torch.device) -> torch.Generator | None:
-    """A generator in the state that was saved; None where there is none, or one of another device.
-
-    ValueError for what is no state.
-    """
-    if state is None:
-        return None
-    random = torch.Generator(device)
-    try:
-        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.dim() != 1:
-            raise TypeError("not bytes")
-        if len(state) != len(random.get_state()):
-            return None
-        random.set_state(state.cpu())
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{name}: state_dict['extra']['generator'] is not the state of a generator ({error})"
-        ) from None
-    return random

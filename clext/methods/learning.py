@@ -88,6 +88,13 @@ class Learning(Stateful):
         """A score for each example and active output, [N, outputs]; the largest is the class."""
         return self._learner._predict(inputs)
 
+    def after_step(self) -> None:
+        """What is left to do after a step that an optimizer of `clext.optim` has taken.
+
+        The optimizer calls it. Where `optimizer.launch()` was captured in a CUDA graph, call it
+        after each replay.
+        """
+
     # ------------------------------------------------------------------ for subclasses
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:

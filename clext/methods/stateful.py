@@ -183,7 +183,11 @@ class Stateful:
         return ["method", "strength", "counters", "state"]
 
     def __repr__(self) -> str:
-        options = [f"{name}={getattr(self, name)!r}" for name in option_names(type(self))]
+        values = {name: getattr(self, name) for name in option_names(type(self))}
+        options = [
+            f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}"
+            for name, value in values.items()
+        ]
         size = sum(parameter.numel() for parameter in self._state.params)
         described = ", ".join([*options, f"tasks={self.tasks}"])
         return f"{type(self).__name__}({described}; {size:,} parameters)"

@@ -1,0 +1,160 @@
+"""A training step with a loss on what was learned before, beside the same written by hand.
+
+The course's MLP, batch 128, in the second task of `clext.train`. What a method costs over the
+baseline is arithmetic first of all: another loss, another model. So each has a twin in which the
+loss is written by hand for this one case (one head, the second task), in the same loop: what the
+method costs over its twin is what clext adds. Replay's arithmetic is that of a batch of twice the
+size, so it is compared with a baseline that has one. Turns and ratios are those of `bench_step.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from bench_step import BATCH, LR, STEPS
+from timing import DEVICES, ROUNDS, Stopwatch, machine, record
+from torch import Tensor
+from torch.nn import functional
+
+import clext
+from clext.data import Split
+from clext.methods import make_method
+from clext.methods.learning import Examples
+from clext.models import mlp
+from clext.optim import Adam
+from clext.steps import make_steps
+
+TEMPERATURE = 2.0
+BY_HAND = " by hand"
+TWICE = "baseline, twice the batch"
+NAMES = ("baseline", "lwf", "dgr", "replay")
+
+
+class Steps:
+    """The steps of a method's task, as `clext.train` takes them."""
+
+    def __init__(
+        self, method: clext.Method, examples: Examples, precision: str, batch: int = BATCH
+    ) -> None:
+        self.method, self.examples = method, examples
+        optimizer = Adam(method.model.parameters(), lr=LR, method=method)
+        self._steps = make_steps(method, optimizer, examples, batch, precision)
+
+    def epoch(self) -> None:
+        order = torch.randperm(len(self.examples[0])).to(self.examples[0].device)
+        self._steps.run_epoch(order, lambda: None)
+
+
+class LwFByHand(clext.Baseline):
+    """LwF's loss in a second task with one head, the old logits at hand."""
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        inputs, labels, old = batch
+        logits = self.model(inputs)
+        targets = torch.softmax(old / TEMPERATURE, dim=1)
+        scores = torch.log_softmax(logits.to(old.dtype) / TEMPERATURE, dim=1)
+        distillation = -(targets * scores).sum(dim=1).mean()
+        return functional.cross_entropy(logits, labels) + TEMPERATURE**2 * distillation
+
+
+class DGRByHand(clext.Baseline):
+    """DGR's loss and its generator's step in a second task with one head."""
+
+    recordable = False
+
+    def __init__(self, method: clext.DGR) -> None:
+        super().__init__(copy.deepcopy(method.model))
+        self._teacher = copy.deepcopy(method.model).eval()
+        assert method.generator is not None
+        self._generator: Any = copy.deepcopy(method.generator)
+        self._previous: Any = copy.deepcopy(method.generator).eval()
+        self._optimizer = Adam(self._generator.parameters(), lr=method.generator_lr)
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        inputs, labels = batch
+        with torch.no_grad():
+            replayed = self._previous.sample(len(inputs))
+            classes = self._teacher(replayed).argmax(dim=1)
+        (0.5 * self._generator.loss(inputs) + 0.5 * self._generator.loss(replayed)).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        current = functional.cross_entropy(self.model(inputs), labels)
+        return 0.5 * current + 0.5 * functional.cross_entropy(self.model(replayed), classes)
+
+
+class Launched(clext.Baseline):
+    """Plain training whose steps are launched by the host, as those of replay are."""
+
+    recordable = False
+
+
+def after_one_task(name: str, examples: Examples, precision: str) -> Any:
+    torch.manual_seed(0)
+    method = make_method(name, mlp().to(examples[0].device))
+    method.begin_task(examples)
+    Steps(method, examples, precision).epoch()
+    method.consolidate([examples])
+    return method
+
+
+def contestants(examples: Examples, precision: str) -> dict[str, Steps]:
+    """A method may have a twin of the same name and " by hand"."""
+    made = {name: after_one_task(name, examples, precision) for name in NAMES}
+    recorded = made["lwf"].begin_task(examples)
+    lwf_by_hand = LwFByHand(copy.deepcopy(made["lwf"].model))
+    rows = [entry[:BATCH] for entry in recorded]
+    torch.testing.assert_close(lwf_by_hand.loss(*rows), made["lwf"].loss(*rows))
+    in_each_step = after_one_task("lwf", examples, precision)
+    dgr_by_hand = DGRByHand(made["dgr"])
+    launched = Launched(copy.deepcopy(made["replay"].model))
+    twice = tuple(torch.cat([entry, entry]) for entry in examples)
+    return {
+        "baseline": Steps(made["baseline"], examples, precision),
+        "lwf": Steps(made["lwf"], recorded, precision),
+        "lwf" + BY_HAND: Steps(lwf_by_hand, recorded, precision),
+        "lwf, teacher run in each step": Steps(in_each_step, examples, precision),
+        "dgr": Steps(made["dgr"], examples, precision),
+        "dgr" + BY_HAND: Steps(dgr_by_hand, examples, precision),
+        "replay": Steps(made["replay"], examples, precision),
+        TWICE: Steps(launched, twice, precision, 2 * BATCH),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rehearsal(precision: str, device: str, benchmark: Any, capsys: Any) -> None:
+    count = STEPS[device] * BATCH
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.rand(count, 784, generator=generator)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    runs = contestants(tuple(Split(inputs.to(device), labels.to(device))), precision)
+    watch = Stopwatch(device)
+    turns = list(runs)
+
+    def everyone() -> None:
+        turns.append(turns.pop(0))
+        for name in turns:
+            watch.time(name, runs[name].epoch)
+
+    benchmark.pedantic(runs["baseline"].epoch, setup=everyone, rounds=ROUNDS or 40)
+    medians = {name: s / STEPS[device] for name, s in watch.medians().items()}
+    by_hand = [name for name in runs if name + BY_HAND in runs]
+    entry = {
+        "model": "mlp",
+        "batch": BATCH,
+        "precision": precision,
+        "ms": {name: round(1e3 * medians[name], 3) for name in runs},
+        "against_baseline": {name: round(watch.ratio(name, "baseline"), 3) for name in runs},
+        "replay_against_twice": round(watch.ratio("replay", TWICE), 3),
+        "against_hand": {name: round(watch.ratio(name, name + BY_HAND), 3) for name in by_hand},
+        "machine": machine(device),
+    }
+    record("rehearsal", entry)
+    with capsys.disabled():
+        print(f"\n{precision} {device}, ms a step: {entry['ms']}")
+        print(f"against baseline: {entry['against_baseline']}")
+        print(f"against the same by hand: {entry['against_hand']}")
+        print(f"replay against twice the batch: {entry['replay_against_twice']}")

@@ -1,0 +1,161 @@
+"""The generator of deep generative replay: a variational auto-encoder of plain layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class VAE(nn.Module):
+    """A symmetric, fully connected variational auto-encoder of inputs in [0, 1], with ReLU.
+
+    Kingma and Welling 2013, arXiv:1312.6114. The encoder goes from the inputs over the hidden
+    layers to mean and logarithm of the variance of `latent` numbers; the decoder from there over
+    the same widths backwards to the inputs, each the probability of a Bernoulli variable. The prior
+    is the standard normal distribution.
+
+    Args:
+        shape: of one input.
+        hidden: widths of the encoder's layers, from the inputs on.
+        latent: numbers in the code of one input.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], hidden: Sequence[int] = (400, 400), latent: int = 100
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        numbers = math.prod(self.shape)
+        self.encoder = _layers((numbers, *hidden))
+        self.mean = nn.Linear(hidden[-1], latent)
+        self.log_variance = nn.Linear(hidden[-1], latent)
+        self.decoder = _layers((latent, *reversed(hidden)))
+        self.reconstruction = nn.Linear(hidden[0], numbers)
+
+    def loss(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The negative evidence lower bound, mean over the batch (0-dim, at least float32).
+
+        Binary cross entropy of the reconstruction, summed over the numbers of an input, and the
+        Kullback-Leibler divergence of its code from the prior.
+
+        Args:
+            inputs: in [0, 1], [N, *shape].
+            generator: of the noise of the codes; None: torch's own.
+        """
+        flat = inputs.flatten(1).to(self.mean.weight.dtype)
+        features = self.encoder(flat)
+        mean, log_variance = _widened(self.mean(features)), _widened(self.log_variance(features))
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        logits = _widened(self._decode(mean + (0.5 * log_variance).exp() * noise))
+        bits = F.binary_cross_entropy_with_logits(logits, flat.to(logits.dtype), reduction="sum")
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        return (bits + divergence) / len(inputs)
+
+    @torch.no_grad()
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Inputs that the decoder makes of codes drawn from the prior, [count, *shape]."""
+        like = self.mean.weight
+        shape = (count, self.mean.out_features)
+        codes = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+        return torch.sigmoid(_widened(self._decode(codes))).view(count, *self.shape)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        logits: Tensor = self.reconstruction(self.decoder(codes))
+        return logits
+
+
+def _layers(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _widened(values: Tensor) -> Tensor:
+    """Out of half precision, where a sum over pixels would be a coarse one."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def check_generator(owner: str, generator: object) -> nn.Module:
+    """`generator` if it is a module that can learn, with a loss and samples; else ValueError."""
+    lacking = [name for name in ("loss", "sample") if not callable(getattr(generator, name, None))]
+    if not isinstance(generator, nn.Module) or lacking:
+        got = type(generator).__name__ + (f" without {' and '.join(lacking)}" if lacking else "")
+        raise ValueError(
+            f"{owner}: generator must be a torch.nn.Module with loss(inputs) and sample(count, "
+            f"generator), got {got}; leave it out for a variational auto-encoder"
+        )
+    if not any(parameter.requires_grad for parameter in generator.parameters()):
+        raise ValueError(f"{owner}: generator has no trainable parameter")
+    return generator
+
+
+def check_inputs(owner: str, inputs: Tensor) -> None:
+    """ValueError unless `inputs` are what a `VAE` can learn. Waits for the device."""
+    remedy = "scale them, or pass a generator of your own"
+    if not inputs.is_floating_point():
+        raise ValueError(
+            f"{owner}: inputs are {inputs.dtype}, and the variational auto-encoder expects numbers "
+            f"in [0, 1]; {remedy}"
+        )
+    if inputs.numel():
+        least, most = (value.item() for value in inputs.aminmax())
+        if not (least >= 0 and most <= 1):
+            raise ValueError(
+                f"{owner}: inputs lie between {least:g} and {most:g}, and the variational "
+                f"auto-encoder expects numbers in [0, 1]; {remedy}"
+            )
+
+
+def sample_like(
+    owner: str, generator: nn.Module, inputs: Tensor, random: torch.Generator
+) -> Tensor:
+    """As many samples as there are inputs; ValueError if they are not like these."""
+    with torch.no_grad():
+        samples = generator.sample(len(inputs), random)  # type: ignore[operator]
+    if (
+        not isinstance(samples, Tensor)
+        or samples.shape != inputs.shape
+        or samples.device != inputs.device
+    ):
+        got = (
+            f"{list(samples.shape)} on {samples.device}"
+            if isinstance(samples, Tensor)
+            else type(samples).__name__
+        )
+        raise ValueError(
+            f"{owner}: sample({len(inputs)}, ...) of the generator returned {got}, expected "
+            f"{list(inputs.shape)} on {inputs.device}, like the inputs"
+        )
+    return samples.to(inputs.dtype)
+
+
+def generator_loss(
+    owner: str, generator: nn.Module, inputs: Tensor, random: torch.Generator
+) -> Tensor:
+    """What the generator is to make smaller; ValueError if that is no 0-dim tensor."""
+    noise = (random,) if isinstance(generator, VAE) else ()
+    loss = generator.loss(inputs, *noise)  # type: ignore[operator]
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{owner}: loss(inputs) of the generator returned {got}, expected 0-dim")
+    return loss
+
+
+def check_state(owner: str, module: nn.Module, given: object) -> None:
+    """ValueError unless `given` is a state dict of `module` with finite numbers."""
+    own = module.state_dict()
+    if not isinstance(given, dict) or given.keys() != own.keys():
+        raise ValueError(f"{owner} is not of this generator: expected {', '.join(own)}")
+    for name, value in own.items():
+        other = given[name]
+        if not isinstance(other, Tensor) or other.shape != value.shape:
+            got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
+            raise ValueError(f"{owner}[{name!r}] is {got}, expected {list(value.shape)}")
+        if not bool(other.isfinite().all()):
+            raise ValueError(f"{owner}[{name!r}] holds NaN or infinity")

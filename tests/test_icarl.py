@@ -1,0 +1,426 @@
+"""iCaRL against its definition, and in every way that a method can be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quick_runs import QUICK, small
+from rehearsal_tasks import (
+    SETTINGS,
+    begin,
+    make_examples,
+    make_model,
+    own_batches,
+    ranges,
+    run_task,
+    run_tasks,
+    start,
+    train,
+)
+from torch import nn
+from toy_training import assert_same_state
+
+import clext
+from clext import EWC, ICaRL
+from clext.exemplars import herd
+
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+both_norms = pytest.mark.parametrize("norm", [True, False])
+
+
+def normal(rows, norm):
+    return rows / rows.norm(dim=-1, keepdim=True) if norm else rows
+
+
+def features(model, inputs, norm=True):
+    with torch.no_grad():
+        return normal(model[1](model[0](inputs)), norm)
+
+
+def obvious_herd(rows, count, norm):
+    mean, taken = normal(rows.mean(dim=0), norm), []
+    for _ in range(min(count, len(rows))):
+        distances = {}
+        for place in range(len(rows)):
+            if place not in taken:
+                chosen = rows[[*taken, place]].mean(dim=0)
+                distances[place] = (mean - chosen).norm().item()
+        taken.append(min(distances, key=distances.get))
+    return taken
+
+
+@both_norms
+@pytest.mark.parametrize("count", [1, 7, 30, 99])
+def test_herding_takes_what_keeps_the_running_mean_nearest(norm, count, device):
+    rows = normal(torch.randn(30, 4, dtype=torch.float64) + 1, norm)
+    taken = herd(rows.to(device), count, norm=norm)
+    assert taken.tolist() == obvious_herd(rows, count, norm)
+    assert taken.device.type == device
+
+
+@both_norms
+def test_the_exemplars_are_those_of_herding_and_the_old_are_cut_to_the_first(norm):
+    method = ICaRL(make_model("class"), budget=8, norm=norm)
+    expected = {}
+    for number in range(3):
+        train(method, begin(method, "class", number))
+        inputs, labels = make_examples("class", number)
+        each = 8 // (2 * (number + 1))
+        expected = {label: entries[:each] for label, entries in expected.items()}
+        for label in labels.unique().tolist():
+            own = inputs[labels == label]
+            order = obvious_herd(features(method.model, own, norm), each, norm)
+            expected[label] = own[order]
+        method.consolidate(own_batches(method, "class", number))
+        assert list(method._sets) == list(expected)
+        for label, entries in expected.items():
+            assert torch.equal(torch.cat(method._sets[label]), entries)
+
+
+def test_classes_that_come_again_share_their_exemplars_among_the_tasks():
+    method = ICaRL(make_model("domain"), budget=13)
+    run_tasks(method, "domain")
+    for entries in method._sets.values():
+        assert [len(entry) for entry in entries] == [2, 2, 2]  # 13 // 2 classes // 3 tasks
+
+
+def obvious_loss(model, before, setting, number, inputs, labels):
+    """One example and one output at a time; `before` are the logits before the task."""
+    block, _ = ranges(setting, number)
+    old = [] if setting == "domain" else range(block.start)
+    total = 0.0
+    for x, label, logits in zip(inputs, labels.tolist(), before, strict=True):
+        outputs = model(x.unsqueeze(0))[0].sigmoid()
+        for output in old:
+            target = logits[output].sigmoid()
+            total -= target * outputs[output].log() + (1 - target) * (1 - outputs[output]).log()
+        if setting == "task" and label not in block:
+            continue
+        for output in block:
+            total -= (outputs[output] if label == output else 1 - outputs[output]).log()
+    return total / len(inputs)
+
+
+@every_setting
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_task_is_trained_on_its_examples_and_all_exemplars(setting, number, device):
+    method = ICaRL(make_model(setting, device=device), budget=9)
+    run_tasks(method, setting, tasks=number)
+    with torch.no_grad(), method.outputs.full():
+        stored = [entry for entries in method._sets.values() for entry in entries]
+        own, own_labels = make_examples(setting, number, device=device)
+        union = torch.cat([own, *stored])
+        before = method.model(union)
+    inputs, labels, targets = begin(method, setting, number)
+    assert inputs.equal(union)
+    assert labels[: len(own)].equal(own_labels + start(setting, number))
+    kept = {label: sum(map(len, entries)) for label, entries in method._sets.items()}
+    assert {label: labels[len(own) :].tolist().count(label) for label in kept} == kept
+    rows = torch.arange(0, len(inputs), 3, device=device)
+    with torch.no_grad():
+        method.model[0].weight.add_(0.1)
+    loss = method.loss(inputs[rows], labels[rows], targets[rows])
+    with method.outputs.full():
+        expected = obvious_loss(
+            method.model, before[rows], setting, number, inputs[rows], labels[rows]
+        )
+    torch.testing.assert_close(loss, expected)
+
+
+@every_setting
+def test_without_recorded_outputs_the_loss_of_own_examples_is_the_same(setting):
+    method = ICaRL(make_model(setting), budget=9)
+    run_task(method, setting, 0)
+    block, active = ranges(setting, 1)
+    own, local = make_examples(setting, 1)
+    inputs, labels, targets = begin(method, setting, 1)
+    rows = torch.arange(len(own))
+    with torch.no_grad():
+        method.model[0].weight.add_(0.1)
+    recorded = method.loss(inputs[rows], labels[rows], targets[rows])
+    torch.testing.assert_close(method.loss(own, local), recorded)
+    method.begin_task(block=block, active=active)
+    torch.testing.assert_close(method.loss(own, local), recorded)
+
+
+def test_the_temperature_softens_what_is_distilled():
+    targets = []
+    for temperature in (1.0, 4.0):
+        method = ICaRL(make_model("class"), temperature=temperature)
+        run_task(method, "class", 0)
+        targets.append(begin(method, "class", 1)[2])
+    logits = targets[0][:, :2].logit()
+    torch.testing.assert_close(targets[1][:, :2], (logits / 4).sigmoid())
+    assert targets[0][:, 2:].equal(targets[1][:, 2:])
+
+
+@both_norms
+@every_setting
+def test_the_nearest_mean_of_exemplars_decides(setting, norm, device):
+    method = ICaRL(make_model(setting, device=device), budget=9, norm=norm)
+    run_tasks(method, setting)
+    inputs = torch.randn(20, 5, dtype=torch.float64, device=device)
+    for number in range(3) if setting == "task" else [2]:
+        active = ranges(setting, number)[1]
+        with method.outputs.selected(active):
+            scores = method.predict(inputs)
+        for place, label in enumerate(active or range(2)):
+            mean = features(method.model, torch.cat(method._sets[label]), norm).mean(dim=0)
+            distance = (features(method.model, inputs, norm) - normal(mean, norm)).norm(dim=1)
+            torch.testing.assert_close(scores[:, place], -distance)
+
+
+def test_until_there_are_exemplars_logits_decide_and_new_classes_have_means_of_all_examples():
+    method = ICaRL(make_model("class"), budget=9)
+    begin(method, "class", 0)
+    inputs = torch.randn(20, 5, dtype=torch.float64)
+    assert torch.equal(method.predict(inputs), method.model(inputs))
+    assert method.predict(inputs).shape == (20, 2)
+    method.consolidate(own_batches(method, "class", 0))
+    own, labels = begin(method, "class", 1)[:2]
+    scores = method.predict(inputs)
+    mean = normal(features(method.model, own[labels == 3]).mean(dim=0), True)
+    expected = -(features(method.model, inputs) - mean).norm(dim=1)
+    torch.testing.assert_close(scores[:, 3], expected)
+    block, active = ranges("class", 1)
+    method.begin_task(block=block, active=active)  # whose examples it does not know
+    assert method.predict(inputs)[:, 2:].eq(-torch.inf).all()
+    torch.testing.assert_close(method.predict(inputs)[:, :2], scores[:, :2])
+
+
+def test_means_are_made_anew_when_something_has_changed():
+    method = ICaRL(make_model("class"), budget=6)
+    run_task(method, "class", 0)
+    inputs, sizes = torch.randn(3, 5, dtype=torch.float64), []
+    method.model[0].register_forward_hook(lambda _m, _i, result: sizes.append(len(result)))
+
+    def predicted():
+        sizes.clear()
+        method.predict(inputs)
+        return sorted(sizes)
+
+    assert predicted() == [3, 6]
+    assert predicted() == [3]
+    with torch.no_grad():
+        method.model[2].bias.add_(1)
+    assert predicted() == [3, 6]
+    assert predicted() == [3]
+    method.after_step()  # of a step that was recorded in a CUDA graph
+    assert predicted() == [3, 6]
+    begin(method, "class", 1)
+    assert predicted() == [3, 6, 12]
+    method.consolidate(own_batches(method, "class", 1))
+    assert predicted() == [3, 4]
+
+
+def test_predicting_leaves_modes_and_batch_statistics_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
+    method = ICaRL(model)
+    run_task(method, "domain", 0)
+    model[1].eval()
+    before = model.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    method.predict(torch.randn(3, 5, dtype=torch.float64))
+    method.consolidate(own_batches(method, "domain", 1))
+    assert_same_state(model.state_dict(), before)
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+
+
+# ------------------------------------------------------------------ features
+
+
+class Cosine(nn.Module):
+    """Whose logits no nn.Linear makes by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return 10 * self.head(self.body(x).relu())
+
+
+def test_the_layer_of_the_features_can_be_named():
+    model = make_model("domain")
+    method = ICaRL(model, features="1")
+    run_task(method, "domain", 0)
+    inputs = torch.randn(3, 5, dtype=torch.float64)
+    hidden = normal(model[0](inputs), True)
+    mean = normal(normal(model[0](torch.cat(method._sets[1])), True).mean(dim=0), True)
+    torch.testing.assert_close(method.predict(inputs)[:, 1], -(hidden - mean).norm(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, "no nn.Linear makes the outputs of Cosine by itself; name the layer .* features="),
+        ("tail", "the model has no layer 'tail'; features must be one of body, head"),
+    ],
+)
+def test_a_layer_that_cannot_be_found_is_said_and_nothing_changes(features, message):
+    model = Cosine().double()
+    method = ICaRL(model, features=features)
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=f"icarl: {message}"):
+        method.consolidate(own_batches(method, "domain", 0))
+    assert_same_state(method.state_dict(), before)
+    ICaRL(model, features="head").consolidate(own_batches(method, "domain", 0))
+
+
+# ------------------------------------------------------------------ state, use, bad input
+
+
+@every_setting
+def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
+    results = []
+    for resumed in (False, True):
+        method = ICaRL(make_model(setting), budget=7)
+        run_task(method, setting, 0)
+        if resumed:
+            other = ICaRL(make_model(setting), budget=7)
+            other.model.load_state_dict(method.model.state_dict())
+            other.load_state_dict(method.state_dict())
+            method = other
+        run_task(method, setting, 1)
+        results.append(method)
+    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
+    assert_same_state(results[0].state_dict(), results[1].state_dict())
+    inputs = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.equal(results[0].predict(inputs), results[1].predict(inputs))
+
+
+def test_a_loop_without_begin_task():
+    method = ICaRL(make_model("domain"), budget=8)
+    for number in range(2):
+        for inputs, labels in own_batches(method, "domain", number):
+            loss = method.loss(inputs, labels)
+            target = F.one_hot(labels, 2).double()
+            obvious = F.binary_cross_entropy(method.model(inputs).sigmoid(), target)
+            torch.testing.assert_close(loss, 2 * obvious)
+        method.consolidate(iter(own_batches(method, "domain", number)))
+    assert sum(len(entry) for entries in method._sets.values() for entry in entries) == 8
+
+
+def test_beside_a_penalty_and_in_bf16():
+    model = small()
+    method = EWC(model).combine(ICaRL(model, budget=50))
+    options = {**QUICK, "scenario": "split", "incremental": "class", "precision": "bf16"}
+    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    assert result.config["method"] == "ewc+icarl"
+    assert result.average_accuracy[-1] > 0.5
+
+
+def test_icarl_forgets_less_on_split_digits(device):
+    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
+    run = {"lr": 1e-2, "device": device, **options}
+    result = clext.train("icarl", model=small(), **run)
+    assert result.average_accuracy[-1] > 0.7
+    again = clext.train("icarl", model=small(), **run)
+    assert again.accuracy.tolist()[-1] == result.accuracy.tolist()[-1]
+
+
+def test_the_last_accuracy_of_a_task_is_that_of_its_exemplars():
+    options = {**QUICK, "scenario": "split", "incremental": "class", "epochs": 1}
+    method = ICaRL(small(), budget=10)
+    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    from clext.data import load_dataset
+    from clext.scenarios import make_scenario
+
+    scenario = make_scenario("split", load_dataset("digits", None, show=False), 2, 0, "class")
+    test = scenario.tasks[1].test()
+    with method.outputs.selected(range(10)):
+        found = method.predict(test.inputs).argmax(dim=1).eq(test.labels).double().mean().item()
+    assert result.accuracy[1, 1] == pytest.approx(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "icarl: budget must be an integer >= 1, got 0"),
+        ({"budget": 2.0}, "budget must be an integer"),
+        ({"features": 3}, "features must be a layer's name, got 3"),
+        ({"norm": 1}, "norm must be True or False, got 1"),
+        ({"temperature": 0}, "temperature must be a finite number > 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ICaRL(make_model("domain"), **options)
+
+
+def test_a_budget_below_the_number_of_classes_is_refused_when_the_task_begins():
+    method = ICaRL(make_model("class"), budget=3)
+    run_task(method, "class", 0)
+    before, blocks = method.state_dict(), list(method.outputs.blocks)
+    message = "icarl: a budget of 3 is too small for one exemplar of each of the 4 classes; .*=4"
+    block, active = ranges("class", 1)
+    for examples in (make_examples("class", 1), None):
+        with pytest.raises(ValueError, match=message):
+            method.begin_task(examples, block=block, active=active)
+        assert method.outputs.blocks == blocks
+        assert method.outputs.active == ranges("class", 0)[1]
+        assert_same_state(method.state_dict(), before)
+    again = ICaRL(make_model("domain"), budget=3)
+    run_task(again, "domain", 0)
+    with pytest.raises(ValueError, match="of the 2 classes in up to 2 tasks; .*budget=4"):
+        begin(again, "domain", 1)
+
+
+INPUTS = torch.zeros(4, 5, dtype=torch.float64)
+BAD = [
+    ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
+    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
+    ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
+    ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
+    ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, expected"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD)
+def test_a_task_that_begins_or_ends_with_bad_data_changes_nothing(data, message):
+    method = ICaRL(make_model("task"), budget=5)
+    run_task(method, "task", 0)
+    before, blocks = method.state_dict(), list(method.outputs.blocks)
+    block, active = ranges("task", 1)
+    with pytest.raises(ValueError, match=message):
+        method.begin_task(data, block=block, active=active)
+    assert method.outputs.blocks == blocks
+    assert_same_state(method.state_dict(), before)
+    begin(method, "task", 1)
+    before = method.state_dict()
+    for batches in ([data], iter([data])):
+        with pytest.raises(ValueError, match=message) as caught:
+            method.consolidate(batches)
+        assert "\n" not in str(caught.value)
+        assert_same_state(method.state_dict(), before)
+
+
+def test_a_task_that_ends_without_data_is_refused():
+    method = ICaRL(make_model("domain"))
+    for data, message in ((None, "icarl needs the data of the task"), ([], "is empty")):
+        with pytest.raises(ValueError, match=message):
+            method.consolidate(data)
+    assert method.tasks == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({}, "holds nothing, expected exemplars and previous"),
+        ({"exemplars": [], "previous": None}, "is list, expected exemplars by class"),
+        ({"exemplars": {-1: []}, "previous": None}, "holds -1, expected a class"),
+        ({"exemplars": {0: [INPUTS[:0]]}, "previous": None}, "no list of tensors with exemplars"),
+        ({"exemplars": {0: [INPUTS] * 2}, "previous": None}, "8 exemplars and the budget is 5"),
+        ({"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "previous": None}, r"\[4\] each, expected"),
+        ({"exemplars": {}, "previous": {"a": INPUTS}}, "'a', which the model has not"),
+    ],
+)
+def test_a_state_of_something_else_is_refused(extra, message):
+    method = ICaRL(make_model("domain"), budget=5)
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=message):
+        method.load_state_dict(before | {"extra": extra})
+    assert_same_state(method.state_dict(), before)

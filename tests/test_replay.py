@@ -1,0 +1,201 @@
+"""Experience replay against its definition, and in every way that a method can be used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from quick_runs import QUICK, small
+from rehearsal_tasks import (
+    SETTINGS,
+    begin,
+    make_examples,
+    make_model,
+    own_batches,
+    ranges,
+    run_task,
+    run_tasks,
+    start,
+    train,
+)
+from toy_training import assert_same_state
+
+import clext
+from clext import EWC, Replay
+
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def obvious_loss(model, setting, number, inputs, global_labels):
+    """One example at a time: the cross entropy over the outputs that its class competes with."""
+    losses = []
+    for x, label in zip(inputs, global_labels.tolist(), strict=True):
+        rivals = range(model[2].out_features)
+        if setting == "class":
+            rivals = ranges("class", number)[1]
+        if setting == "task":
+            rivals = ranges("task", label // 2)[1]
+        logits = model(x.unsqueeze(0))[0]
+        shares = logits[rivals.start : rivals.stop].exp()
+        losses.append(-(shares[label - rivals.start] / shares.sum()).log())
+    return torch.stack(losses).mean()
+
+
+@every_setting
+@pytest.mark.parametrize("balance", ["sum", "tasks"])
+@pytest.mark.parametrize("batch", [None, 3, 40])
+def test_loss_is_that_of_the_batch_and_of_as_many_old_examples(setting, balance, batch, device):
+    model = make_model(setting, device=device)
+    method = Replay(model, strength=0.7, budget=9, balance=balance, batch=batch)
+    run_tasks(method, setting, tasks=2)
+    inputs, labels = begin(method, setting, 2)
+    twin = copy.deepcopy(method._memory)
+    old, old_labels = twin.sample(batch or len(inputs))
+    loss = method.loss(inputs, labels)
+    with method.outputs.full():
+        current = obvious_loss(model, setting, 2, inputs, labels + start(setting, 2))
+        replayed = obvious_loss(model, setting, 2, old, old_labels)
+    expected = current + 0.7 * replayed
+    if balance == "tasks":
+        expected = current / 3 + 0.7 * replayed * 2 / 3
+    torch.testing.assert_close(loss, expected)
+
+
+@every_setting
+def test_the_first_task_is_learned_as_ever(setting):
+    model = make_model(setting)
+    method = Replay(model)
+    inputs, labels = begin(method, setting, 0)
+    assert torch.equal(method.loss(inputs, labels), F.cross_entropy(model(inputs), labels))
+
+
+@every_setting
+def test_the_memory_has_global_labels_of_all_tasks(setting):
+    method = Replay(make_model(setting), budget=100)
+    run_tasks(method, setting)
+    kept = sorted(zip(method._memory.inputs.tolist(), method._memory.labels.tolist(), strict=True))
+    expected = []
+    for number in range(3):
+        inputs, labels = make_examples(setting, number)
+        labels = labels + start(setting, number)
+        expected += zip(inputs.tolist(), labels.tolist(), strict=True)
+    assert kept == sorted(expected)
+
+
+@every_setting
+def test_a_step_runs_the_model_once(setting):
+    method = Replay(make_model(setting))
+    run_task(method, setting, 0)
+    examples = begin(method, setting, 1)
+    sizes = []
+    method.model[0].register_forward_hook(lambda _m, _i, result: sizes.append(len(result)))
+    method.loss(*examples)
+    assert sizes == [2 * len(examples[0])]
+
+
+@every_setting
+def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
+    results = []
+    for resumed in (False, True):
+        method = Replay(make_model(setting), budget=7, policy="balanced")
+        run_task(method, setting, 0)
+        examples = begin(method, setting, 1)
+        train(method, examples, 3)
+        if resumed:
+            other = Replay(make_model(setting), budget=7, policy="balanced", seed=5)
+            other.model.load_state_dict(method.model.state_dict())
+            other.load_state_dict(method.state_dict())
+            other.outputs.select(ranges(setting, 1)[1])
+            method = other
+        train(method, examples, 3)
+        method.consolidate(own_batches(method, setting, 1))
+        run_task(method, setting, 2)
+        results.append(method)
+    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
+    assert_same_state(results[0].state_dict(), results[1].state_dict())
+
+
+def test_a_loop_without_begin_task():
+    model = make_model("domain")
+    method = Replay(model, budget=6)
+    for number in range(2):
+        batches = own_batches(method, "domain", number)
+        for batch in batches:
+            method.loss(*batch).backward()
+        method.consolidate(iter(batches))
+    assert method._memory.size == 6
+
+
+def test_beside_a_penalty_and_in_bf16():
+    model = small()
+    method = EWC(model).combine(Replay(model, budget=50))
+    options = {**QUICK, "scenario": "split", "incremental": "class", "precision": "bf16"}
+    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    assert result.config["method"] == "ewc+replay"
+    assert method.parts[1]._memory.size == 50
+    assert result.average_accuracy[-1] > 0.4
+
+
+def test_replay_forgets_less_on_split_digits(device):
+    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
+    run = {"lr": 1e-2, "device": device, **options}
+    replay = clext.train("replay", model=small(), **run)
+    assert replay.average_accuracy[-1] > 0.6
+    assert clext.train("baseline", model=small(), **run).average_accuracy[-1] < 0.3
+    again = clext.train("replay", model=small(), **run)
+    assert again.accuracy.tolist()[-1] == replay.accuracy.tolist()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0}, "replay: budget must be an integer >= 1, got 0"),
+        ({"budget": 2.5}, "budget must be an integer"),
+        ({"budget": True}, "budget must be an integer"),
+        ({"batch": 0}, "batch must be an integer >= 1"),
+        ({"policy": "balance"}, "did you mean 'balanced'"),
+        ({"balance": "task"}, "did you mean 'tasks'"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Replay(make_model("domain"), **options)
+
+
+INPUTS = torch.zeros(4, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "replay needs the data of the task"),
+        ([], "the data of the task is empty"),
+        (iter([]), "the data of the task is empty"),
+        ([(INPUTS[:0], torch.zeros(0).long())], "the data of the task is empty"),
+        ([INPUTS], "expected a pair"),
+        ([(INPUTS, torch.tensor([0, 1, 2, 0]))], r"labels reach from 0 to 2, expected .* \[0, 1\]"),
+        ([(INPUTS, torch.tensor([0, 1, -1, 0]))], "labels reach from -1 to 1"),
+        ([(INPUTS, torch.zeros(4))], "labels have dtype torch.float32"),
+        ([(INPUTS, torch.zeros(3).long())], "4 inputs but 3 labels"),
+        ([(INPUTS[:, :3], torch.zeros(4).long())], r"inputs are torch.float64 \[3\] each"),
+    ],
+)
+def test_a_task_that_ends_with_bad_data_changes_nothing(data, message):
+    method = Replay(make_model("task"), budget=5)
+    run_task(method, "task", 0)
+    begin(method, "task", 1)
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=message) as caught:
+        method.consolidate(data)
+    assert "\n" not in str(caught.value)
+    assert_same_state(method.state_dict(), before)
+
+
+def test_a_state_of_something_else_is_refused():
+    method = Replay(make_model("domain"))
+    for extra in ({}, {"memory": {}, "more": 1}, {"memory": 3}):
+        with pytest.raises(ValueError, match=r"replay: .*state_dict"):
+            method.load_state_dict(method.state_dict() | {"extra": extra})

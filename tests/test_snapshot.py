@@ -1,0 +1,123 @@
+"""A model as it was: `clext.methods.snapshot`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clext.methods.snapshot import Snapshot
+from clext.outputs import Outputs
+
+
+@pytest.fixture
+def model(device):
+    torch.manual_seed(1)
+    layers = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).to(device)
+
+
+@pytest.fixture
+def inputs(device):
+    return torch.randn(7, 4).to(device)
+
+
+def moved(model):
+    with torch.no_grad():
+        for entry in (*model.parameters(), model[1].running_mean):
+            entry.add_(1)
+    return model
+
+
+def test_returns_what_the_model_returned_in_eval_mode(model, inputs):
+    before, snapshot = copy.deepcopy(model).eval(), Snapshot(model)
+    moved(model).train()
+    counted = model[1].num_batches_tracked.clone()
+    outputs = snapshot(inputs)
+    assert torch.equal(outputs, before(inputs))
+    assert not outputs.requires_grad
+    assert all(module.training for module in model.modules())
+    assert torch.equal(model[1].num_batches_tracked, counted)
+
+
+def test_leaves_the_model_as_it_is(model, inputs):
+    snapshot = Snapshot(model)
+    state = {name: value.clone() for name, value in moved(model).state_dict().items()}
+    model[2].eval()
+    snapshot(inputs)
+    assert [module.training for module in model.modules()] == [True, True, True, False, True]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_head_that_has_grown_since_has_its_old_width(model, inputs):
+    before, snapshot = copy.deepcopy(model).eval(), Snapshot(model)
+    model[3] = nn.Linear(5, 8, device=inputs.device)
+    model.append(nn.Identity())
+    assert torch.equal(snapshot(inputs), before(inputs))
+    assert model(inputs).shape == (7, 8)
+
+
+def test_the_selection_of_outputs_applies(model, inputs):
+    outputs, snapshot = Outputs(model), Snapshot(model)
+    expected = snapshot(inputs)
+    outputs.select(range(1, 3))
+    assert torch.equal(snapshot(inputs), expected[:, 1:3])
+    with outputs.full():
+        assert torch.equal(snapshot(inputs), expected)
+
+
+def test_tied_parameters_stay_tied(device):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(device)
+    model[1].weight = model[0].weight
+    before, snapshot = copy.deepcopy(model), Snapshot(model)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    inputs = torch.randn(2, 4, device=device)
+    assert torch.equal(snapshot(inputs), before(inputs))
+
+
+def test_many_inputs_are_recorded_in_batches(model, device):
+    sizes = []
+    model.register_forward_hook(lambda _module, args, _out: sizes.append(len(args[0])))
+    inputs = torch.randn(2300, 4, device=device)
+    recorded = Snapshot(model).record(inputs)
+    assert sizes == [1000, 1000, 300]
+    torch.testing.assert_close(recorded, copy.deepcopy(model).eval()(inputs))
+
+
+def test_a_part_that_is_gone_is_named(model, inputs):
+    snapshot = Snapshot(model)
+    del model[3]
+    with pytest.raises(RuntimeError, match=r"has '3.bias', which the model has no more"):
+        snapshot(inputs)
+
+
+def test_state_round_trip(model, inputs):
+    snapshot = Snapshot(model)
+    expected, state = snapshot(inputs), snapshot.state_dict()
+    model[3] = nn.Linear(5, 8, device=inputs.device)
+    loaded = Snapshot.load("here", moved(model), state)
+    for value in state.values():
+        value.zero_()  # a copy
+    assert torch.equal(loaded(inputs), expected)
+    assert torch.equal(snapshot(inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: None, r"^here is NoneType, expected a dict of tensors by name$"),
+        (lambda _: {}, "^here holds nothing; expected the model's parameters and buffers$"),
+        (lambda s: {**s, "9.bias": s["3.bias"]}, "holds '9.bias', which the model has not"),
+        (lambda s: {**s, "3.bias": 3}, r"here\['3.bias'\] is int, expected a dense tensor"),
+        (lambda s: {**s, "3.bias": torch.zeros(4)}, r"\[4\], expected the torch.float32 \[3\]"),
+        (lambda s: {**s, "3.bias": torch.zeros(3, 1)}, r"\[3, 1\], expected the torch.float32"),
+        (lambda s: {**s, "3.bias": torch.zeros(3).long()}, "is torch.int64 "),
+        (lambda s: {**s, "3.bias": torch.full((3,), torch.nan)}, "holds NaN or infinity"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        Snapshot.load("here", model, change(Snapshot(model).state_dict()))
