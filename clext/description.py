@@ -7,11 +7,13 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from clext.methods import METHODS, Method, make_method, part_names
 from clext.methods.base import option_names
 from clext.models import mlp
+from clext.seeding import isolated_rng
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,8 +43,11 @@ def describe_method(method: str) -> str:
         ValueError: an unknown name, or two methods that do not combine.
     """
     names = part_names(method)
-    model = mlp()
-    made = make_method(names, model)
+    with isolated_rng(0, torch.device("cpu")):
+        model = mlp()
+        made = make_method(names, model)
+        # What depends on the data (a generator, say) is made when a task begins.
+        made.begin_task((torch.zeros(1, _MNIST["X"]), torch.zeros(1, dtype=torch.int64)))
     blocks = [_describe_part(part, model) for part in made.parts]
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
@@ -74,7 +79,7 @@ def memory_bytes(formula: str, values: Mapping[str, int]) -> int:
 def letters_of(part: Learning, model: nn.Module) -> dict[str, int]:
     """The letters that the method and its model tell: all but those of the data, T, N, X and O.
 
-    Without G where the generator has not been made yet.
+    G is known from the first task on.
     """
     known = {
         "P": sum(entry.numel() for entry in model.parameters() if entry.requires_grad),
@@ -108,23 +113,19 @@ def _describe_memory(part: Learning, model: nn.Module) -> list[str]:
     lines = ["memory beside the model's, in bytes; for the course's model after 5 tasks of MNIST:"]
     sizes = {}
     for name, formula in formulas.items():
-        lacking = [letter for letter in _letters_in(formula) if letter not in values]
-        text = f"  {name:<{_NAME_WIDTH}} {formula:<{_FORMULA_WIDTH}}"
-        if lacking:
-            lines.append(f"{text} {'depends on ' + ', '.join(lacking):>12}")
-            continue
         sizes[name] = memory_bytes(formula, values)
+        text = f"  {name:<{_NAME_WIDTH}} {formula:<{_FORMULA_WIDTH}}"
         note = "  (not with an optimizer of clext.optim)" if name in part.separate_state else ""
         lines.append(f"{text} {_readable(sizes[name]):>12}{note}")
     if len(sizes) > 1:
         total = _readable(sum(sizes.values()))
         lines.append(f"  {'together':<{_NAME_WIDTH}} {'':<{_FORMULA_WIDTH}} {total:>12}")
     used = dict.fromkeys(letter for entry in formulas.values() for letter in _letters_in(entry))
-    lines.append("letters:")
-    for letter in used:
-        value = f" = {values[letter]:,}" if letter in values else ""
-        lines.append(f"  {letter}{value}: {LETTERS[letter]}")
-    return lines
+    return [
+        *lines,
+        "letters:",
+        *(f"  {letter} = {values[letter]:,}: {LETTERS[letter]}" for letter in used),
+    ]
 
 
 def _letters_in(formula: str) -> list[str]:
