@@ -501,3 +501,17 @@ def test_combines_with_a_method_that_learns_by_its_loss(kind):
     method.add_penalty_grad_()
     assert not current(model).equal(before)
     assert_same_state(copy.deepcopy(method.state_dict()), method.state_dict())
+
+
+def test_gradients_that_a_scaler_has_scaled_are_refused():
+    model = make_model(torch.float32)
+    method = GEM(model)
+    optimizer = clext.optim.SGD(model.parameters(), lr=0.1, method=method)
+    x, y = make_task(0, torch.float32)[0]
+    method.consolidate([(x, y)])
+    F.cross_entropy(model(x), y).backward()
+    optimizer.grad_scale = torch.tensor(2.0)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="have to be unscaled before"):
+        optimizer.step()
+    assert same(weights(model), before)

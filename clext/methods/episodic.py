@@ -70,6 +70,7 @@ class Episodic(Unpenalised):
         params, count = self._state.params, self._row_count()
         needed = (count, params[0].dtype, params[0].device, [entry.shape for entry in params])
         if self._rows_for != needed:
+            self._rows = []  # given back first
             self._rows, self._rows_for = [allocate_rows(entry, count) for entry in params], needed
         moving = [entry.requires_grad and entry.grad is not None for entry in params]
         chosen, rows = list(compress(params, moving)), list(compress(self._rows, moving))
