@@ -85,7 +85,7 @@ def forward_transfer(before: Vector, untrained: Vector) -> float:
 def learning_accuracy(accuracy: Matrix) -> float:
     """Mean over the tasks of the accuracy just after learning it.
 
-    LA of Riemer et al. 2019 (arXiv:1810.11910, section 5): 1/T sum_j R_{j,j}. NaN before a task is
+    LA of Riemer et al. 2019 (arXiv:1810.11910): 1/T sum_j R_{j,j}. NaN before a task is
     learned.
     """
     count = tasks_learned(accuracy)
@@ -106,7 +106,7 @@ def intransigence(accuracy: Matrix, joint: Matrix) -> Vector:
 def worst_accuracy(accuracy: Matrix, steps: Sequence[Step] = ()) -> float:
     """Mean over the earlier tasks of the lowest accuracy found on it since it was learned.
 
-    min-ACC of De Lange et al. 2023 (arXiv:2205.13452, section 3): 1/(T-1) sum_{j<T} min_n A_j(n),
+    min-ACC of De Lange et al. 2023 (arXiv:2205.13452): 1/(T-1) sum_{j<T} min_n A_j(n),
     n over all evaluations after task j has ended. Those at the ends of tasks are in `accuracy`; the
     drop at the beginning of a task, the stability gap, is seen by `steps` alone, which are taken
     within tasks. NaN before a task has been tested again.
