@@ -42,7 +42,8 @@ namespace cuda_on_host {
 
 static constexpr unsigned kWarp = 32;
 static constexpr size_t kStackBytes = 256 * 1024;  // kernel parameters alone may take 32 KB
-static constexpr int kMaxRounds = 1000;  // without an end: threads wait for one that does not come
+static constexpr int kMaxRounds =
+    100000;  // without an end: threads wait for one that does not come
 
 inline int launches = 0;
 inline cudaError_t last_error = cudaSuccess;
