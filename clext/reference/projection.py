@@ -33,7 +33,7 @@ def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
     gram = torch.zeros(count + 1, count + 1, dtype=torch.float64, device=device)
     for past, grad in zip(rows, grads, strict=True):
         # In float64, which no matmul precision setting and no autocast touches.
-        both = torch.cat([past.double(), grad.double()[None]]).flatten(1)
+        both = torch.cat([past.double(), grad.double()[None]]).reshape(count + 1, grad.numel())
         gram += both @ both.t()
     return gram.triu() + gram.triu(1).t()
 
