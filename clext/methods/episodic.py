@@ -12,9 +12,9 @@ from clext.memory import check_alike, read_examples
 from clext.methods.sampling import Sampling
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import buffers_kept
+from clext.ops import gradient_gram, project_gradient_
 from clext.options import integer
 from clext.parameters import allocate_rows
-from clext.reference import gradient_gram, project_gradient_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
