@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import types
 
 OLDEST_TORCH = "2.11"
-RUNTIME_REQUIREMENTS = ["click", "matplotlib", "numpy", "scikit-learn", "tqdm"]
+RUNTIME_REQUIREMENTS = ["click", "matplotlib", "numpy", "scikit-learn", "scipy", "tqdm"]
 
 # Fused multiply-adds would make results depend on the instruction set that a machine has.
 # A root that could set errno is a call, and a loop with a call is not vectorised.

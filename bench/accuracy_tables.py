@@ -97,7 +97,7 @@ def compared() -> list[Entry]:
         entries.append(
             {
                 "method": name,
-                "strength": config["strength"],
+                "strength": config["strength"] or 0.0,  # null where there is none
                 "options": config["method_options"],
                 "seed": config["seed"],
                 "average_accuracy": [sum(final) / len(final)],

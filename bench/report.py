@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "penalty": speed_tables.penalty_table,
     "traffic": speed_tables.traffic_table,
     "ops": speed_tables.ops_table,
+    "projection": speed_tables.projection_table,
     "fused": speed_tables.fused_table,
     "optim": speed_tables.optim_table,
     "protocol": speed_tables.protocol_table,

@@ -81,6 +81,34 @@ def ops_table() -> str:
     return by_device(newest(read_lines("ops"), "op", "model"), head, row)
 
 
+def projection_table() -> str:
+    """GEM's passes as multiples of the time to read what they read once."""
+    names = ("gram", "mm", "project", "project, no conflict", "mv", "host")
+    head = [
+        "model",
+        "tasks",
+        "MB",
+        "read once, ms",
+        "`gradient_gram`",
+        "`torch.mm`",
+        "`project_gradient_`",
+        "no conflict",
+        "`torch.mv`",
+        "numpy on the host",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            MODEL_NAMES[e["model"]],
+            str(e["tasks"]),
+            f"{e['bytes'] / 1e6:.0f}",
+            f"{e['ms']['read']:.2f}",
+            *(times(e["ratio"][name], 2) for name in names),
+        ]
+
+    return by_device(newest(read_lines("projection"), "model", "tasks"), head, row)
+
+
 def fused_table() -> str:
     """The README's part of the table `optim`: Adam with SI."""
     entries = newest(read_lines("optim"), "optimizer", "method", "model")

@@ -15,8 +15,10 @@ from clext._version import __version__
 from clext.comparison import Comparison, compare
 from clext.data import DataError
 from clext.methods import (
+    AGEM,
     DGR,
     EWC,
+    GEM,
     MAS,
     METHODS,
     SCP,
@@ -34,8 +36,10 @@ from clext.scenarios import Scenario
 from clext.training import NonFiniteLossError, train
 
 __all__ = [
+    "AGEM",
     "DGR",
     "EWC",
+    "GEM",
     "MAS",
     "METHODS",
     "SCP",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 import clext
 from clext.comparison import DEFAULT_METHODS
 from clext.data import DATASETS, DataError, whereabouts
-from clext.methods.base import option_names
+from clext.description import describe_method, option_values
 from clext.progress import say
 from clext.result import PICTURE_NAME
 from clext.scenarios import INCREMENTAL, SCENARIOS
@@ -89,6 +88,7 @@ Examples:
   clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
   clext compare                 all methods on it, and the picture
   clext info                    versions, build, data, methods and options
+  clext info --method gem       what a method is, its options and its memory
 """
 
 _TRAIN_HELP = """Learn a sequence of tasks with one method; print the accuracies and save them.
@@ -148,7 +148,7 @@ def train(
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
         result.save(folder)
-        click.echo(f"\nSaved in {folder}: result.json, {PICTURE_NAME}")
+        click.echo(f"\nSaved in {folder}: {', '.join(['result.json', *result.pictures])}")
 
 
 @main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
@@ -189,8 +189,13 @@ def compare(
 
 @main.command(short_help="Print versions, build, data, methods and options.")
 @click.option("--data-dir", metavar="FOLDER", help="Where to look for data sets.")
-def info(data_dir: str | None) -> None:
+@click.option("--method", help="Say what this method is, its options and what it keeps in memory.")
+def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
+    if method is not None:
+        with _one_line_errors():
+            click.echo(describe_method(method))
+        return
     build = {key: _text(value) for key, value in clext.build_info().items()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
     methods = {name: _text_of_options(method) for name, method in clext.METHODS.items()}
@@ -207,12 +212,7 @@ def _print_section(title: str, rows: dict[str, str]) -> None:
 
 
 def _text_of_options(method: type[clext.Method]) -> str:
-    """The options as they would be given to `--option`: defaults, or all values, default first."""
-    parameters = inspect.signature(method).parameters
-    defaults = {name: parameters[name].default for name in option_names(method)}
-    defaults["strength"] = f"{method.default_strength:g}"
-    defaults |= {name: "|".join(values) for name, values in method.choices.items()}
-    return " ".join(f"{name}={value}" for name, value in defaults.items())
+    return " ".join(f"{name}={value}" for name, value in option_values(method).items())
 
 
 def _text(value: object) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 FILE_NAME = "comparison.json"
 
 _KIND = "comparison"
+_LEGEND = [
+    "BWT, FWT: backward and forward transfer; LA: accuracy just after learning;",
+    "worst: lowest accuracy since learning",
+]
+_JOINT_LEGEND = ["intr.: intransigence, what joint does better just after learning"]
 # The course's six. The others need a memory, a generator or all the data, or take far longer.
 DEFAULT_METHODS = ("baseline", "ewc", "mas", "si", "rwalk", "scp")
 
@@ -85,15 +91,25 @@ class Comparison:
         )
 
     def table(self) -> str:
-        """Final accuracy, forgetting, backward transfer and time of each method, the best first."""
-        titles = f"{'strength':>10}{'accuracy':>10}{'forgetting':>12}{'BWT':>9}{'time':>10}"
-        head = f"{'method':<12}{titles}"
+        """Final accuracy, the metrics of `Result` and the time of each method, the best first.
+
+        Intransigence is among them where one of the results is of method "joint".
+        """
+        joint = next((r for r in self.results.values() if r.config["method"] == "joint"), None)
+        titles = f"{'method':<12}{'strength':>10}{'accuracy':>10}{'forgetting':>12}"
+        titles += "".join(f"{title:>9}" for title in ("BWT", "FWT", "LA", "worst"))
+        explained = _LEGEND
+        if joint is not None:
+            titles += f"{'intr.':>9}"
+            explained += _JOINT_LEGEND
+        head = f"{titles}{'time':>10}"
         ranked = sorted(
             self.results.items(),
             key=lambda item: (item[1].complete, item[1].average_accuracy[-1:]),
             reverse=True,
         )
-        return "\n".join([head, *(_row(label, result) for label, result in ranked)])
+        rows = [_row(label, result, joint) for label, result in ranked]
+        return "\n".join([head, *rows, "", *explained])
 
     def __repr__(self) -> str:
         return str(self)
@@ -220,16 +236,23 @@ def _checked_specs(
     return specs
 
 
-def _row(label: str, result: Result) -> str:
-    average = result.average_accuracy
+def _row(label: str, result: Result, joint: Result | None) -> str:
+    average, strength = result.average_accuracy, result.config.get("strength")
     cells = [
         f"{label:<12}",
-        f"{result.config['strength']:>10g}" if "strength" in result.config else " " * 10,
+        f"{'-':>10}" if strength is None else f"{strength:>10g}",
         f"{average[-1]:>10.4f}" if average else f"{'-':>10}",
         _number(result.forgetting, ">12.4f"),
         _number(result.backward_transfer, ">+9.4f"),
-        f"{result.seconds:>8.1f} s",
+        _number(result.forward_transfer, ">+9.4f"),
+        _number(result.learning_accuracy, ">9.4f"),
+        _number(result.worst_accuracy, ">9.4f"),
     ]
+    if joint is not None:
+        missed = result.intransigence(joint)
+        missed = missed[np.isfinite(missed)]
+        cells.append(_number(float(missed.mean()) if len(missed) else math.nan, ">+9.4f"))
+    cells.append(f"{result.seconds:>8.1f} s")
     return "".join(cells) + (f"  stopped early: {result.stopped}" if result.stopped else "")
 
 

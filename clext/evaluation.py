@@ -14,7 +14,7 @@ from clext.module_mode import module_mode
 
 if TYPE_CHECKING:
     from clext.methods import Method
-    from clext.result import Step
+    from clext.metrics import Step
     from clext.scenarios import Scenario
 
 # Large enough that a batch keeps every core busy, small enough for any model's activations.

@@ -67,7 +67,7 @@ def describe_learner(method: Method) -> dict[str, Any]:
     options = {part.name: _options(part) for part in method.parts}
     return {
         "method": method.label,
-        "strength": method.strength,
+        "strength": next((p.strength for p in method.parts if p.has_strength), None),
         "method_options": options[method.name] if len(options) == 1 else options,
         "model": _describe_model(model),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -8,12 +8,24 @@ not reached. All results are in the units of `accuracy` (here fractions, not per
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Step(TypedDict):
+    """Accuracies taken within a task: which task and how many of its steps, on tasks 0..task."""
+
+    task: int
+    step: int
+    accuracy: list[float]
 
 
 def tasks_learned(accuracy: Matrix) -> int:
@@ -55,3 +67,55 @@ def backward_transfer(accuracy: Matrix) -> float:
     if last < 1:
         return math.nan
     return float((accuracy[last, :last] - np.diagonal(accuracy)[:last]).mean())
+
+
+def forward_transfer(before: Vector, untrained: Vector) -> float:
+    """Mean over tasks 2..T of (accuracy just before learning it - accuracy of the untrained model).
+
+    FWT of Lopez-Paz & Ranzato 2017 (arXiv:1706.08840, equation 4):
+    FWT = 1/(T-1) sum_{j>1} ( R_{j-1,j} - b_j ). Positive when earlier tasks helped. `before` and
+    `untrained` are [T]; tasks that were not begun are NaN in `before` and left out. NaN before a
+    second task is begun.
+    """
+    gains = (before - untrained)[1:]
+    gains = gains[np.isfinite(gains)]
+    return float(gains.mean()) if len(gains) else math.nan
+
+
+def learning_accuracy(accuracy: Matrix) -> float:
+    """Mean over the tasks of the accuracy just after learning it.
+
+    LA of Riemer et al. 2019 (arXiv:1810.11910): 1/T sum_j R_{j,j}. NaN before a task is
+    learned.
+    """
+    count = tasks_learned(accuracy)
+    return float(np.diagonal(accuracy)[:count].mean()) if count else math.nan
+
+
+def intransigence(accuracy: Matrix, joint: Matrix) -> Vector:
+    """Entry k: what learning all tasks 0..k together would have given on task k, more than it did.
+
+    I_k of Chaudhry et al. 2018 (arXiv:1801.10112, section 3): I_k = a*_k - a_{k,k}, a*_k the
+    accuracy on task k of a model trained on the data of tasks 0..k at once: the diagonal of
+    `joint`, the matrix of such a run. Negative where learning one after the other did better. [T],
+    NaN for tasks that either has not learned.
+    """
+    return np.diagonal(joint) - np.diagonal(accuracy)
+
+
+def worst_accuracy(accuracy: Matrix, steps: Sequence[Step] = ()) -> float:
+    """Mean over the earlier tasks of the lowest accuracy found on it since it was learned.
+
+    min-ACC of De Lange et al. 2023 (arXiv:2205.13452): 1/(T-1) sum_{j<T} min_n A_j(n),
+    n over all evaluations after task j has ended. Those at the ends of tasks are in `accuracy`; the
+    drop at the beginning of a task, the stability gap, is seen by `steps` alone, which are taken
+    within tasks. NaN before a task has been tested again.
+    """
+    lowest: dict[int, float] = {}
+    learned = tasks_learned(accuracy)
+    ends = [(k, accuracy[k, :k].tolist()) for k in range(learned)]
+    within = [(step["task"], step["accuracy"]) for step in steps]
+    for task, accuracies in ends + within:
+        for j, value in enumerate(accuracies[:task]):
+            lowest[j] = min(value, lowest.get(j, value))
+    return math.fsum(lowest.values()) / len(lowest) if lowest else math.nan

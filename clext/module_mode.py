@@ -1,11 +1,11 @@
-"""Train and eval mode for a while, and back to exactly what was."""
+"""A model as it has to be for a while, and back to exactly what was."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,3 +18,21 @@ def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside work on copies of the buffers: batch statistics do not move."""
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[int, Tensor] = {}  # one for each, also where modules share it
+    for module, buffers in kept:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                copies.setdefault(id(buffer), buffer.clone())
+                module._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)

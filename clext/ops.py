@@ -133,6 +133,29 @@ def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, sc
     _ops.sliced_importance_.default(acc, jacobian, slices, scale)
 
 
+def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
+    """Products of all pairs of K past gradients and the current one, summed over all tensors.
+
+    `rows[i]`: [K, *grads[i].shape], the gradients of K past tasks by parameter i, in the state
+    dtype of grads[i] (float64 for float64, else float32); K <= 1024. Returns float64
+    [K + 1, K + 1] on their device, symmetric: entry (k, l) is <rows[k], rows[l]>, the last row and
+    column belong to `grads`. No entry depends on the number of threads, and the rows are read once.
+    GEM (Lopez-Paz and Ranzato 2017, arXiv:1706.08840), A-GEM (Chaudhry et al. 2019,
+    arXiv:1812.00420).
+    """
+    return cast("Tensor", _ops.gradient_gram.default(rows, grads))
+
+
+def project_gradient_(grads: TensorList, rows: TensorList, weights: Tensor) -> None:
+    """Add the sum over k of weights[k] * rows[i][k] to grads[i] (GEM, A-GEM).
+
+    `rows[i]`: [K, *grads[i].shape] in the state dtype of grads[i]; `weights`: float64 [K] on their
+    device, where it is read: the host does not wait. A row whose weight is zero is not read, and
+    where all are zero nothing is; NaN is not zero. The sum is formed in the state dtype.
+    """
+    _ops.project_gradient_.default(grads, rows, weights)
+
+
 def consolidate_importance_(
     importances: TensorList,
     anchors: TensorList,

@@ -91,6 +91,13 @@ def allocate_state(params: Sequence[Tensor]) -> list[Tensor]:
     return cast("list[Tensor]", views)
 
 
+def allocate_rows(parameter: Tensor, count: int) -> Tensor:
+    """Zeros [count, *parameter.shape], each row laid out like the parameter, in its state dtype."""
+    size = parameter.numel()
+    flat = torch.zeros(count * size, dtype=state_dtype(parameter.dtype), device=parameter.device)
+    return flat.as_strided((count, *parameter.shape), (size, *parameter.stride()))
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether clext was built with kernels for `device`; elsewhere the ops run in plain torch."""
     return device.type == "cpu" or (device.type == "cuda" and build_info()["cuda"] is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,12 +41,19 @@ _STYLES = {
     "si": _Style("#009E73", (0, (6, 1.5, 1, 1.5)), "^"),
     "rwalk": _Style("#D55E00", "-", "D"),
     "scp": _Style("#CC79A7", (0, (3, 1)), "v"),
+    "lwf": _Style("#56B4E9", "-", "P"),
+    "gem": _Style("#009E73", "-", "p"),
+    "agem": _Style("#009E73", (0, (3, 1)), "h"),
+    "replay": _Style("#0072B2", (0, (5, 1.5)), "X"),
+    "icarl": _Style("#E69F00", "-", "*"),
+    "dgr": _Style("#CC79A7", "-", "<"),
+    "joint": _Style("#000000", "-", "d"),
 }
 _OTHER_STYLES = (
-    _Style("#56B4E9", "-", "P"),
-    _Style("#666666", (0, (5, 1.5)), "*"),
-    _Style("#0072B2", (0, (6, 1.5, 1, 1.5)), "h"),
-    _Style("#D55E00", (0, (1, 1.5)), "X"),
+    _Style("#666666", (0, (5, 1.5)), ">"),
+    _Style("#56B4E9", (0, (6, 1.5, 1, 1.5)), "8"),
+    _Style("#D55E00", (0, (1, 1.5)), "H"),
+    _Style("#666666", "-", "s"),
 )
 
 
@@ -65,8 +72,7 @@ def plot_curves(
     tasks, epochs = int(first.config["tasks"]), int(first.config["epochs"])
     figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    others = cycle(_OTHER_STYLES)
-    styles = {label: _STYLES.get(label) or next(others) for label in results}
+    styles = _styles(results)
     lines = [(label, result.curve, styles[label]) for label, result in results.items()]
     lines = [line for line in lines if line[1]]
     for rank, (_, curve, style) in enumerate(lines):
@@ -75,11 +81,39 @@ def plot_curves(
         _draw_line(axes, curve, style, markers=(offset, epochs))
     _draw_frame(axes, first, tasks, epochs)
     _label_ends(axes, lines)
+    save_figure(figure, path)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Save it at `path`, if that is given, in a folder that is made if need be."""
     if path is not None:
         file = Path(path).expanduser()
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
-    return figure
+
+
+def title_of(result: Result) -> str:
+    """What was learned, such as "Split MNIST, class-incremental"."""
+    config = result.config
+    data = str(config.get("data", {}).get("name", config.get("dataset", "")))
+    scenario = str(config.get("scenario", "")).capitalize()
+    return f"{scenario} {_TITLES.get(data, data)}{result.setting}"
+
+
+def _styles(labels: Iterable[str]) -> dict[str, _Style]:
+    """The style of each label, no two alike while there are enough.
+
+    A combination takes that of its second method unless this is drawn as well.
+    """
+    styles: dict[str, _Style] = {label: _STYLES[label] for label in labels if label in _STYLES}
+    others = cycle(_OTHER_STYLES)
+    for label in labels:
+        if label not in styles:
+            second = _STYLES.get(label.rpartition("+")[2])
+            is_free = second is not None and second not in styles.values()
+            styles[label] = second if second and is_free else next(others)
+    return styles
 
 
 def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple[int, int]) -> None:
@@ -99,12 +133,7 @@ def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple
 
 
 def _draw_frame(axes: Axes, result: Result, tasks: int, epochs: int) -> None:
-    config = result.config
-    data = str(config.get("data", {}).get("name", config.get("dataset", "")))
-    scenario = str(config.get("scenario", "")).capitalize()
-    axes.set_title(
-        f"{scenario} {_TITLES.get(data, data)}", loc="left", pad=20, fontsize=12, fontweight="bold"
-    )
+    axes.set_title(title_of(result), loc="left", pad=20, fontsize=12, fontweight="bold")
     axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
     axes.set_ylabel("Average accuracy over the tasks seen")
     axes.set_xlim(0, tasks * epochs)

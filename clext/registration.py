@@ -38,6 +38,8 @@ _REFERENCES: dict[str, Callable[..., object]] = {
         reference.accumulate_square_,
         reference.accumulate_abs_,
         reference.sliced_importance_,
+        reference.gradient_gram,
+        reference.project_gradient_,
         reference.consolidate_importance_,
         reference.consolidate_all_anchors_,
         reference.consolidate_path_integral_,
@@ -84,12 +86,23 @@ def _fake_sum(tensors: TensorList) -> Tensor:
     return tensors[0].new_empty((), dtype=widest(tensors))
 
 
+def _fake_gram(rows: TensorList, grads: TensorList) -> Tensor:
+    if not rows:
+        return torch.empty((1, 1), dtype=torch.float64)
+    count = rows[0].shape[0] + 1
+    return grads[0].new_empty((count, count), dtype=torch.float64)
+
+
+# The only ops with a formula for autograd, at the end of this file.
+_DIFFERENTIABLE = ("quadratic_penalty", "quadratic_penalty_backward")
+
 _FAKES: dict[str, Callable[..., object]] = {
     "quadratic_penalty": lambda params, _anchors, _importances: _fake_sum(params),
     "quadratic_penalty_backward": lambda _grad, params, _anchors, _importances: [
         torch.empty_like(entry) for entry in params
     ],
     "add_quadratic_penalty_grad_": lambda _grads, params, *_others: _fake_sum(params),
+    "gradient_gram": _fake_gram,
     "consolidate_all_anchors_": lambda importances, *_others: _fake_sum(importances),
     "sgd_step_": lambda params, *_others, **_options: _fake_sum(params),
     "adam_step_": lambda params, *_others, **_options: _fake_sum(params),
@@ -103,7 +116,7 @@ def _register() -> None:
         # In-place ops return nothing unless said otherwise.
         fake = _FAKES.get(name, lambda *_arguments, **_options: None)
         torch.library.register_fake(f"clext::{name}", _on_one_device(name, fake), lib=_library)
-        if name.endswith("_"):
+        if name not in _DIFFERENTIABLE:
             # Not differentiable, though parameters require gradients: nothing is to be recorded.
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clext import metrics
 from clext.storage import read_json, writable_folder, write_json
@@ -17,17 +19,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "result.json"
 PICTURE_NAME = "accuracy.png"
+MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
 _WIDEST_TABLE = 10
-
-
-class Step(TypedDict):
-    """Accuracies taken within a task: which task and how many of its steps, on tasks 0..task."""
-
-    task: int
-    step: int
-    accuracy: list[float]
 
 
 @dataclass(eq=False, repr=False)
@@ -52,7 +47,7 @@ class Result:
     config: dict[str, Any]
     before: metrics.Vector
     untrained: metrics.Vector
-    steps: list[Step] = field(default_factory=list)
+    steps: list[metrics.Step] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
 
@@ -88,6 +83,44 @@ class Result:
         return metrics.backward_transfer(self.accuracy)
 
     @property
+    def forward_transfer(self) -> float:
+        """Mean gain on later tasks before they were learned (Lopez-Paz & Ranzato 2017)."""
+        return metrics.forward_transfer(self.before, self.untrained)
+
+    @property
+    def learning_accuracy(self) -> float:
+        """Mean accuracy on each task just after learning it (Riemer et al. 2019)."""
+        return metrics.learning_accuracy(self.accuracy)
+
+    @property
+    def worst_accuracy(self) -> float:
+        """Mean of the lowest accuracies on the earlier tasks since (De Lange et al. 2023).
+
+        Within tasks it is looked for in `steps`, which `evaluate_every` fills.
+        """
+        return metrics.worst_accuracy(self.accuracy, self.steps)
+
+    def intransigence(self, joint: Result) -> metrics.Vector:
+        """What a joint run does better on each task just after learning it (Chaudhry et al. 2018).
+
+        Args:
+            joint: the result of method "joint" on the same tasks.
+
+        Returns:
+            float64 [T], NaN for tasks that either has not learned; its mean is the intransigence
+            of the run.
+
+        Raises:
+            ValueError: `joint` has another number of tasks.
+        """
+        if joint.accuracy.shape != self.accuracy.shape:
+            raise ValueError(
+                f"intransigence: expected a joint run of {len(self.accuracy)} tasks, got one of "
+                f"{len(joint.accuracy)}"
+            )
+        return metrics.intransigence(self.accuracy, joint.accuracy)
+
+    @property
     def label(self) -> str:
         """The method's name, as in pictures and tables."""
         return str(self.config["method"])
@@ -101,12 +134,31 @@ class Result:
 
         return plot_curves({self.label: self}, path)
 
+    def plot_matrix(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the accuracy on each task after each task as a heat map; save it at `path`.
+
+        Up to ten tasks the accuracies are written into the cells.
+        """
+        from clext.heat_map import plot_matrix
+
+        return plot_matrix(self, path)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The names of the pictures that `save` draws."""
+        return [PICTURE_NAME, MATRIX_NAME] if len(self.accuracy) > 1 else [PICTURE_NAME]
+
     def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
-        """Write `result.json`, and the picture `accuracy.png`, to `folder`; replaces older ones."""
+        """Write `result.json` to `folder`, replacing an older one, and the pictures.
+
+        They are `accuracy.png`, and for more than one task `matrix.png`.
+        """
         target = writable_folder(folder, "save")
         write_json(target / FILE_NAME, _KIND, self.to_json())
         if picture:
             self.plot(target / PICTURE_NAME)
+            if MATRIX_NAME in self.pictures:
+                self.plot_matrix(target / MATRIX_NAME)
         return target
 
     @classmethod
@@ -122,6 +174,9 @@ class Result:
                 "average_accuracy": self.average_accuracy,
                 "forgetting": self.forgetting,
                 "backward_transfer": self.backward_transfer,
+                "forward_transfer": self.forward_transfer,
+                "learning_accuracy": self.learning_accuracy,
+                "worst_accuracy": self.worst_accuracy,
                 "seconds": self.seconds,
             },
             "stopped": self.stopped,
@@ -136,23 +191,24 @@ class Result:
 
     @classmethod
     def from_json(cls, content: dict[str, Any], origin: str) -> Self:
-        """The result that `to_json` described; `origin` is named in errors."""
+        """The result that `to_json` described; `origin` is named in errors.
+
+        What older versions did not record is NaN, and there are no steps.
+        """
         try:
-            accuracy = np.array(content["accuracy"], dtype=np.float64)
-            curve = [float(value) for value in content["curve"]]
+            config = dict(content["config"])
+            tasks = int(config["tasks"])
+            unknown = [None] * tasks
             result = cls(
-                accuracy,
-                curve,
-                dict(content["config"]),
-                np.array(content["before"], dtype=np.float64),
-                np.array(content["untrained"], dtype=np.float64),
-                list(content["steps"]),
+                _accuracies("accuracy", content["accuracy"], (tasks, tasks)),
+                _accuracies("curve", content["curve"], missing=False).tolist(),
+                config,
+                _accuracies("before", content.get("before", unknown), (tasks,)),
+                _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
+                [_checked_step(step, tasks) for step in content.get("steps", [])],
                 dict(content["timings"]),
                 content["stopped"],
             )
-            tasks = int(result.config["tasks"])
-            if accuracy.shape != (tasks, tasks):
-                raise ValueError(f"accuracy has shape {list(accuracy.shape)}, not {[tasks, tasks]}")
             if not {"method", "epochs"} <= result.config.keys():
                 raise ValueError("config lacks the method or the epochs")
         except KeyError as error:
@@ -167,15 +223,21 @@ class Result:
     def __str__(self) -> str:
         lines = [self._headline()]
         if self.average_accuracy:
-            lines += ["", *self._table(), "", self._footer()]
+            lines += ["", *self._table(), "", *self._footer()]
         if self.stopped:
             lines += [f"stopped early: {self.stopped}"]
         return "\n".join(lines)
 
+    @property
+    def setting(self) -> str:
+        """For titles: ", class-incremental", say; nothing for a domain-incremental run."""
+        incremental = self.config.get("incremental", "domain")
+        return "" if incremental == "domain" else f", {incremental}-incremental"
+
     def _headline(self) -> str:
         config, average = self.config, self.average_accuracy
         data = config.get("data", {}).get("name", config.get("dataset", ""))
-        what = f"{self.label} on {config.get('scenario', '')} {data}"
+        what = f"{self.label} on {config.get('scenario', '')} {data}{self.setting}"
         if config.get("precision", "fp32") != "fp32":
             what += f" in {config['precision']}"
         epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
@@ -193,15 +255,60 @@ class Result:
             rows.append(f"{f'after task {k + 1}':<14}{''.join(cells[:columns])}{average:9.4f}")
         return rows
 
-    def _footer(self) -> str:
-        parts = [f"{self.seconds:.1f} s"]
-        if len(self.average_accuracy) > 1:
-            parts = [
-                f"forgetting {self.forgetting:.4f}",
-                f"backward transfer {self.backward_transfer:+.4f}",
-                *parts,
-            ]
+    def _footer(self) -> list[str]:
+        lines = [
+            [
+                ("forgetting", self.forgetting, ".4f"),
+                ("backward transfer", self.backward_transfer, "+.4f"),
+                ("forward transfer", self.forward_transfer, "+.4f"),
+            ],
+            [
+                ("learning accuracy", self.learning_accuracy, ".4f"),
+                ("worst since learning", self.worst_accuracy, ".4f"),
+            ],
+        ]
+        known = [
+            [f"{name} {value:{form}}" for name, value, form in entries if not math.isnan(value)]
+            for entries in lines
+        ]
+        time = f"{self.seconds:.1f} s"
         if self.timings:
             spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
-            parts[-1] += f" ({spent})"
-        return ", ".join(parts)
+            time += f" ({spent})"
+        return [", ".join(parts) for parts in known if parts] + [time]
+
+
+def _accuracies(
+    name: str,
+    values: Any,  # noqa: ANN401  (as it was read)
+    shape: tuple[int, ...] | None = None,
+    *,
+    missing: bool = True,
+) -> NDArray[np.float64]:
+    """`values` as accuracies, NaN where they are missing and may be; ValueError if they are not."""
+    array = np.array(values, dtype=np.float64)
+    shape = (len(values),) if shape is None else shape
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
+    fits = ((array >= 0) & (array <= 1)) | (np.isnan(array) & missing)
+    if not fits.all():
+        raise ValueError(f"{name} holds {array[~fits].flat[0]:g}, expected accuracies in [0, 1]")
+    return array
+
+
+def _checked_step(entry: Any, tasks: int) -> metrics.Step:  # noqa: ANN401  (as it was read)
+    """An entry of `steps`; ValueError if it is none."""
+    if (
+        not isinstance(entry, dict)
+        or entry.keys() != {"task", "step", "accuracy"}
+        or type(entry["task"]) is not int
+        or type(entry["step"]) is not int
+        or not 0 <= entry["task"] < tasks
+        or entry["step"] < 1
+    ):
+        raise ValueError(
+            f"steps holds {entry!r}, expected a task below {tasks}, its step and accuracies"
+        )
+    shape = (entry["task"] + 1,)
+    accuracy = _accuracies("accuracy of a step", entry["accuracy"], shape, missing=False)
+    return {"task": entry["task"], "step": entry["step"], "accuracy": accuracy.tolist()}

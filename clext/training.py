@@ -49,10 +49,12 @@ class NonFiniteLossError(RuntimeError):
         what = f"the loss became {loss}"
         if math.isfinite(loss):
             what = f"a parameter became NaN or infinite (the loss was still {loss:.4g})"
+        remedy = f"try a smaller lr (now {config['lr']:g})"
+        if config["strength"] is not None:
+            remedy += f" or strength (now {config['strength']:g})"
         return cls(
             f"{config['method']}: {what} at task {task + 1}, epoch {epoch + 1}, step {step + 1}; "
-            f"the model's weights are of no use now; try a smaller lr (now {config['lr']:g}) or "
-            f"strength (now {config['strength']:g})",
+            f"the model's weights are of no use now; {remedy}",
             result,
         )
 

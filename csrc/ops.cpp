@@ -264,6 +264,8 @@ TORCH_LIBRARY(clext, m) {
   m.def("accumulate_abs_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
   m.def("sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
         tags);
+  m.def("gradient_gram(Tensor[] rows, Tensor[] grads) -> Tensor", tags);
+  m.def("project_gradient_(Tensor(a!)[] grads, Tensor[] rows, Tensor weights) -> ()", tags);
   m.def(
       "consolidate_importance_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
       "Tensor[] estimate, Tensor[] params, float gamma) -> ()",
@@ -312,6 +314,8 @@ void register_kernels(torch::Library& m) {
   m.impl("accumulate_square_", TORCH_FN(clext::accumulate_square_));
   m.impl("accumulate_abs_", TORCH_FN(clext::accumulate_abs_));
   m.impl("sliced_importance_", TORCH_FN(clext::sliced_importance_));
+  m.impl("gradient_gram", TORCH_FN(clext::gradient_gram));
+  m.impl("project_gradient_", TORCH_FN(clext::project_gradient_));
   m.impl("consolidate_importance_", TORCH_FN(clext::consolidate_importance_));
   m.impl("consolidate_all_anchors_", TORCH_FN(clext::consolidate_all_anchors_));
   m.impl("consolidate_path_integral_", TORCH_FN(clext::consolidate_path_integral_));

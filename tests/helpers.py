@@ -147,7 +147,7 @@ def sample(op: Op, entries: tuple[Entry, ...], device: str = "cpu", seed: int = 
             wide = any(entry.dtype == torch.float64 for entry in entries)
             dtype = torch.float64 if wide else torch.float32
             values = normal(arg.shape) if arg.value is None else torch.full(arg.shape, arg.value)
-            arguments[arg.name] = values.to(device, dtype)
+            arguments[arg.name] = values.to(device, arg.dtype or dtype)
         else:
             arguments[arg.name] = arg.value
     return arguments
@@ -215,15 +215,17 @@ def check_against_reference(op: Op, arguments: Arguments) -> dict[str, Tensor]:
                 torch.cat([actual[key].flatten() for key in keys]),
                 torch.cat([expected[key].flatten() for key in keys]),
                 torch.float32 if coarse else state_dtype(dtype),
-                is_sum=name in actual,
+                # Products of both signs cancel: an entry is as exact as the largest one.
+                is_sum=name in actual and not op.returns,
                 # The movement of a parameter is that of what is stored, but exact is not rounded.
                 slack=_rounding(half, before["grads"], exact["params"])
                 if name == "path" and "params" in op.written
                 else 0.0,
             )
     if (value := actual.get("returns")) is not None:
-        assert value.shape == ()
-        assert value.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
+        assert value.shape == (op.returns if arguments[op.layout] else (1,) * len(op.returns))
+        wide = op.returns_double or torch.float64 in dtypes
+        assert value.dtype == (torch.float64 if wide else torch.float32)
     read = {arg.name for arg in op.args} - set(op.written)
     assert_same_bits(
         tensors_of({name: arguments[name] for name in read}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from clext import ops, reference
 
 ROWS, SLICES = 3, 5
@@ -60,6 +62,7 @@ class TensorArg:
     name: str
     shape: tuple[int, ...]
     value: float | None = None
+    dtype: torch.dtype | None = None  # the widest state's unless given
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class Op:
     mixed_dtypes: bool = True  # float32 and float64 parameters in one call
     couples_tensors: bool = False  # an element of importances depends on all tensors of the call
     variant: str = ""  # for an op with several entries
+    returns: tuple[int, ...] = ()  # shape of the tensor that is returned, if one is
+    returns_double: bool = False  # whatever the dtype of the lists
     by_name: bool = False  # all but the lists are keyword arguments
 
     @property

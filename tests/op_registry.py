@@ -6,7 +6,9 @@ follow from it.
 
 from __future__ import annotations
 
+import torch
 from op_arguments import (
+    NAN,
     ROWS,
     SLICES,
     Example,
@@ -157,6 +159,37 @@ OPS = (
         ),
         layout="acc",
         mixed_dtypes=False,
+    ),
+    Op(
+        "gradient_gram",
+        (ListArg("rows", "rows"), grads()),
+        (
+            Example(
+                {"rows": [[2.0], [3.0]], "grads": [5.0]},
+                {"returns": [[4.0, 6.0, 10.0], [6.0, 9.0, 15.0], [10.0, 15.0, 25.0]]},
+            ),
+        ),
+        layout="grads",
+        returns=(ROWS + 1, ROWS + 1),
+        returns_double=True,
+    ),
+    Op(
+        "project_gradient_",
+        (
+            grads("update"),
+            ListArg("rows", "rows"),
+            TensorArg("weights", (ROWS,), dtype=torch.float64),
+        ),
+        (
+            Example(
+                {"grads": [1.0], "rows": [[2.0], [3.0]], "weights": [0.5, -1.0]}, {"grads": [-1.0]}
+            ),
+            # What has no weight is not read.
+            Example(
+                {"grads": [1.0], "rows": [[2.0], [NAN]], "weights": [0.5, 0.0]}, {"grads": [2.0]}
+            ),
+        ),
+        layout="grads",
     ),
     Op(
         "consolidate_importance_",

@@ -29,7 +29,7 @@ class TestTrain:
         assert outcome.exit_code == 0, outcome.output
         assert "si on permuted digits: average accuracy 0." in outcome.stdout
         assert "after task 2" in outcome.stdout
-        assert "Saved in runs/si: result.json, accuracy.png" in outcome.stdout
+        assert "Saved in runs/si: result.json, accuracy.png, matrix.png" in outcome.stdout
         assert clext.Result.load(tmp_path / "runs" / "si").complete
 
     def test_never_replaces_an_earlier_result_unasked(self, tmp_path):

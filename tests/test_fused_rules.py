@@ -19,6 +19,9 @@ pytestmark = [
 ]
 
 
+TAKEN_OVER = [kind for kind in METHODS.values() if kind.fused_state is not None]
+
+
 @pytest.fixture(params=METHODS)
 def kind(request):
     return METHODS[request.param]
@@ -70,6 +73,7 @@ def test_previous_is_given_back(kind, device):
     assert "previous" not in method._state.lists
 
 
+@pytest.mark.parametrize("kind", TAKEN_OVER)
 def test_the_loop_of_the_other_way_is_refused(kind):
     model = make_model()
     method = kind(model)
@@ -308,6 +312,7 @@ def test_a_method_of_another_model_is_refused():
 # ----------------------------------------------------------------------------- CUDA graphs
 
 
+@pytest.mark.parametrize("kind", TAKEN_OVER)
 def test_launch_and_after_step_are_a_step(kind, device):
     results = []
     for apart in (False, True):
@@ -328,6 +333,7 @@ def test_launch_and_after_step_are_a_step(kind, device):
     assert_same_state(method.state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize("kind", TAKEN_OVER)
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
 def test_a_captured_step_is_replayed(kind, optimizer, device):
     """On CUDA forward, backward and step in a graph; elsewhere there is nothing to capture."""

@@ -27,6 +27,19 @@ def test_bad_strength_is_refused(kind, strength):
     assert method.strength == kind.default_strength
 
 
+@pytest.mark.parametrize("kind", [kind for kind in METHODS.values() if not kind.has_strength])
+def test_a_strength_without_a_penalty_is_refused(kind):
+    message = f"{kind.name} has no penalty, so no strength; leave it out"
+    with pytest.raises(ValueError, match=message):
+        make_method(kind.name, make_model(), strength=2.0)
+    method = kind(make_model(), strength=0.0)
+    with pytest.raises(ValueError, match=message):
+        method.strength = 2.0
+    state = {**method.state_dict(), "strength": 2.0}
+    with pytest.raises(ValueError, match=message):
+        method.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -65,16 +78,18 @@ def test_what_is_no_model_is_refused(kind, model):
 
 def test_every_option_is_an_attribute_and_shown(kind):
     method = kind(make_model())
-    assert repr(method).startswith(f"{kind.__name__}(strength=")
+    assert repr(method).startswith(f"{kind.__name__}(")
+    assert ("strength=" in repr(method)) == kind.has_strength
     assert repr(method).endswith("tasks=0; 57 parameters)")
 
 
 def test_make_method_by_name(kind):
     model = make_model()
-    method = make_method(kind.name, model, strength=2.0)
+    method = make_method(kind.name, model)
     assert type(method) is kind
     assert method.model is model
-    assert method.strength == 2.0
+    if kind.has_strength:
+        assert make_method(kind.name, model, strength=2.0).strength == 2.0
     assert make_method(kind.name, model).strength == kind.default_strength
     assert make_method(method, model) is method
 

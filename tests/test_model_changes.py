@@ -21,7 +21,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-@pytest.fixture(params=[kind for kind in METHODS if METHODS[kind].state_names])
+@pytest.fixture(params=[name for name, kind in METHODS.items() if kind.state_names])
 def kind(request):
     return METHODS[request.param]
 

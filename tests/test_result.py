@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 
-from clext import Comparison, Result
+from clext import Comparison, Result, plotting
 from clext.plotting import spread
 
 NAN = math.nan
@@ -32,6 +33,8 @@ def result(method: str = "ewc", tasks: int = 3, epochs: int = 2, done: int | Non
     }
     result = Result.empty(len(accuracy), config)
     result.accuracy[:], result.curve = accuracy, curve
+    result.untrained[:] = 0.1
+    result.before[: done + 1] = 0.15
     result.timings |= {"training": 2.0, "evaluation": 0.5}
     return result
 
@@ -42,6 +45,11 @@ class TestNumbers:
         assert ours.average_accuracy == pytest.approx([0.87, 0.82, 0.77])
         assert ours.forgetting == pytest.approx(0.15)
         assert ours.backward_transfer == pytest.approx(-0.15)
+        assert ours.forward_transfer == pytest.approx(0.05)
+        assert ours.learning_accuracy == pytest.approx(0.87)
+        assert ours.worst_accuracy == pytest.approx((0.67 + 0.77) / 2)
+        ours.steps = [{"task": 2, "step": 1, "accuracy": [0.5, 0.9, 0.1]}]
+        assert ours.worst_accuracy == pytest.approx((0.5 + 0.77) / 2)
         assert ours.seconds == 2.5
         assert ours.complete
 
@@ -52,6 +60,12 @@ class TestNumbers:
         assert ours.average_accuracy == pytest.approx([0.87])
         assert "after 1 of 3 tasks" in str(ours)
         assert "stopped early: the power went out" in str(ours)
+
+    def test_intransigence_is_measured_against_a_joint_run(self):
+        joint = result("joint")  # by its longer name 0.02 worse on every task
+        assert result().intransigence(joint) == pytest.approx([-0.02] * 3)
+        with pytest.raises(ValueError, match="expected a joint run of 3 tasks, got one of 2"):
+            result().intransigence(result("joint", tasks=2))
 
     def test_nothing_done_can_still_be_read(self):
         assert "no task finished" in str(result(done=0))
@@ -67,7 +81,9 @@ class TestText:
             "after task 2     0.7700   0.8700            0.8200",
             "after task 3     0.6700   0.7700   0.8700   0.7700",
             "",
-            "forgetting 0.1500, backward transfer -0.1500, 2.5 s (training 2.0, evaluation 0.5)",
+            "forgetting 0.1500, backward transfer -0.1500, forward transfer +0.0500",
+            "learning accuracy 0.8700, worst since learning 0.7200",
+            "2.5 s (training 2.0, evaluation 0.5)",
         ]
         assert repr(result()) == str(result())
 
@@ -84,12 +100,43 @@ class TestText:
             "strength",
             "accuracy",
             "forgetting",
-            "BWT",
+            *("BWT", "FWT", "LA", "worst"),
             "time",
         ]
-        assert [line.split()[0] for line in lines[1:]] == ["si", "ewc", "rwalk"]
-        assert lines[2].split() == ["ewc", "2.5", "0.7700", "0.1500", "-0.1500", "2.5", "s"]
-        assert lines[3].split() == ["rwalk", "2.5", "0.8500", "-", "-", "2.5", "s"]
+        assert [line.split()[0] for line in lines[1:4]] == ["si", "ewc", "rwalk"]
+        numbers = ["0.7700", "0.1500", "-0.1500", "+0.0500", "0.8700", "0.7200"]
+        assert lines[2].split() == ["ewc", "2.5", *numbers, "2.5", "s"]
+        assert lines[3].split() == [
+            *("rwalk", "2.5", "0.8500", "-", "-", "+0.0500", "0.8500", "-", "2.5", "s")
+        ]
+        assert lines[4] == ""
+        assert "BWT, FWT: backward and forward transfer" in lines[5]
+        assert "intr." not in str(Comparison(runs))
+
+    def test_a_comparison_with_a_joint_run_has_intransigence(self):
+        lines = str(Comparison({"ewc": result("ewc"), "joint": result("joint")})).splitlines()
+        assert lines[0].split()[-2:] == ["intr.", "time"]
+        rows = {line.split()[0]: line.split() for line in lines[1:3]}
+        assert rows["ewc"][8] == "-0.0200"
+        assert rows["joint"][8] == "+0.0000"
+        assert lines[-1].startswith("intr.: intransigence")
+
+    def test_no_strength_is_a_dash(self):
+        ours = result("gem")
+        ours.config["strength"] = None
+        assert str(Comparison({"gem": ours})).splitlines()[1].split()[:2] == ["gem", "-"]
+
+    @pytest.mark.parametrize("incremental", ["task", "class"])
+    def test_what_is_told_apart_is_in_the_titles(self, incremental):
+        ours = result()
+        ours.config["incremental"] = incremental
+        expected = f"ewc on permuted digits, {incremental}-incremental: average"
+        assert str(ours).startswith(expected)
+        title = f"Permuted digits, {incremental}-incremental"
+        assert ours.plot().axes[0].get_title(loc="left") == title
+        assert ours.plot_matrix().axes[0].get_title(loc="left") == f"ewc\n{title}"
+        ours.config["incremental"] = "domain"
+        assert "incremental" not in str(ours)
 
 
 class TestFiles:
@@ -151,7 +198,7 @@ class TestFiles:
             ("[]", "expected a result saved by clext, found kind None"),
             ('{"kind": "comparison", "format": 1}', "found kind 'comparison'"),
             ('{"kind": "result", "format": 99}', "expected format 1, found 99"),
-            ('{"kind": "result", "format": 1}', "not a complete result: 'accuracy' is missing"),
+            ('{"kind": "result", "format": 1}', "not a complete result: 'config' is missing"),
         ],
     )
     def test_foreign_files_are_refused_by_name(self, tmp_path, content, message):
@@ -168,6 +215,19 @@ class TestFiles:
             ("accuracy", [[1.0]], r"shape \[1, 1\], not \[3, 3\]"),
             ("accuracy", "high", "not a valid result"),
             ("curve", [None], "not a valid result"),
+            ("curve", [[0.5]], "not a valid result"),
+            ("curve", [80.0], r"curve holds 80, expected accuracies in \[0, 1\]"),
+            ("accuracy", [[1.5, None, None], [1, 1, None], [1, 1, 1]], "accuracy holds 1.5"),
+            ("accuracy", [[-0.5, None, None], [1, 1, None], [1, 1, 1]], "accuracy holds -0.5"),
+            ("before", [0.1, 0.2], r"before has shape \[2\], not \[3\]"),
+            ("untrained", 0.1, r"untrained has shape \[\], not \[3\]"),
+            ("untrained", [0.1, 2, 0.1], "untrained holds 2"),
+            ("steps", [3], "steps holds 3, expected a task below 3"),
+            ("steps", [{"task": 3, "step": 1, "accuracy": [0.1] * 4}], "a task below 3"),
+            ("steps", [{"task": 0, "step": 0, "accuracy": [0.1]}], "steps holds"),
+            ("steps", [{"task": 1, "step": 1, "accuracy": [0.1]}], r"shape \[1\], not \[2\]"),
+            ("steps", [{"task": 0, "step": 1, "accuracy": [None]}], "a step holds nan"),
+            ("steps", "abc", "steps holds 'a'"),
             ("config", {"tasks": 3}, "lacks the method"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
@@ -178,6 +238,20 @@ class TestFiles:
         file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
         with pytest.raises(ValueError, match=message):
             Result.load(file)
+
+    def test_results_of_older_versions_load_without_what_they_lack(self, tmp_path):
+        result().save(tmp_path, picture=False)
+        file = tmp_path / "result.json"
+        content = json.loads(file.read_text())
+        for key in ("before", "untrained", "steps"):
+            del content[key]
+        file.write_text(json.dumps(content))
+        theirs = Result.load(file)
+        assert np.isnan(theirs.before).all()
+        assert np.isnan(theirs.untrained).all()
+        assert theirs.steps == []
+        assert math.isnan(theirs.forward_transfer)
+        assert "forward transfer" not in str(theirs)
 
     def test_missing_files(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"result\.json: no such file"):
@@ -247,6 +321,67 @@ class TestPicture:
         result().save(tmp_path)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (run.stdout.strip(), run.stderr) == ("False", "")
+
+    def test_a_method_keeps_its_style_and_a_combination_takes_its_seconds_if_free(self):
+        def looks(*names: str) -> dict[str, tuple]:
+            lines = Comparison({name: result(name) for name in names}).plot().axes[0].lines
+            curves = [line for line in lines if len(line.get_xdata()) == 6]
+            return {
+                name: (line.get_color(), line.get_marker(), line._dash_pattern)
+                for name, line in zip(names, curves, strict=True)
+            }
+
+        known = tuple(plotting._STYLES)
+        alone = {name: looks(name)[name] for name in known}
+        assert looks(*known) == alone
+        assert len({marker for _, marker, _ in alone.values()}) == len(known)
+        assert looks("ewc+replay")["ewc+replay"] == alone["replay"]
+        both = looks("ewc+replay", "replay", "si+replay")
+        assert both["replay"] == alone["replay"]
+        assert len({style[:2] for style in both.values()}) == 3
+
+
+class TestHeatMap:
+    def test_shows_each_accuracy_where_it_was_taken(self, tmp_path):
+        ours = result(done=2)
+        axes = ours.plot_matrix(tmp_path / "new" / "m.png").axes[0]
+        assert (tmp_path / "new" / "m.png").stat().st_size > 5_000
+        shown = axes.images[0].get_array()
+        np.testing.assert_array_equal(shown.filled(NAN), ours.accuracy)
+        texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
+        assert texts == {(0, 0, "0.87"), (0, 1, "0.77"), (1, 1, "0.87")}
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("Accuracy on task", "After learning task")
+
+    def test_numbers_can_be_read_on_their_cells(self):
+        ours = result(tasks=10)
+        ours.accuracy[9] = np.linspace(0, 1, 10)
+        axes = ours.plot_matrix().axes[0]
+        image = axes.images[0]
+        for text in axes.texts:
+            j, k = map(int, text.get_position())
+            cell = luminance(image.cmap(image.norm(ours.accuracy[k, j])))
+            ink = luminance(to_rgba(text.get_color()))
+            assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) > 4.5  # WCAG AA
+
+    def test_many_tasks_have_no_numbers(self):
+        axes = result(tasks=30).plot_matrix().axes[0]
+        assert not axes.texts
+        assert len(axes.get_xticks()) <= 11
+
+    def test_is_saved_where_there_is_more_than_one_task(self, tmp_path):
+        result().save(tmp_path / "many")
+        result(tasks=1).save(tmp_path / "one")
+        names = ["accuracy.png", "matrix.png", "result.json"]
+        assert sorted(file.name for file in (tmp_path / "many").iterdir()) == names
+        names.remove("matrix.png")
+        assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
+
+
+def luminance(color: tuple[float, ...]) -> float:
+    """Relative luminance of a colour, as the guidelines for readable text define it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 class TestSpread:

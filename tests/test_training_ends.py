@@ -141,7 +141,9 @@ class TestEarlyEnd:
 
         clext.train(Spy(small()), out=tmp_path, **QUICK)
         assert len(seen[0]["summary"]["average_accuracy"]) == 1
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "result.json"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            *("accuracy.png", "matrix.png", "result.json")
+        ]
 
     def test_a_disk_that_fills_up_does_not_cost_the_run(self, tmp_path, monkeypatch):
         def full(*_args: object) -> None:

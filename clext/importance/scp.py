@@ -19,9 +19,8 @@ from clext.importance.evaluation import (
     single_outputs,
 )
 from clext.options import integer
-from clext.parameters import allocate_state
+from clext.parameters import allocate_rows, allocate_state
 from clext.seeding import generator
-from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,7 +109,7 @@ class _Jacobian:
                 self._weights = directions
             else:
                 self._directions = directions
-        self._rows = [_rows_like(entry, len(self._weights)) for entry in params]
+        self._rows = [allocate_rows(entry, len(self._weights)) for entry in params]
 
     def add(self, outputs: Tensor, calls: Sequence[Call], attribution: Attribution) -> None:
         """Add the samples of one batch.
@@ -177,10 +176,3 @@ class _Jacobian:
                 1.0 / len(self._directions),
             )
         return sums
-
-
-def _rows_like(parameter: Tensor, count: int) -> Tensor:
-    """Zeros [count, *parameter.shape], each row laid out like the parameter, in its state dtype."""
-    size = parameter.numel()
-    flat = torch.zeros(count * size, dtype=state_dtype(parameter.dtype), device=parameter.device)
-    return flat.as_strided((count, *parameter.shape), (size, *parameter.stride()))

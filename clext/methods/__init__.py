@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clext.methods.agem import AGEM
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
 from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
+from clext.methods.gem import GEM
 from clext.methods.icarl import ICaRL
 from clext.methods.joint import Joint
 from clext.methods.lwf import LwF
@@ -24,8 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "AGEM",
     "DGR",
     "EWC",
+    "GEM",
     "MAS",
     "METHODS",
     "SCP",
@@ -43,7 +47,10 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, ICaRL, DGR, Joint)
+    for method in (
+        *(Baseline, EWC, MAS, SI, RWalk, SCP),
+        *(LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint),
+    )
 }
 
 
@@ -75,12 +82,13 @@ def make_method(
             `Method.combine`), or an instance.
         model: the model to protect.
         strength: weight of the penalty; by default the method's own. In a combination it is that of
-            the method with a penalty.
+            the method with a penalty, else that of the other.
         **options: options of the method, such as `xi` of "si". In a combination an option goes to
             each of the two that has it.
 
     Raises:
-        ValueError: an unknown method or option (with the nearest valid name), a bad value, two
+        ValueError: an unknown method or option (with the nearest valid name), a bad value, a
+            strength for a method without one, two
             methods that do not combine, an instance of another model or given together with
             options.
     """
@@ -103,8 +111,9 @@ def make_method(
     for option in options:
         if option not in known:
             raise unknown_name(f"option of {'+'.join(kind.name for kind in kinds)}", option, known)
+    weighed = next((kind for kind in kinds if kind.has_strength), kinds[0])
     parts = []
-    for number, kind in enumerate(kinds):
+    for kind in kinds:
         own = {name: value for name, value in options.items() if name in option_names(kind)}
-        parts.append(kind(model, strength=None if number else strength, **own))
+        parts.append(kind(model, strength=strength if kind is weighed else None, **own))
     return parts[0] if len(parts) == 1 else parts[0].combine(parts[1])

@@ -8,6 +8,6 @@ from clext.methods.unpenalised import Unpenalised
 
 
 class Baseline(Unpenalised):
-    """Plain training: the penalty is zero, whatever the strength."""
+    """Plain training."""
 
     name: ClassVar[str] = "baseline"

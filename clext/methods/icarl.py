@@ -60,7 +60,7 @@ class ICaRL(Unpenalised):
 
     Args:
         model: see `Method`.
-        strength: there is no penalty, whatever the strength.
+        strength: none; there is no penalty.
         budget: how many exemplars are kept in all.
         features: the name of the layer whose input are the features; None: the nn.Linear that
             makes the model's outputs.
@@ -74,7 +74,11 @@ class ICaRL(Unpenalised):
     """
 
     name: ClassVar[str] = "icarl"
-    memory: ClassVar[dict[str, str]] = {"exemplars": "B*4*X", "previous model": "4*(P+Q)"}
+    memory: ClassVar[dict[str, str]] = {
+        "exemplars": "B*4*X",
+        "previous model": "4*(P+Q)",
+        "labels of the task": "8*N",
+    }
 
     def __init__(
         self,

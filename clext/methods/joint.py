@@ -30,11 +30,11 @@ class Joint(Unpenalised):
 
     Args:
         model: see `Method`.
-        strength: there is no penalty, whatever the strength.
+        strength: none; there is no penalty.
     """
 
     name: ClassVar[str] = "joint"
-    memory: ClassVar[dict[str, str]] = {"examples": "T*N*(4*X+8)"}
+    memory: ClassVar[dict[str, str]] = {"examples": "T*N*(4*X+8)", "labels of the task": "8*N"}
 
     # Inputs and global labels of each task begun, by its number: a task that is begun again
     # replaces what it was.

@@ -28,6 +28,7 @@ class Rehearsal(Unpenalised):
     """
 
     default_strength: ClassVar[float] = 1.0
+    has_strength: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("sum", "tasks")}
 
     def __init__(

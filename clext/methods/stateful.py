@@ -31,9 +31,13 @@ class Stateful:
 
     name: ClassVar[str]
     default_strength: ClassVar[float] = 1.0
+    # Whether there is anything to weigh: a penalty, or a loss on what was learned before.
+    has_strength: ClassVar[bool] = True
     state_names: tuple[str, ...] = ("anchor", "importance")
     counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
     separate_state: ClassVar[tuple[str, ...]] = ()
+    # What is kept beside `state_names` -> bytes, in the letters of `clext.description`.
+    memory: ClassVar[dict[str, str]] = {}
     # The values that an option in words may have, the default first.
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
 
@@ -54,7 +58,13 @@ class Stateful:
 
     @strength.setter
     def strength(self, value: float) -> None:
-        self._strength = number(self.name, "strength", value, minimum=0.0)
+        self._strength = self._checked_strength(value)
+
+    def _checked_strength(self, value: object) -> float:
+        checked = number(self.name, "strength", value, minimum=0.0)
+        if checked != 0 and not self.has_strength:
+            raise ValueError(f"{self.name} has no penalty, so no strength; leave it out")
+        return checked
 
     @property
     def importance(self) -> dict[str, Tensor]:
@@ -197,9 +207,10 @@ class Stateful:
 
 
 def option_names(method: type[Stateful]) -> list[str]:
-    """The keyword options of a method, strength included."""
+    """The keyword options of a method, strength included where it has one."""
     parameters = inspect.signature(method).parameters.values()
-    return [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    names = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    return [name for name in names if name != "strength" or method.has_strength]
 
 
 def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -208,7 +219,7 @@ def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tupl
     _check_keys(owner, state_dict, method._state_dict_keys())
     if state_dict["method"] != method.name:
         raise ValueError(f"{owner} is of method {state_dict['method']!r}, not {method.name!r}")
-    number(method.name, "strength", state_dict["strength"], minimum=0.0)
+    method._checked_strength(state_dict["strength"])
     _check_keys(f"{owner}['counters']", state_dict["counters"], method.counter_names)
     given = state_dict["state"]
     optional = [key for key in method.separate_state if isinstance(given, dict) and key in given]

@@ -17,6 +17,7 @@ class Unpenalised(Method):
     """Methods that do not hold the parameters: the penalty is zero, and no parameter has state."""
 
     default_strength: ClassVar[float] = 0.0
+    has_strength: ClassVar[bool] = False
     state_names: tuple[str, ...] = ()
     fused_state: tuple[str, ...] | None = ()
 

@@ -26,6 +26,7 @@ from clext.reference.penalty import (
     quadratic_penalty_backward,
 )
 from clext.reference.plan import ReferencePlan
+from clext.reference.projection import gradient_gram, project_gradient_
 
 __all__ = [
     "ReferencePlan",
@@ -39,6 +40,8 @@ __all__ = [
     "consolidate_importance_",
     "consolidate_path_integral_",
     "consolidate_riemannian_walk_",
+    "gradient_gram",
+    "project_gradient_",
     "quadratic_penalty",
     "quadratic_penalty_backward",
     "riemannian_walk_step_",

@@ -2,6 +2,8 @@
 // chosen at run time, so that one binary is fast everywhere without -march=native.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CLEXT_X86_DISPATCH 1
 #define CLEXT_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -17,6 +19,24 @@
 namespace clext {
 
 enum class InstructionSet { Baseline, Avx2, Avx512 };
+
+// The widest vector of an instruction set, and how many rows by how many a tile of sums may have so
+// that it stays in registers: there are 32 of them, or else 16.
+template <InstructionSet>
+struct VectorUnit {
+  static constexpr int64_t kBytes = 16;
+  static constexpr int kTile = 3;
+};
+template <>
+struct VectorUnit<InstructionSet::Avx2> {
+  static constexpr int64_t kBytes = 32;
+  static constexpr int kTile = 3;
+};
+template <>
+struct VectorUnit<InstructionSet::Avx512> {
+  static constexpr int64_t kBytes = 64;
+  static constexpr int kTile = 4;
+};
 
 inline InstructionSet detect_instruction_set() {
 #if defined(CLEXT_X86_DISPATCH)

@@ -10,14 +10,15 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #include "cpu/instruction_set.h"
+#include "cpu/lanes.h"
+#include "cpu/pairs.h"
 #include "cpu/rows.h"
+#include "cpu/stream.h"
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
@@ -26,61 +27,11 @@
 namespace clext {
 namespace cpu {
 
-// The reduction works on blocks that fit in the first-level cache: element results are written to a
-// block, then folded over `kLanes` independent sums that any vector width divides.
-static constexpr int64_t kBlockSize = 1024;
-static constexpr int64_t kLanes = 16;
-
 // Below this many elements a parallel region costs more than it saves.
 static constexpr int64_t kSerialElements = 32 * 1024;
 
-static constexpr size_t kMaxLists = 10;
-using ChunkPointers = std::array<char*, kMaxLists>;
-
 // How many chunks ahead the first line of a tensor is fetched.
 static constexpr int64_t kPrefetchDistance = 4;
-
-// List k of an op, for storage type T: its element type, its load and its store.
-template <class L, class T>
-struct Stream {
-  using A = accumulate_t<T>;
-  using Element = std::conditional_t<L::storage == Storage::Parameter, T, A>;
-
-  static CLEXT_HOST_DEVICE A load(const char* base, int64_t, int64_t i) {
-    if constexpr (L::access == Access::Write) return A(0);
-    return A(to_accumulate(reinterpret_cast<const Element*>(base)[i]));
-  }
-
-  static CLEXT_HOST_DEVICE void store(char* base, int64_t i, const A& value) {
-    if constexpr (L::access == Access::Write || L::access == Access::Update) {
-      reinterpret_cast<Element*>(base)[i] = from_accumulate<Element>(value);
-    }
-  }
-};
-
-template <class T>
-struct Stream<ReadRows, T> {
-  using A = accumulate_t<T>;
-  using Element = A;
-
-  static CLEXT_HOST_DEVICE Rows<A> load(const char* base, int64_t row_stride, int64_t i) {
-    return {reinterpret_cast<const A*>(base) + i, row_stride};
-  }
-
-  static CLEXT_HOST_DEVICE void store(char*, int64_t, const Rows<A>&) {}
-};
-
-template <class T>
-struct Stream<WriteRows, T> {
-  using A = accumulate_t<T>;
-  using Element = A;
-
-  static CLEXT_HOST_DEVICE MutableRows<A> load(char* base, int64_t row_stride, int64_t i) {
-    return {reinterpret_cast<A*>(base) + i, row_stride};
-  }
-
-  static CLEXT_HOST_DEVICE void store(char*, int64_t, const MutableRows<A>&) {}
-};
 
 // One element: load every list, apply the formula, store what it may have changed. The values
 // are locals, so after inlining they live in registers.
@@ -124,53 +75,6 @@ CLEXT_HOST_DEVICE void clear_elements(const Op& op, const ChunkPointers& at, int
   }
 }
 
-template <Reduction R, class A>
-CLEXT_HOST_DEVICE A fold(A a, A b) {
-  if constexpr (R == Reduction::Max) return maximum(a, b);
-  return a + b;
-}
-
-// Folds the upper half of the lanes onto the lower half until one is left. The widths are constants
-// so that the lanes stay in registers.
-template <Reduction R, int64_t Width, class A>
-CLEXT_HOST_DEVICE A fold_lanes(const A* lanes) {
-  if constexpr (Width == 1) {
-    return lanes[0];
-  } else {
-    A half[Width / 2];
-    for (int64_t lane = 0; lane < Width / 2; ++lane) {
-      half[lane] = fold<R>(lanes[lane], lanes[lane + Width / 2]);
-    }
-    return fold_lanes<R, Width / 2>(half);
-  }
-}
-
-// What changes nothing when it is folded into a lane; lanes begin at zero.
-template <Reduction R, class A>
-static constexpr A kIdentity = R == Reduction::Max ? -std::numeric_limits<A>::infinity() : A(0);
-
-// The number of element results in a block of n, filled up with identities to whole lanes.
-template <Reduction R, class A>
-CLEXT_HOST_DEVICE int64_t pad_block(A* results, int64_t n) {
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t lane = 1; lane <= kLanes; ++lane) results[padded - lane] = kIdentity<R, A>;
-  return padded;
-}
-
-// Folds a block of element results: element i goes to lane i % kLanes, lanes are folded
-// as a tree at the end.
-template <Reduction R, class A>
-CLEXT_HOST_DEVICE double fold_block(const A* results, int64_t padded) {
-  A lanes[kLanes] = {};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = fold<R>(lanes[lane], results[i + lane]);
-    }
-  }
-  return static_cast<double>(fold_lanes<R, kLanes>(lanes));
-}
-
 // `op` is a copy that no store to the lists can change: what it holds is constant in the loops.
 template <class Op, class T>
 CLEXT_HOST_DEVICE double apply_loop(const Op op, const ChunkPointers& at, int64_t row_stride,
@@ -209,7 +113,10 @@ CLEXT_HOST_DEVICE double apply_loop(const Op op, const ChunkPointers& at, int64_
 template <class Op, class T>
 CLEXT_HOST_DEVICE double apply_chunk(const Op& op, const ChunkPointers& at, int64_t row_stride,
                                      int64_t n) {
-  if constexpr (HasMode<Op>::value) {
+  if constexpr (RowByRow<Op>::value) {
+    apply_row_by_row<Op, T>(op, at, row_stride, n);
+    return 0;
+  } else if constexpr (HasMode<Op>::value) {
     Op in_mode = op;
     in_mode.*Op::mode = true;
     if (op.*Op::mode) return apply_loop<Op, T>(in_mode, at, row_stride, n);
@@ -248,20 +155,31 @@ CLEXT_HOST_DEVICE void prefetch(const TensorLists& lists, int64_t chunk,
   if (next.offset == 0) (__builtin_prefetch(lists.pointer(K, next.tensor)), ...);
 }
 
+// What a thread needs beside the lists.
 template <class Op, class T>
+using scratch_t =
+    std::conditional_t<Op::reduction == Reduction::Pairs, PairScratch<accumulate_t<T>>, NoScratch>;
+
+template <InstructionSet Set, class Op, class T>
 CLEXT_HOST_DEVICE void apply_chunks(const TensorLists& lists, const Op& op, double* partials,
                                     int64_t begin, int64_t end) {
   constexpr auto kLists = std::make_index_sequence<kElementLists<Op>>{};
+  const scratch_t<Op, T> scratch(op);
   const auto last = static_cast<int64_t>(lists.chunks.size()) - 1;
   for (int64_t c = begin; c < end; ++c) {
     prefetch(lists, std::min(c + kPrefetchDistance, last), kLists);
     const Chunk& chunk = lists.chunks[static_cast<size_t>(c)];
     const int64_t row_stride =
         lists.row_strides.empty() ? 0 : lists.row_strides[static_cast<size_t>(chunk.tensor)];
-    const double partial =
-        apply_chunk<Op, T>(for_tensor<Op, T>(op, lists, chunk.tensor),
-                           pointers_of<Op, T>(lists, chunk, kLists), row_stride, chunk.size);
-    if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
+    const ChunkPointers at = pointers_of<Op, T>(lists, chunk, kLists);
+    if constexpr (Op::reduction == Reduction::Pairs) {
+      apply_pairs<VectorUnit<Set>, Op, T>(op, at, row_stride, chunk.size, scratch,
+                                          partials + c * pair_count(op.outputs + 1));
+    } else {
+      const double partial = apply_chunk<Op, T>(for_tensor<Op, T>(op, lists, chunk.tensor), at,
+                                                row_stride, chunk.size);
+      if constexpr (Op::reduction != Reduction::None) partials[c] = partial;
+    }
   }
 }
 
@@ -269,20 +187,20 @@ CLEXT_HOST_DEVICE void apply_chunks(const TensorLists& lists, const Op& op, doub
 template <class Op, class T>
 void apply_chunks_baseline(const TensorLists& lists, const Op& op, double* partials, int64_t begin,
                            int64_t end) {
-  apply_chunks<Op, T>(lists, op, partials, begin, end);
+  apply_chunks<InstructionSet::Baseline, Op, T>(lists, op, partials, begin, end);
 }
 
 #if defined(CLEXT_X86_DISPATCH)
 template <class Op, class T>
 CLEXT_TARGET_AVX2 void apply_chunks_avx2(const TensorLists& lists, const Op& op, double* partials,
                                          int64_t begin, int64_t end) {
-  apply_chunks<Op, T>(lists, op, partials, begin, end);
+  apply_chunks<InstructionSet::Avx2, Op, T>(lists, op, partials, begin, end);
 }
 
 template <class Op, class T>
 CLEXT_TARGET_AVX512 void apply_chunks_avx512(const TensorLists& lists, const Op& op,
                                              double* partials, int64_t begin, int64_t end) {
-  apply_chunks<Op, T>(lists, op, partials, begin, end);
+  apply_chunks<InstructionSet::Avx512, Op, T>(lists, op, partials, begin, end);
 }
 #endif
 

@@ -13,11 +13,11 @@ namespace cpu {
 
 static constexpr int64_t kPackBytes = 64;
 
-template <class T>
+template <class T, int64_t Bytes = kPackBytes>
 struct Pack {
   // Split by the compiler where the registers are narrower.
-  typedef T Vector __attribute__((vector_size(kPackBytes)));
-  static constexpr int64_t kSize = kPackBytes / static_cast<int64_t>(sizeof(T));
+  typedef T Vector __attribute__((vector_size(Bytes)));
+  static constexpr int64_t kSize = Bytes / static_cast<int64_t>(sizeof(T));
 
   Vector vector;
 
@@ -26,7 +26,7 @@ struct Pack {
 
   CLEXT_HOST_DEVICE void load(const T* from, int64_t count) {
     if (count == kSize) {
-      memcpy(&vector, from, kPackBytes);
+      memcpy(&vector, from, Bytes);
     } else {
       memcpy(&vector, from, static_cast<size_t>(count) * sizeof(T));
     }
@@ -34,7 +34,7 @@ struct Pack {
 
   CLEXT_HOST_DEVICE void store(T* to, int64_t count) const {
     if (count == kSize) {
-      memcpy(to, &vector, kPackBytes);
+      memcpy(to, &vector, Bytes);
     } else {
       memcpy(to, &vector, static_cast<size_t>(count) * sizeof(T));
     }
@@ -48,38 +48,38 @@ struct Pack {
 
 // By reference throughout: such wide values are passed in other ways by other instruction sets.
 
-template <class T>
-CLEXT_HOST_DEVICE Pack<T> operator+(const Pack<T>& a, const Pack<T>& b) {
-  Pack<T> result;
+template <class T, int64_t Bytes>
+CLEXT_HOST_DEVICE Pack<T, Bytes> operator+(const Pack<T, Bytes>& a, const Pack<T, Bytes>& b) {
+  Pack<T, Bytes> result;
   result.vector = a.vector + b.vector;
   return result;
 }
 
-template <class T>
-CLEXT_HOST_DEVICE Pack<T> operator*(const Pack<T>& a, const Pack<T>& b) {
-  Pack<T> result;
+template <class T, int64_t Bytes>
+CLEXT_HOST_DEVICE Pack<T, Bytes> operator*(const Pack<T, Bytes>& a, const Pack<T, Bytes>& b) {
+  Pack<T, Bytes> result;
   result.vector = a.vector * b.vector;
   return result;
 }
 
-template <class T>
-CLEXT_HOST_DEVICE Pack<T> operator*(T a, const Pack<T>& b) {
-  Pack<T> result;
+template <class T, int64_t Bytes>
+CLEXT_HOST_DEVICE Pack<T, Bytes> operator*(T a, const Pack<T, Bytes>& b) {
+  Pack<T, Bytes> result;
   result.vector = a * b.vector;
   return result;
 }
 
-template <class T>
-CLEXT_HOST_DEVICE Pack<T> positive_part(const Pack<T>& a) {
-  Pack<T> result;
-  result.vector = a.vector < T(0) ? typename Pack<T>::Vector{} : a.vector;
+template <class T, int64_t Bytes>
+CLEXT_HOST_DEVICE Pack<T, Bytes> positive_part(const Pack<T, Bytes>& a) {
+  Pack<T, Bytes> result;
+  result.vector = a.vector < T(0) ? typename Pack<T, Bytes>::Vector{} : a.vector;
   return result;
 }
 
 }  // namespace cpu
 
-template <class T>
-struct ScalarOf<cpu::Pack<T>> {
+template <class T, int64_t Bytes>
+struct ScalarOf<cpu::Pack<T, Bytes>> {
   using type = T;
 };
 

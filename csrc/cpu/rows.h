@@ -8,8 +8,11 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/lanes.h"
 #include "cpu/pack.h"
+#include "cpu/stream.h"
 #include "math/element.h"
+#include "math/storage.h"
 
 namespace clext {
 namespace cpu {
@@ -32,13 +35,13 @@ constexpr int rows_list(std::index_sequence<K...>) {
 template <class Op>
 static constexpr int kRowsList = rows_list<Op>(std::make_index_sequence<Op::lists::count>{});
 
-// `size` elements of each row, padded with zeros to whole packs.
+// `size` elements of each row, padded with zeros to `padded`.
 template <class A>
 CLEXT_HOST_DEVICE void stage_rows(A* stage, int64_t width, const A* rows, int64_t row_stride,
-                                  int64_t row_count, int64_t size) {
+                                  int64_t row_count, int64_t size, int64_t padded) {
   for (int64_t row = 0; row < row_count; ++row, stage += width, rows += row_stride) {
     memcpy(stage, rows, static_cast<size_t>(size) * sizeof(A));
-    std::fill(stage + size, stage + width, A(0));
+    std::fill(stage + size, stage + padded, A(0));
   }
 }
 
@@ -89,7 +92,7 @@ CLEXT_HOST_DEVICE bool apply_packs(const Op& op, const Pointers& at, int64_t row
   const A* rows = reinterpret_cast<const A*>(at[kRowsList<Op>]);
   for (int64_t start = 0; start < n; start += block) {
     const int64_t size = std::min(block, n - start);
-    stage_rows(stage, block, rows + start, row_stride, row_count, size);
+    stage_rows(stage, block, rows + start, row_stride, row_count, size, block);
     for (int64_t i = 0; i < size; i += Pack<A>::kSize) {
       prefetch_rows(rows + start + block + i, row_stride, row_count);
       const Rows<Pack<A>> column = {reinterpret_cast<const Pack<A>*>(stage + i), packs};
@@ -97,6 +100,39 @@ CLEXT_HOST_DEVICE bool apply_packs(const Op& op, const Pointers& at, int64_t row
     }
   }
   return true;
+}
+
+// Elements of a block that takes the rows one by one.
+static constexpr int64_t kRowBlock = 256;
+
+// Functors that take the rows one by one (row_by_row), lists: what it updates, and the rows. Each
+// row is read in one go for a block of elements, whose values wait in the first-level cache.
+template <class Op, class T>
+CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, int64_t row_stride,
+                                        int64_t n) {
+  static_assert(Op::lists::count == 2 && kRowsList<Op> == 1 && Op::reduction == Reduction::None);
+  using Values = Stream<typename ListAt<0, typename Op::lists>::type, T>;
+  using A = accumulate_t<T>;
+  alignas(kPackBytes) A values[kRowBlock];
+  for (int64_t start = 0; start < n; start += kRowBlock) {
+    const int64_t size = std::min(kRowBlock, n - start);
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) values[i] = Values::load(at[0], 0, start + i);
+    const A* first_row = reinterpret_cast<const A*>(at[1]) + start;
+    const A* row = first_row;
+    for (int64_t k = 0; k < op.outputs; ++k, row += row_stride) {
+      if (op.skip_row(k)) continue;
+      const A* next = k + 1 < op.outputs ? row + row_stride : first_row + kRowBlock;
+      for (int64_t first = 0; first < size; first += kLanes) {
+        __builtin_prefetch(next + first);
+        const int64_t end = std::min(first + kLanes, size);
+#pragma omp simd
+        for (int64_t i = first; i < end; ++i) op(values[i], row[i], k);
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) Values::store(at[0], start + i, values[i]);
+  }
 }
 
 }  // namespace cpu

@@ -1,9 +1,9 @@
 // The CUDA driver: runs one functor of csrc/math over lists of tensors.
 //
 // It owns everything that a formula should not know: launches (packing.h), which thread works on
-// which elements (geometry.h), 16-byte accesses, tails and conversions (access.cuh), and the
-// fixed-order reduction (block_reduce.cuh). A family file (penalty.cu, path.cu, ...) only
-// instantiates apply_cuda for its functors.
+// which elements (geometry.h, chunk_view.cuh), 16-byte accesses, tails and conversions
+// (access.cuh), and the fixed-order reduction (block_reduce.cuh; pairs.cuh for pairs of rows). A
+// family file (penalty.cu, path.cu, ...) only instantiates apply_cuda for its functors.
 //
 // Same bits every time: a block computes one chunk, a thread adds up its elements in ascending
 // order, block_reduce folds the threads as a fixed tree, and the result is stored at the chunk's
@@ -19,9 +19,11 @@
 
 #include "cuda/access.cuh"
 #include "cuda/block_reduce.cuh"
+#include "cuda/chunk_view.cuh"
 #include "cuda/geometry.h"
 #include "cuda/launch_kernel.cuh"
 #include "cuda/packing.h"
+#include "cuda/pairs.cuh"
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
@@ -32,74 +34,12 @@ namespace cuda {
 
 static_assert(CUDART_VERSION >= 12010, "clext needs CUDA 12.1 or newer (32 KB kernel parameters)");
 
-// One chunk, as seen by one block.
-template <class Op, class T>
-struct ChunkView {
-  using G = Geometry<Op, T>;
-
-  void* pointers[G::kElementLists];  // at the first element of the chunk
-  const void* scalars;               // of the tensor, where the functor has such a list
-  int64_t size;
-  int64_t row_stride;
-
-  template <int K>
-  __device__ __forceinline__ typename G::template Element<K>* at(int64_t element) const {
-    return static_cast<typename G::template Element<K>*>(pointers[K]) + element;
-  }
-
-  template <Path P, int K, int Width>
-  __device__ __forceinline__ void load_list(int64_t first, int left,
-                                            accumulate_t<T> (&values)[Width]) const {
-    if constexpr (G::template kIsLoaded<K>) load<P>(at<K>(first), left, values);
-  }
-
-  template <Path P, int K, int Width>
-  __device__ __forceinline__ void store_list(int64_t first, int left,
-                                             const accumulate_t<T> (&values)[Width]) const {
-    if constexpr (G::template kIsStored<K>) store<P>(at<K>(first), left, values);
-  }
-
-  template <Path P, int K>
-  __device__ __forceinline__ void clear_list(int64_t first, int left, const Op& op) const {
-    if constexpr (G::template kIsCleared<K>) {
-      const accumulate_t<T> zeros[G::kWidth] = {};
-      if (op.clear) store<P>(at<K>(first), left, zeros);
-    }
-  }
-
-  template <int... K>
-  __device__ __forceinline__ void init(const LaunchTable<G::kLists>& table, int32_t block,
-                                       std::integer_sequence<int, K...>) {
-    const int index = find_entry(table, block);
-    const TableEntry<G::kLists>& entry = table.entries[index];
-    const ChunkRange range = chunk_range(entry, block - table.first_blocks[index]);
-    size = range.size;
-    row_stride = entry.row_stride;
-    ((pointers[K] = entry.pointers[K]), ...);
-    ((pointers[K] = at<K>(range.begin)), ...);
-    if constexpr (kHasScalars<Op>) scalars = entry.pointers[G::kElementLists];
-  }
-
-  __device__ __forceinline__ bool is_aligned() const {
-    uintptr_t bits = 0;
-#pragma unroll
-    for (int k = 0; k < G::kElementLists; ++k) bits |= reinterpret_cast<uintptr_t>(pointers[k]);
-    return bits % kVectorBytes == 0;
-  }
-};
-
-// Argument K of the functor for one element: a register, or a view of the element's rows.
-template <int K, class Op, class T, int Width>
-__device__ __forceinline__ decltype(auto) argument(
-    const ChunkView<Op, T>& chunk, int64_t element,
-    accumulate_t<T> (&values)[Geometry<Op, T>::kElementLists][Width], int i) {
-  using L = typename Geometry<Op, T>::template List<K>;
-  if constexpr (std::is_same_v<L, WriteRows>) {
-    return MutableRows<accumulate_t<T>>{chunk.template at<K>(element), chunk.row_stride};
-  } else if constexpr (std::is_same_v<L, ReadRows>) {
-    return Rows<accumulate_t<T>>{chunk.template at<K>(element), chunk.row_stride};
-  } else {
-    return (values[K][i]);
+// The rows of one element, for functors that take them one by one.
+template <class Op, class A>
+__device__ __forceinline__ void apply_rows(const Op& op, A& value, const Rows<A>& rows) {
+#pragma unroll 4
+  for (int64_t k = 0; k < op.outputs; ++k) {
+    if (!op.skip_row(k)) op(value, rows[k], k);
   }
 }
 
@@ -121,7 +61,9 @@ __device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& ch
     for (int i = 0; i < G::kWidth; ++i) {
       if (P == Path::Partial && i >= left) continue;
       const int64_t element = first + v * G::kVectorStride + i;
-      if constexpr (Op::reduction == Reduction::None) {
+      if constexpr (RowByRow<Op>::value) {
+        apply_rows(op, argument<K>(chunk, element, values[v], i)...);
+      } else if constexpr (Op::reduction == Reduction::None) {
         evaluate<T>(op, argument<K>(chunk, element, values[v], i)...);
       } else {
         result = fold<Op::reduction>(result,
@@ -191,6 +133,15 @@ __global__ void __launch_bounds__(kThreads, Geometry<Op, T>::kBlocks)
 }
 
 template <class Op, class T>
+constexpr auto kernel_of() {
+  if constexpr (Op::reduction == Reduction::Pairs) {
+    return &pairs_kernel<Op, T>;
+  } else {
+    return &apply_kernel<Op, T>;
+  }
+}
+
+template <class Op, class T>
 void launch(const TensorLists& lists, Op op, double* partials, cudaStream_t stream,
             const char* name) {
   using Table = LaunchTable<Op::lists::count>;
@@ -201,12 +152,14 @@ void launch(const TensorLists& lists, Op op, double* partials, cudaStream_t stre
       (Geometry<Op, T>::kHasRows && lists.row_strides.size() != lists.sizes.size())) {
     throw std::logic_error(std::string("clext: the lists do not fit the functor of ") + name);
   }
+  int64_t per_chunk = 1;
+  if constexpr (Op::reduction == Reduction::Pairs) per_chunk = pair_partials(op.outputs + 1);
   Table table;  // 32 KB of which only the entries in use are written
   const auto chunk_count = static_cast<int64_t>(lists.chunks.size());
   for (int64_t first = 0; first < chunk_count;) {
     const int64_t next = pack(lists, first, table);
-    double* results = Op::reduction == Reduction::None ? nullptr : partials + first;
-    launch_kernel(&apply_kernel<Op, T>, next - first, kThreads, stream, name, table, op, results);
+    double* results = Op::reduction == Reduction::None ? nullptr : partials + first * per_chunk;
+    launch_kernel(kernel_of<Op, T>(), next - first, kThreads, stream, name, table, op, results);
     first = next;
   }
 }

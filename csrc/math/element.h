@@ -11,6 +11,11 @@
 //   bool clear                                with a ReadAndClear list: whether to clear it
 //   static constexpr bool Op::* mode          optional: a member worth a loop for each value
 //   static constexpr bool rounds              optional: operator() takes a StorageTag first
+//   static constexpr bool row_by_row          with a Rows list: operator() takes a single row's
+//   value
+//                                             and its number, and is called for one row after
+//                                             another
+//   bool skip_row(k)                          with row_by_row: do without row k, which is not read
 // and never loops, loads or stores by itself. Nothing here includes torch or CUDA headers.
 #pragma once
 
@@ -43,7 +48,14 @@ enum class Access {
   ReadAndClear,
 };
 
-enum class Reduction { None, Sum, Max };
+enum class Reduction {
+  None,
+  Sum,
+  Max,
+  // operator()(a, b), summed over all elements for each pair of an element's values: those of the
+  // Rows list, then that of the one list which follows.
+  Pairs,
+};
 
 template <Storage S, Access A>
 struct List {
@@ -142,6 +154,11 @@ CLEXT_HOST_DEVICE bool is_skipped(const Op& op) {
     return false;
   }
 }
+
+template <class Op, class = void>
+struct RowByRow : std::false_type {};
+template <class Op>
+struct RowByRow<Op, std::void_t<decltype(Op::row_by_row)>> : std::bool_constant<Op::row_by_row> {};
 
 template <class Op, class = void>
 struct HasMode : std::false_type {};

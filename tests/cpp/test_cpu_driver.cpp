@@ -6,8 +6,10 @@
 #include "check.h"
 #include "launch.h"
 #include "math/importance.h"
+#include "math/pairs.h"
 #include "math/path.h"
 #include "math/penalty.h"
+#include "math/projection.h"
 #include "math/sliced.h"
 #include "math/storage.h"
 
@@ -194,6 +196,90 @@ void rows(int64_t outputs) {
   }
 }
 
+// Rows that are further apart than a tensor is long, as many as `count`; shared by both ops below.
+Tensors<float> make_rows(TensorLists& lists, int64_t count) {
+  Tensors<float> rows;
+  for (const int64_t size : kSizes) {
+    lists.row_strides.push_back(size + 5);
+    rows.push_back(cast_to<float>(
+        normal_values(static_cast<size_t>((count + 1) * (size + 5)), static_cast<unsigned>(size))));
+  }
+  return rows;
+}
+
+// All tiles: one that is not full, full ones, one row more than full ones, many.
+template <class T>
+void products_of_rows(int64_t count) {
+  TensorLists lists = launch_of(storage_type<T>(), {});
+  auto rows = make_rows(lists, count);
+  auto grads = make_tensors<T>(11);
+  for (void* pointer : pointers(rows)) lists.pointers.push_back(pointer);
+  for (void* pointer : pointers(grads)) lists.pointers.push_back(pointer);
+  lists.list_count = 2;
+  const int64_t values = count + 1;
+  const size_t cells = static_cast<size_t>(values * values);
+  std::vector<double> first, expected(cells), magnitude(cells);
+  for (const int threads : {1, 2, 3, 8}) {
+    std::vector<double> partials(lists.chunks.size() *
+                                 static_cast<size_t>(pair_partials_cpu(values)));
+    std::vector<double> gram(cells, -1);
+    apply_cpu(lists, GradientGram{count}, partials.data(), threads);
+    reduce_pairs_cpu(partials.data(), static_cast<int64_t>(partials.size()), values, gram.data());
+    if (threads == 1) first = gram;
+    check(gram == first, "products do not depend on the number of threads");
+  }
+  for (size_t t = 0; t < rows.size(); ++t) {
+    for (int64_t e = 0; e < kSizes[t]; ++e) {
+      const auto value = [&](int64_t k) {
+        return k < count
+                   ? static_cast<double>(rows[t][static_cast<size_t>(k * lists.row_strides[t] + e)])
+                   : static_cast<double>(to_accumulate(grads[t][static_cast<size_t>(e)]));
+      };
+      for (int64_t i = 0; i < values; ++i) {
+        for (int64_t j = 0; j < values; ++j) {
+          const double product = value(i) * value(j);
+          expected[static_cast<size_t>(i * values + j)] += product;
+          magnitude[static_cast<size_t>(i * values + j)] += std::abs(product);
+        }
+      }
+    }
+  }
+  for (size_t cell = 0; cell < cells; ++cell) {
+    check_near(first[cell] / magnitude[cell], expected[cell] / magnitude[cell], 1e-6, "product");
+  }
+}
+
+template <class T>
+void rows_are_added_with_weights(const std::vector<double>& weights) {
+  const auto count = static_cast<int64_t>(weights.size());
+  auto grads = make_tensors<T>(12);
+  const auto before = grads;
+  TensorLists lists = launch_of(storage_type<T>(), {pointers(grads)});
+  auto rows = make_rows(lists, count);
+  for (size_t t = 0; t < rows.size(); ++t) {
+    for (int64_t k = 0; k < count; ++k) {  // nobody looks at a row without weight
+      if (weights[static_cast<size_t>(k)] == 0) {
+        std::fill_n(rows[t].begin() + k * lists.row_strides[t], kSizes[t], NAN);
+      }
+    }
+  }
+  for (void* pointer : pointers(rows)) lists.pointers.push_back(pointer);
+  lists.list_count = 2;
+  apply_cpu(lists, ProjectGradient{weights.data(), count}, nullptr, 2);
+  for (size_t t = 0; t < rows.size(); ++t) {
+    for (size_t e = 0; e < grads[t].size(); ++e) {
+      float sum = to_accumulate(before[t][e]);
+      for (int64_t k = 0; k < count; ++k) {
+        const double weight = weights[static_cast<size_t>(k)];
+        const size_t place = static_cast<size_t>(k * lists.row_strides[t]) + e;
+        if (weight != 0) sum += static_cast<float>(weight) * rows[t][place];
+      }
+      const float expected = to_accumulate(from_accumulate<T>(sum));
+      check_near(to_accumulate(grads[t][e]), expected, 0, "projected gradient");
+    }
+  }
+}
+
 // Write lists are not read: rubbish in them must not matter.
 void written_lists_are_not_read() {
   auto importance = make_tensors<float>(7, true);
@@ -223,6 +309,12 @@ int main() {
   penalty_and_gradient<Float16>(1e-5, 1e-3);
   maximum_over_all_tensors();
   for (const int64_t outputs : {1, 3, 10, 300}) rows(outputs);
+  for (const int64_t count : {0, 1, 2, 3, 4, 5, 8, 11, 16}) products_of_rows<float>(count);
+  products_of_rows<BFloat16>(6);
+  rows_are_added_with_weights<float>({0.5, 0, -1.25});
+  rows_are_added_with_weights<BFloat16>({0, 2});
+  rows_are_added_with_weights<float>({NAN, 1});
+  rows_are_added_with_weights<float>({0, 0});
   written_lists_are_not_read();
   return report("cpu_driver");
 }

@@ -10,6 +10,7 @@
 #include "cuda/importance.cu"
 #include "cuda/path.cu"
 #include "cuda/penalty.cu"
+#include "cuda/projection.cu"
 #include "cuda/reduce.cu"
 #include "cuda/sgd.cu"
 #include "cuda/sliced.cu"
@@ -40,8 +41,11 @@ struct Case {
   std::vector<uint4> storage;
   std::vector<typename G::A> scalars;  // two of each tensor, for functors that take them
   TensorLists lists{kStorageType<T>, G::kLists, {}, {}, {}, {}};
+  int64_t row_count;
+  double scale;  // a power of two: what is added up is exact
 
-  Case(const std::vector<int64_t>& sizes, int64_t shift) {
+  Case(const std::vector<int64_t>& sizes, int64_t shift, int64_t rows = kRows, double scale_ = 0)
+      : row_count(rows), scale(scale_) {
     lists.sizes = sizes;
     std::vector<size_t> offsets;
     size_t used = 0;
@@ -73,7 +77,8 @@ struct Case {
         used = (used + 2 * kCanary) / kCanary * kCanary;
       }
     };
-    (one_list(sizeof(typename G::template Element<K>), G::template kIsRows<K> ? kRows : 1), ...);
+    (one_list(sizeof(typename G::template Element<K>), G::template kIsRows<K> ? row_count : 1),
+     ...);
   }
 
   template <int... K>
@@ -88,11 +93,12 @@ struct Case {
     constexpr bool kIsState = G::template List<K>::storage == Storage::State;
     uint64_t random = K + 1;
     for (int64_t t = 0; t < lists.tensor_count(); ++t) {
-      const int64_t rows = G::template kIsRows<K> ? kRows : 1;
+      const int64_t rows = G::template kIsRows<K> ? row_count : 1;
       E* to = static_cast<E*>(lists.pointer(K, t));
       for (int64_t i = 0; i < rows * lists.sizes[static_cast<size_t>(t)]; ++i) {
         random = random * 6364136223846793005u + 1442695040888963407u;
-        const double value = static_cast<double>(static_cast<int64_t>(random)) * 0x1p-63;
+        double value = static_cast<double>(static_cast<int64_t>(random)) * 0x1p-63;
+        if (scale > 0) value = std::trunc(value * scale) / scale;
         to[i] = from_accumulate<E>(static_cast<typename G::A>(kIsState ? std::abs(value) : value));
       }
     }
@@ -143,6 +149,60 @@ void compare_in_types(const Op& op) {
 template <class Op>
 void compare(const Op& op) {
   compare_in_types<Op, float, double, BFloat16, Float16>(op);
+}
+
+// The Gram matrix of the rows by both drivers, and the same bits off alignment.
+template <class T>
+std::vector<double> gram_of(int64_t rows, const std::vector<int64_t>& sizes, int64_t shift,
+                            bool on_cuda, double scale) {
+  const GradientGram op{rows};
+  const int64_t values = rows + 1;
+  std::vector<double> gram(static_cast<size_t>(values * values), -1);
+  Case<GradientGram, T> c(sizes, shift, rows, scale);
+  const std::vector<uint4> before = c.storage;
+  c.lists.chunks = make_chunks(sizes, on_cuda ? kCudaChunkSize : kCpuChunkSize);
+  const int64_t per_chunk = on_cuda ? pair_partials_cuda(values) : pair_partials_cpu(values);
+  std::vector<double> partials(c.lists.chunks.size() * static_cast<size_t>(per_chunk), NAN);
+  const auto count = static_cast<int64_t>(partials.size());
+  if (on_cuda) {
+    apply_cuda(c.lists, op, partials.data(), nullptr);
+    reduce_pairs_cuda(partials.data(), count, values, gram.data(), nullptr);
+  } else {
+    apply_cpu(c.lists, op, partials.data(), 1);
+    reduce_pairs_cpu(partials.data(), count, values, gram.data());
+  }
+  check(std::memcmp(before.data(), c.storage.data(), before.size() * sizeof(uint4)) == 0,
+        "what is only read stays as it is");
+  return gram;
+}
+
+template <class T>
+void compare_gram(int64_t rows, const std::vector<int64_t>& sizes) {
+  const std::vector<double> on_cuda = gram_of<T>(rows, sizes, 0, true, 0);
+  const std::vector<double> on_cpu = gram_of<T>(rows, sizes, 0, false, 0);
+  double largest = 0;
+  for (const double value : on_cpu) largest = std::fmax(largest, std::abs(value));
+  const double tolerance = std::is_same_v<T, double> ? 1e-14 : 1e-6;
+  for (size_t i = 0; i < on_cpu.size(); ++i) {
+    check_near(on_cuda[i] / largest, on_cpu[i] / largest, tolerance, "the CPU driver's products");
+  }
+  check(gram_of<T>(rows, sizes, 1, true, 0) == on_cuda, "alignment changes no bit of a product");
+  check(gram_of<T>(rows, sizes, 0, true, 4) == gram_of<T>(rows, sizes, 0, false, 4),
+        "the CPU driver's bits where all sums are exact");
+}
+
+void compare_grams() {
+  for (const int64_t rows : {0, 1, 3, 4, 8}) {
+    compare_gram<float>(rows, kSizes);
+    compare_gram<BFloat16>(rows, {1, 0, 4099});
+    compare_gram<Float16>(rows, {7, 300});
+    compare_gram<double>(rows, {255, kCudaChunkSize + 5});
+  }
+  compare_gram<float>(16, {4099, 3});
+  compare_gram<float>(64, {1031, 3});
+  compare_gram<double>(300, {77});  // less than a warp of elements at a time
+  compare_gram<float>(3, {});
+  compare_gram<float>(3, {0, 0});
 }
 
 void more_tensors_than_a_launch_holds() {
@@ -228,6 +288,10 @@ int main() {
   const float gram_float[] = {1, 0.2f, 0.1f, 0.2f, 1, 0.3f, 0.1f, 0.3f, 1};
   compare_in_types<SlicedImportance, float>(SlicedImportance{gram_float, kRows, 0.5});
   compare_in_types<SlicedImportance, double>(SlicedImportance{gram, kRows, 0.5});
+  const double weights[] = {0.5, 0, -1.25}, zeros[] = {0, 0, 0};
+  compare(ProjectGradient{weights, kRows});
+  compare(ProjectGradient{zeros, kRows});
+  compare_grams();
   compare_in_types<AdvanceSgd, float, double>({nullptr, 0.9, 0.5});
   compare_in_types<AdvanceAdam, float, double>({{nullptr, false, 0.1}, nullptr, -0.1, -0.01});
   compare_steps<Protection::None>();

@@ -42,7 +42,8 @@ namespace cuda_on_host {
 
 static constexpr unsigned kWarp = 32;
 static constexpr size_t kStackBytes = 256 * 1024;  // kernel parameters alone may take 32 KB
-static constexpr int kMaxRounds = 1000;  // without an end: threads wait for one that does not come
+static constexpr int kMaxRounds =
+    100000;  // without an end: threads wait for one that does not come
 
 inline int launches = 0;
 inline cudaError_t last_error = cudaSuccess;
@@ -140,8 +141,10 @@ inline void __syncthreads() {
   while (generation == mine) give_way();
 }
 
-inline double __shfl_down_sync(unsigned, double value, int distance) {
-  using namespace cuda_on_host;
+namespace cuda_on_host {
+
+// Offers a value to the warp, and takes the one that thread `from` offers.
+inline double exchange(double value, unsigned from) {
   const unsigned thread = threadIdx.x;
   const unsigned warp = thread / kWarp * kWarp;
   const int turn = fibers[thread].shuffles++;
@@ -149,6 +152,17 @@ inline double __shfl_down_sync(unsigned, double value, int distance) {
   for (unsigned lane = warp; lane < warp + kWarp; ++lane) {
     while (fibers[lane].shuffles <= turn) give_way();
   }
-  const unsigned from = thread + static_cast<unsigned>(distance);
   return from < warp + kWarp ? fibers[from].slots[turn % 2] : value;
+}
+
+}  // namespace cuda_on_host
+
+inline double __shfl_down_sync(unsigned, double value, int distance) {
+  return cuda_on_host::exchange(value, threadIdx.x + static_cast<unsigned>(distance));
+}
+
+template <class A>
+A __shfl_xor_sync(unsigned, A value, int mask) {
+  const unsigned from = threadIdx.x ^ static_cast<unsigned>(mask);
+  return static_cast<A>(cuda_on_host::exchange(static_cast<double>(value), from));
 }

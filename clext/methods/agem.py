@@ -1,0 +1,63 @@
+"""Averaged Gradient Episodic Memory (Chaudhry et al. 2019, arXiv:1812.00420)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clext.methods.episodic import Episodic
+from clext.options import integer
+
+
+class AGEM(Episodic):
+    """No step may raise the mean loss on the memories of all past tasks, to first order.
+
+    With g the gradient of the step and r that of the mean loss on a batch drawn from all memories,
+    the step is taken along
+
+        g - (g . r) / (r . r) r   where g . r < 0, else along g (equation 11 of the paper).
+
+    Nothing is read back by the host. Each step runs the model forward and backward once over
+    `batch` examples. Memory is bounded by `per_task` examples a task and one more gradient.
+
+    Args:
+        model: see `Method`.
+        strength: none; there is no penalty.
+        per_task: examples kept of each task, >= 1; all of a task that has fewer.
+        batch: examples drawn at each step from the memories of all tasks, >= 1, each at most once;
+            all of them where there are no more.
+        seed: of what is drawn, at the end of each task and at each step.
+    """
+
+    name: ClassVar[str] = "agem"
+    memory: ClassVar[dict[str, str]] = {**Episodic.memory, "reference gradient": "4*P"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        per_task: int = 256,
+        batch: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, strength=strength, per_task=per_task, seed=seed)
+        self.batch = integer(self.name, "batch", batch, minimum=1)
+
+    def _row_count(self) -> int:
+        return 1
+
+    def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
+        inputs, labels = self._kept_examples()
+        if len(labels) > self.batch:
+            random = self._sampling.on(labels.device)
+            order = torch.randperm(len(labels), generator=random, device=labels.device)
+            drawn = order[: self.batch]
+            inputs, labels = inputs.index_select(0, drawn), labels.index_select(0, drawn)
+        self._write_row(rows, 0, params, inputs, labels)
+
+    def _weights(self, gram: Tensor) -> Tensor:
+        product, square = gram[0, 1:], gram[0, :1]
+        return torch.where(product < 0, -product / square, 0.0)

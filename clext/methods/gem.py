@@ -1,0 +1,105 @@
+"""Gradient Episodic Memory (Lopez-Paz and Ranzato 2017, arXiv:1706.08840)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from clext.methods.episodic import Episodic
+from clext.options import number
+
+# Of the iterations that the solver is given, for each unknown; its own default is 3.
+_ITERATIONS = 100
+
+
+class GEM(Episodic):
+    """No step may raise the loss on the memory of a past task, to first order.
+
+    With g the gradient of the step and G the gradients [T, P] of the mean loss on the memory of
+    each of T past tasks, the step is taken along the nearest g' for which no product with a row of
+    G is negative. It is g where that holds already, else g + G^T v, with v the minimum of
+
+        1/2 v^T (G G^T + ridge I) v + (G g)^T v   subject to   v >= margin,
+
+    the dual of the paper's quadratic program (its equation 11). All of it is known from the
+    products of the T + 1 gradients: they alone go to the host, where the program is solved.
+
+    Each step runs the model forward and backward over the memory of every past task. Memory is
+    bounded by `per_task` examples a task and, for the gradients, T times the parameters.
+
+    Args:
+        model: see `Method`.
+        strength: none; there is no penalty.
+        per_task: examples kept of each task, >= 1; all of a task that has fewer.
+        margin: lower bound of v, >= 0 ("memory strength" in the authors' code): pulls further in
+            favour of past tasks than is needed.
+        ridge: added to the diagonal of G G^T, >= 0; the authors' code has 1e-3.
+        seed: of the examples drawn.
+    """
+
+    name: ClassVar[str] = "gem"
+    memory: ClassVar[dict[str, str]] = {**Episodic.memory, "gradients": "4*T*P"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        per_task: int = 256,
+        margin: float = 0.5,
+        ridge: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, strength=strength, per_task=per_task, seed=seed)
+        self.margin = number(self.name, "margin", margin, minimum=0.0)
+        self.ridge = number(self.name, "ridge", ridge, minimum=0.0)
+
+    def _row_count(self) -> int:
+        return len(self._sizes)
+
+    def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
+        for k, (inputs, labels) in enumerate(self._kept_tasks()):
+            self._write_row(rows, k, params, inputs, labels)
+
+    def _weights(self, gram: Tensor) -> Tensor | None:
+        weights = projection_weights(gram.cpu().numpy(), self.margin, self.ridge)
+        return None if weights is None else torch.from_numpy(weights).to(gram.device)
+
+
+def projection_weights(
+    gram: NDArray[np.float64], margin: float, ridge: float = 0.0
+) -> NDArray[np.float64] | None:
+    """The v of GEM's quadratic program; None where the gradient stays as it is.
+
+    Args:
+        gram: float64 [T + 1, T + 1], the products of the T past gradients and, last, the current
+            one. Where they are not finite, no gradient can be mended.
+        margin: lower bound of v.
+        ridge: added to the diagonal of the past gradients' part.
+    """
+    products = gram[:-1, -1]
+    if not np.isfinite(gram).all() or not (products < 0).any():
+        return None
+    past = gram[:-1, :-1] + ridge * np.eye(len(products))
+    # With u = v - margin it is 1/2 u^T K u + c^T u over u >= 0; scaled to ones on the diagonal, or
+    # tasks whose gradients are small would drown.
+    size = np.sqrt(past.diagonal())
+    scale = np.divide(1.0, size, out=np.zeros_like(size), where=size > 0)
+    correlations = past * np.outer(scale, scale)
+    linear = (products + margin * past.sum(axis=1)) * scale
+    # K = A^T A and c = -A^T b turn it into |A u - b|^2. Directions without extent are left out: the
+    # gradients do not reach them, and neither does c.
+    extents, directions = np.linalg.eigh(correlations)
+    kept = extents > len(extents) * np.finfo(np.float64).eps * extents.max()
+    roots = np.sqrt(extents[kept])
+    matrix = roots[:, None] * directions[:, kept].T
+    target = -(directions[:, kept].T @ linear) / roots
+    largest = np.abs(target).max(initial=0.0) or 1.0
+    solution, _ = nnls(matrix, target / largest, maxiter=_ITERATIONS * len(products))
+    weights: NDArray[np.float64] = margin + largest * scale * solution
+    return weights

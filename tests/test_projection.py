@@ -1,0 +1,517 @@
+"""GEM and A-GEM: the quadratic program, the projection, and the memory behind them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from quick_runs import QUICK, same, small, weights
+from scipy.optimize import minimize
+from torch import nn
+from toy_training import CLASSES, FEATURES, assert_same_state, make_model, make_task, train_tasks
+
+import clext
+from clext import AGEM, GEM
+from clext.methods.gem import projection_weights
+from clext.methods.unpenalised import Unpenalised
+
+BOTH = pytest.mark.parametrize("kind", [GEM, AGEM])
+
+
+def gram_of(past: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    rows = np.vstack([past, gradient])
+    return rows @ rows.T
+
+
+def nearest(past: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The gradient nearest to the given one without a negative product: every active set tried."""
+    lengths = np.linalg.norm(past, axis=1, keepdims=True)
+    past = past / np.where(lengths > 0, lengths, 1)  # the length of a constraint is of no account
+    best = None
+    count = len(past)
+    for size in range(count + 1):
+        for active in itertools.combinations(range(count), size):
+            chosen = past[list(active)]
+            candidate = gradient - chosen.T @ np.linalg.pinv(chosen @ chosen.T) @ (
+                chosen @ gradient
+            )
+            fits = (past @ candidate >= -1e-9 * np.abs(gradient).max()).all()
+            distance = np.linalg.norm(candidate - gradient)
+            if fits and (best is None or distance < best[0] - 1e-12):
+                best = (distance, candidate)
+    assert best is not None
+    return best[1]
+
+
+def problems() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(0)
+    past, gradient = random.normal(size=(4, 30)), random.normal(size=30)
+    gradient -= 0.5 * past.sum(axis=0)
+    twice = np.vstack([past, past[:2]])
+    none = past.copy()
+    none[1] = 0
+    scales = past * np.array([[1e-6], [1.0], [1e3], [1e-2]])
+    opposed = np.vstack([past[0], -past[0], past[1]])
+    return {
+        "one": (past[:1], gradient),
+        "four": (past, gradient),
+        "duplicates": (twice, gradient),
+        "a zero gradient": (none, gradient),
+        "zero gradients alone and one in conflict": (np.vstack([0 * past[:2], past[2]]), gradient),
+        "other scales": (scales, gradient),
+        "opposed": (opposed, gradient),
+        "more than dimensions": (random.normal(size=(7, 3)), random.normal(size=3)),
+        "tiny": (1e-12 * past, 1e-9 * gradient),
+    }
+
+
+PROBLEMS = problems()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_without_margin_it_is_the_nearest_gradient_without_conflict(name):
+    past, gradient = PROBLEMS[name]
+    assert (past @ gradient < 0).any()
+    v = projection_weights(gram_of(past, gradient), margin=0.0)
+    assert (v >= 0).all()
+    projected = gradient + past.T @ v
+    scale = np.abs(gradient).max()
+    np.testing.assert_allclose(projected, nearest(past, gradient), atol=1e-7 * scale)
+    lengths = np.linalg.norm(past, axis=1) * np.linalg.norm(gradient)
+    assert (past @ projected >= -1e-9 * lengths).all()
+
+
+@pytest.mark.parametrize(("margin", "ridge"), [(0.0, 0.0), (0.5, 0.0), (0.5, 1e-3), (0.2, 3.0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_a_general_solver_with_margin_and_ridge(margin, ridge, seed):
+    random = np.random.default_rng(seed)
+    past, gradient = random.normal(size=(4, 20)), random.normal(size=20)
+    gradient -= past[seed % 4]
+    kernel, linear = past @ past.T + ridge * np.eye(4), past @ gradient
+    expected = minimize(
+        lambda v: 0.5 * v @ kernel @ v + linear @ v,
+        np.full(4, margin + 1.0),
+        jac=lambda v: kernel @ v + linear,
+        bounds=[(margin, None)] * 4,
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    assert expected.success
+    v = projection_weights(gram_of(past, gradient), margin, ridge)
+    np.testing.assert_allclose(v, expected.x, atol=1e-5)
+    assert (v >= margin).all()
+
+
+def test_a_gradient_without_conflict_stays_whatever_the_margin():
+    past = np.eye(3)
+    assert projection_weights(gram_of(past, np.array([1.0, 0.0, 2.0])), margin=0.5) is None
+    broken = gram_of(past, np.array([-1.0, 0.0, 2.0]))
+    broken[0, 1] = np.nan
+    assert projection_weights(broken, margin=0.5) is None
+
+
+def test_many_random_programs_are_solved():
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        count, size = random.integers(1, 25), random.integers(1, 40)
+        past = random.normal(size=(count, size)) * 10.0 ** random.integers(-6, 6, size=(count, 1))
+        past[random.integers(count)] = past[0] * (1 + 1e-9)
+        gradient = random.normal(size=size) * 10.0 ** random.integers(-6, 6)
+        v = projection_weights(gram_of(past, gradient), margin=0.0)
+        if v is not None:
+            lengths = np.linalg.norm(past, axis=1) * np.linalg.norm(gradient)
+            assert (past @ (gradient + past.T @ v) >= -1e-6 * lengths).all()
+
+
+# ----------------------------------------------------------------------------- in a model
+
+
+def gradients_of_the_past(model, method):
+    """One row for each task: of the mean loss on its memory, everything flat."""
+    rows = []
+    for inputs, labels in method._kept_tasks():
+        model.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        rows.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return torch.stack(rows)
+
+
+def conflicting_step(model, batches, inputs=4):
+    """A gradient that undoes the past: its loss, with the sign turned; returned as one row."""
+    model.zero_grad()
+    for x, y in batches[:inputs]:
+        (-F.cross_entropy(model(x), y)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def current(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_gem_projects_the_accumulated_gradient_of_a_model(device):
+    model = make_model().to(device)
+    method = GEM(model, margin=0.0, per_task=7)
+    train_tasks(model, method)
+    past = gradients_of_the_past(model, method)
+    before = conflicting_step(model, make_task(1, device=device))
+    assert bool((past @ before < 0).any())
+    assert method.add_penalty_grad_().item() == 0
+    after = current(model)
+    expected = nearest(past.cpu().numpy(), before.cpu().numpy())
+    torch.testing.assert_close(after.cpu(), torch.from_numpy(expected), rtol=1e-8, atol=1e-10)
+    assert bool((past @ after >= -1e-10).all())
+    method.add_penalty_grad_()  # nothing is left to project
+    torch.testing.assert_close(current(model), after)
+
+
+def test_agem_follows_its_formula(device):
+    model = make_model().to(device)
+    method = AGEM(model, per_task=5, batch=1000)
+    train_tasks(model, method)
+    model.zero_grad()
+    F.cross_entropy(model(method._inputs), method._labels).backward()
+    reference = current(model).clone()
+    before = conflicting_step(model, make_task(1, device=device))
+    product = before @ reference
+    assert product < 0
+    method.add_penalty_grad_()
+    expected = before - product / (reference @ reference) * reference
+    torch.testing.assert_close(current(model), expected, rtol=1e-9, atol=1e-12)
+    assert abs(float(current(model) @ reference)) < 1e-10
+    for p in model.parameters():
+        p.grad.neg_()
+    kept = current(model).clone()
+    method.add_penalty_grad_()
+    assert current(model).equal(kept)
+
+
+def test_agem_draws_each_example_at_most_once_and_another_batch_at_each_step(monkeypatch):
+    model = make_model()
+    method = AGEM(model, per_task=10, batch=12)
+    train_tasks(model, method)
+    seen = []
+
+    def look(inputs, labels):
+        seen.append(inputs)
+        return F.cross_entropy(model(inputs), labels)
+
+    monkeypatch.setattr(method.outputs, "cross_entropy", look)
+    for _ in range(2):
+        conflicting_step(model, make_task(0))
+        method.add_penalty_grad_()
+    for drawn in seen:
+        assert drawn.shape == (12, FEATURES)
+        assert len(drawn.unique(dim=0)) == 12
+        assert all((method._inputs == row).all(dim=1).any() for row in drawn)
+    assert not seen[0].equal(seen[1])
+
+
+@BOTH
+def test_the_first_task_costs_nothing(kind, monkeypatch):
+    model = make_model()
+    method = kind(model)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_a, **_k: pytest.fail("a backward pass"))
+    before = conflicting_step(model, make_task(0)).clone()
+    assert method.add_penalty_grad_().item() == 0
+    assert current(model).equal(before)
+
+
+@BOTH
+def test_frozen_and_unused_parameters_are_left_alone(kind):
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.used, self.unused = (
+                nn.Linear(FEATURES, 6),
+                nn.Linear(6, CLASSES),
+                nn.Linear(6, CLASSES),
+            )
+            self.frozen = nn.Linear(6, 6).requires_grad_(False)
+
+        def forward(self, x):
+            return self.used(self.frozen(torch.tanh(self.body(x))))
+
+    model = TwoHeads().double()
+    method = kind(model, **({"margin": 0.0} if kind is GEM else {"batch": 1000}))
+    train_tasks(model, method, tasks=2)
+    before = [p.grad for p in model.unused.parameters()]
+    model.zero_grad()
+    for x, y in make_task(0)[:4]:
+        (-F.cross_entropy(model(x), y)).backward()
+    model.body.bias.requires_grad_(False)  # frozen after its gradient was there
+    kept, moved = model.body.bias.grad.clone(), model.body.weight.grad.clone()
+    method.add_penalty_grad_()
+    assert before == [None, None] == [p.grad for p in model.unused.parameters()]
+    assert all(p.grad is None for p in model.frozen.parameters())
+    assert model.body.bias.grad.equal(kept)
+    assert not model.body.weight.grad.equal(moved)
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_statistics_and_modes_stay(kind, training):
+    model = nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+    model.double().train(training)
+    method = kind(model)
+    train_tasks(model, method, tasks=1)
+    conflicting_step(model, make_task(0))
+    buffers = dict(model.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    gradient = current(model).clone()
+    method.add_penalty_grad_()
+    assert not current(model).equal(gradient)
+    for name, buffer in model.named_buffers():
+        assert buffer is buffers[name]
+        assert buffer.equal(before[name])
+    assert all(module.training == training for module in model.modules())
+
+
+@BOTH
+def test_drawing_leaves_the_global_random_state(kind):
+    model = make_model()
+    method = kind(model, per_task=3)
+    state = torch.get_rng_state()
+    for number in range(2):
+        method.consolidate(make_task(number))
+        conflicting_step(model, make_task(0))
+        method.add_penalty_grad_()
+    assert torch.get_rng_state().equal(state)
+
+
+@BOTH
+def test_the_memory_holds_distinct_examples_of_each_task_with_their_labels(kind):
+    tasks = [make_task(number) for number in range(3)]
+    method = kind(make_model(), per_task=9)
+    for batches in tasks:
+        method.consolidate(iter(batches))
+    for (inputs, labels), batches in zip(method._kept_tasks(), tasks, strict=True):
+        x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+        places = [int((x == row).all(dim=1).nonzero()) for row in inputs]
+        assert len(set(places)) == 9
+        assert y[places].equal(labels)
+    other = kind(make_model(), per_task=9, seed=1)
+    other.consolidate(tasks[0])
+    assert not other._inputs.equal(method._inputs[:9])
+    whole = kind(make_model(), per_task=1000)
+    whole.consolidate(tasks[0])
+    assert len(whole._labels) == sum(len(y) for _, y in tasks[0])
+
+
+def test_every_example_is_kept_equally_often():
+    batches = [(torch.arange(4.0)[:, None] + 4 * b, torch.zeros(4, dtype=int)) for b in range(5)]
+    counts = torch.zeros(20)
+    for seed in range(400):
+        method = GEM(nn.Linear(1, 2), per_task=5, seed=seed)
+        method.consolidate(batches)
+        counts[method._inputs.long().flatten()] += 1
+    # Binomial: 400 draws of probability 1/4 each, deviation 8.7.
+    assert float((counts - 100).abs().max()) < 5 * 8.7
+
+
+@BOTH
+def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(kind, device):
+    def steps(model, method, number):
+        for x, y in make_task(number, device=device):
+            F.cross_entropy(model(x), y).backward()
+            method.add_penalty_grad_()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+            model.zero_grad()
+
+    model = make_model().to(device)
+    method = kind(model, per_task=6, **({"batch": 4} if kind is AGEM else {}))
+    train_tasks(model, method, tasks=2)
+    steps(model, method, 2)
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), method.state_dict()], buffer)
+    buffer.seek(0)
+    states = torch.load(buffer, weights_only=True)
+    other = make_model().to(device)
+    resumed = kind(other, per_task=6, **({"batch": 4} if kind is AGEM else {}))
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    for each in ((model, method), (other, resumed)):
+        steps(*each, 3)
+        each[1].consolidate(make_task(3, device=device))
+    assert same(weights(model), weights(other))
+    assert_same_state(resumed.state_dict(), method.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("inputs", None, "holds labels, sizes, random, expected inputs"),
+        ("inputs", torch.zeros(3, 5), r"\['inputs'\] is \[3, 5\], expected 12 examples"),
+        ("inputs", torch.full((12, 5), torch.nan), "holds NaN or infinity"),
+        ("labels", torch.zeros(12), "expected int64"),
+        ("labels", -torch.ones(12, dtype=torch.int64), "none below 0"),
+        ("sizes", [6.0, 6], "expected a list of integers > 0"),
+        ("sizes", [6, 7], "expected 13 examples"),
+        ("random", {"device": "cpu", "state": torch.zeros(3)}, "is no state of a generator"),
+        ("random", "abc", "is no state of a generator"),
+    ],
+)
+def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, value, message):
+    method = AGEM(make_model(), per_task=6)
+    train_tasks(method.model, method, tasks=2)
+    before, state = method.state_dict(), copy.deepcopy(method.state_dict())
+    if value is None:
+        del state["extra"][key]
+    else:
+        state["extra"][key] = value
+    with pytest.raises(ValueError, match=message):
+        method.load_state_dict(state)
+    assert_same_state(method.state_dict(), before)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "needs the data of the task"),
+        ([], "is empty"),
+        ([(torch.zeros(2, FEATURES).double(), torch.zeros(2))], "labels have dtype torch.float32"),
+        (
+            [make_task(1)[0], (torch.zeros(2, 3).double(), torch.zeros(2, dtype=int))],
+            r"inputs are torch.float64 \[3\] each, expected",
+        ),
+        (
+            [make_task(1)[0], (torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))],
+            "inputs are torch.float32",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_kept_is_refused_and_changes_nothing(kind, data, message):
+    method = kind(make_model())
+    train_tasks(method.model, method, tasks=1)
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=message):
+        method.consolidate(data)
+    assert_same_state(method.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (GEM, {"per_task": 0}, "gem: per_task must be an integer >= 1"),
+        (GEM, {"margin": -0.1}, "gem: margin must be a finite number >= 0"),
+        (GEM, {"ridge": float("nan")}, "gem: ridge must be"),
+        (AGEM, {"batch": 0}, "agem: batch must be an integer >= 1"),
+        (AGEM, {"seed": -1}, "agem: seed must be"),
+        (AGEM, {"strength": 1.0}, "agem has no penalty, so no strength; leave it out"),
+    ],
+)
+def test_bad_options_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(make_model(), **options)
+
+
+# ----------------------------------------------------------------------------- in the main job
+
+
+@BOTH
+@pytest.mark.parametrize("incremental", ["domain", "task", "class"])
+def test_trains_in_all_three_settings_the_same_each_time(kind, incremental):
+    arguments = {**QUICK, "scenario": "split", "incremental": incremental, "lr": 1e-2, "epochs": 4}
+    runs = [clext.train(kind.name, per_task=16, model=small(), **arguments) for _ in range(2)]
+    assert runs[0].curve == runs[1].curve
+    assert runs[0].config["strength"] is None
+    alone = clext.train("baseline", model=small(), **arguments)
+    assert runs[0].curve[:4] == alone.curve[:4]
+    assert runs[0].curve != alone.curve
+    if kind is GEM:
+        assert runs[0].accuracy[1, 0] > alone.accuracy[1, 0]
+
+
+def test_labels_are_kept_as_the_models_outputs():
+    method = GEM(small())
+    inputs, labels = torch.rand(8, 64), torch.arange(8) % 2
+    method.begin_task((inputs, labels), block=range(2), active=range(2))
+    method.consolidate([(inputs, labels)])
+    method.begin_task((inputs, labels), block=range(2, 4), active=range(2, 4))
+    method.consolidate([(inputs, labels)])
+    (_, first), (_, second) = method._kept_tasks()
+    assert set(first.tolist()) == {0, 1}
+    assert set(second.tolist()) == {2, 3}
+
+
+@BOTH
+def test_in_bf16_and_with_an_optimizer_of_clext(kind):
+    model = make_model(torch.bfloat16)
+    method = kind(model, per_task=6)
+    optimizer = clext.optim.SGD(model.parameters(), lr=0.05, method=method)
+    for number in range(2):
+        batches = make_task(number, torch.bfloat16)
+        for x, y in batches:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        method.consolidate(batches)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert {rows.dtype for rows in method._rows} == {torch.float32}
+    result = clext.train(kind.name, model=small(), precision="bf16", per_task=16, **QUICK)
+    assert result.complete
+
+
+@BOTH
+def test_a_change_of_the_models_dtype_is_followed(kind):
+    model = make_model()
+    method = kind(model, per_task=6)
+    train_tasks(model, method, tasks=2)
+    conflicting_step(model, make_task(0))
+    method.add_penalty_grad_()
+    state = method.state_dict()
+    state["extra"]["inputs"] = state["extra"]["inputs"].float()
+    model.float()
+    method.load_state_dict(state)
+    conflicting_step(model, make_task(0, torch.float32))
+    method.add_penalty_grad_()
+    assert {rows.dtype for rows in method._rows} == {torch.float32}
+
+
+@BOTH
+def test_combines_with_a_method_that_learns_by_its_loss(kind):
+    """The gradient of that loss is projected, and both see the end of each task."""
+
+    class Doubled(Unpenalised):
+        name = "doubled"
+
+        def _loss(self, *batch):
+            return 2 * super()._loss(*batch)
+
+        def _prepare_end(self, dataloader):
+            self.examples = sum(len(y) for _, y in dataloader)
+            return super()._prepare_end(dataloader)
+
+    model = make_model()
+    method = kind(model, per_task=6).combine(Doubled(model))
+    method.consolidate(iter(make_task(0)))
+    assert method._rehearsal.examples == sum(len(y) for _, y in make_task(0))
+    assert len(method._labels) == 6
+    assert method.label == f"{kind.name}+doubled"
+    x, y = make_task(1)[0]
+    assert method.loss(x, y).item() == pytest.approx(2 * F.cross_entropy(model(x), y).item())
+    before = conflicting_step(model, make_task(0)).clone()
+    method.add_penalty_grad_()
+    assert not current(model).equal(before)
+    assert_same_state(copy.deepcopy(method.state_dict()), method.state_dict())
+
+
+def test_gradients_that_a_scaler_has_scaled_are_refused():
+    model = make_model(torch.float32)
+    method = GEM(model)
+    optimizer = clext.optim.SGD(model.parameters(), lr=0.1, method=method)
+    x, y = make_task(0, torch.float32)[0]
+    method.consolidate([(x, y)])
+    F.cross_entropy(model(x), y).backward()
+    optimizer.grad_scale = torch.tensor(2.0)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="have to be unscaled before"):
+        optimizer.step()
+    assert same(weights(model), before)
