@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from protocols import Protocol, Row, adam, epochs, iterations, sgd
-from published_rehearsal import SPLIT, VAN_DE_VEN_ROWS
+from published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
 from released import RunningFisherEWC
 from torch import nn
 
@@ -196,6 +196,7 @@ A_GEM = Protocol(
             sgd(0.1),
             note="variant='paper'",
         ),
+        *A_GEM_ROWS,
     ),
 )
 

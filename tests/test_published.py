@@ -84,7 +84,7 @@ def test_published_and_ours_are_compared_by_the_tolerance(bench):
     row = published.VAN_DE_VEN.rows[1]
     assert verdict(row, row.published + row.tolerance - 0.01) == "agrees"
     assert verdict(row, row.published + row.tolerance + 0.01) == "differs"
-    assert verdict(published.A_GEM.rows[-1], 50.0) == ""
+    assert verdict(next(r for r in published.A_GEM.rows if not r.published), 50.0) == ""
 
 
 def test_padding_puts_the_image_in_the_middle(bench, data):
