@@ -15,6 +15,7 @@ from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch.nn import functional
 
 import clext
+from clext.comparison import DEFAULT_METHODS
 from clext.data import Split
 from clext.evaluation import autocast
 from clext.methods import make_method
@@ -81,7 +82,7 @@ def test_step(precision: str, device: str, benchmark: Any, capsys: Any) -> None:
     split = Split(inputs.to(device), labels.to(device))
     runs: dict[str, Run | PlainRun] = {
         "torch": PlainRun(split, precision),
-        **{name: Run(name, split, precision) for name in clext.METHODS},
+        **{name: Run(name, split, precision) for name in DEFAULT_METHODS},
     }
     watch = Stopwatch(device)
     turns = list(runs)
