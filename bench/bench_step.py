@@ -14,7 +14,6 @@ import torch
 from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch.nn import functional
 
-import clext
 from clext.comparison import DEFAULT_METHODS
 from clext.data import Split
 from clext.evaluation import autocast
