@@ -219,7 +219,9 @@ def check_against_reference(op: Op, arguments: Arguments) -> dict[str, Tensor]:
                 # The movement of a parameter is that of what is stored, but exact is not rounded.
                 slack=_rounding(half, before["grads"], exact["params"])
                 if name == "path" and "params" in op.written
-                else _cancelled(expected[name], state_dtype(min(dtypes, key=_digits)))
+                else _cancelled(
+                    expected[name], state_dtype(max(dtypes, key=lambda d: torch.finfo(d).eps))
+                )
                 if name in actual and op.returns and dtypes
                 else 0.0,
             )
@@ -233,10 +235,6 @@ def check_against_reference(op: Op, arguments: Arguments) -> dict[str, Tensor]:
         tensors_of({name: before[name] for name in read}),
     )
     return actual
-
-
-def _digits(dtype: torch.dtype) -> float:
-    return -torch.finfo(dtype).eps
 
 
 def _cancelled(products: Tensor, dtype: torch.dtype) -> float:
