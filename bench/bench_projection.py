@@ -22,7 +22,7 @@ from torch import Tensor
 from clext import ops
 
 TASKS = (1, 4, 16)
-ROUNDS = {"mlp": 20, "resnet18": 6}
+ROUNDS = {"mlp": 15, "resnet18": 3}
 
 
 class Problem:
@@ -82,9 +82,13 @@ class Problem:
         matrix = self.on_the_host()
         exact = torch.from_numpy(matrix @ matrix.T)
         scale = exact.diagonal().sqrt()
-        for gram in (ops.gradient_gram(self.rows, self.grads), self.products_per_parameter()):
+        # A matrix product of a million float32 numbers is no more exact than that.
+        for gram, tolerance in (
+            (ops.gradient_gram(self.rows, self.grads), 1e-6),
+            (self.products_per_parameter(), 1e-3),
+        ):
             error = (gram.cpu() - exact).abs() / (scale[:, None] * scale)
-            assert error.max() < 1e-5
+            assert error.max() < tolerance
         before = self.current.clone()
         ops.project_gradient_(self.grads, self.rows, self.weights)
         want = torch.from_numpy(matrix[-1] + self.weights.cpu().numpy() @ matrix[:-1]).float()

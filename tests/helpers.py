@@ -215,11 +215,14 @@ def check_against_reference(op: Op, arguments: Arguments) -> dict[str, Tensor]:
                 torch.cat([actual[key].flatten() for key in keys]),
                 torch.cat([expected[key].flatten() for key in keys]),
                 torch.float32 if coarse else state_dtype(dtype),
-                # Products of both signs cancel: an entry is as exact as the largest one.
-                is_sum=name in actual and not op.returns,
+                is_sum=name in actual,
                 # The movement of a parameter is that of what is stored, but exact is not rounded.
                 slack=_rounding(half, before["grads"], exact["params"])
                 if name == "path" and "params" in op.written
+                else _cancelled(
+                    expected[name], state_dtype(max(dtypes, key=lambda d: torch.finfo(d).eps))
+                )
+                if name in actual and op.returns and dtypes
                 else 0.0,
             )
     if (value := actual.get("returns")) is not None:
@@ -232,6 +235,12 @@ def check_against_reference(op: Op, arguments: Arguments) -> dict[str, Tensor]:
         tensors_of({name: before[name] for name in read}),
     )
     return actual
+
+
+def _cancelled(products: Tensor, dtype: torch.dtype) -> float:
+    """Rounding of products of both signs: an entry of the matrix is as exact as its largest one."""
+    finite = products[products.isfinite()].abs()
+    return 32 * torch.finfo(dtype).eps * max([0.0, *finite.flatten().tolist()])
 
 
 def _rounding(half: list[torch.dtype], grads: list[Tensor], params: list[Tensor]) -> float:
