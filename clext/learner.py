@@ -52,13 +52,16 @@ class LearnerSpec:
         model.to(device)
         _check_forward(model, scenario, device)
         if isinstance(self.method, Method):
+            _check_outputs(self.method, scenario)
             return self.method.to(device)
         kinds = [METHODS[name] for name in part_names(self.method)]
         seeded = any("seed" in option_names(kind) for kind in kinds)
         own_seed = {"seed": seed} if seeded else {}
-        return make_method(
+        method = make_method(
             self.method, model, strength=self.strength, **{**own_seed, **self.options}
         )
+        _check_outputs(method, scenario)
+        return method
 
 
 def describe_learner(method: Method) -> dict[str, Any]:
@@ -72,6 +75,11 @@ def describe_learner(method: Method) -> dict[str, Any]:
         "model": _describe_model(model),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
+
+
+def _check_outputs(method: Method, scenario: Scenario) -> None:
+    for part in method.parts:
+        part.check_outputs(scenario.num_outputs)
 
 
 def _options(part: Learning) -> dict[str, Any]:

@@ -7,8 +7,9 @@ loss, an importance or a prediction need not know of them.
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch.utils.hooks import RemovableHandle
+# Who selects outputs of a model now: two at once would each narrow what the other left.
+_selecting: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Outputs]] = weakref.WeakKeyDictionary()
 
 
 class Outputs:
     """The outputs of one model that are active now, and those of each task so far.
 
-    While outputs are selected, the model returns the active ones alone, by a forward hook on it.
-    Labels that go with such outputs are *local*: they count from the first active output. Labels of
-    examples of several tasks are *global*: they count from the model's first output.
+    While outputs are selected, the model returns the active ones alone, by a forward hook on it. (A
+    copy of the model returns all of them.) Labels that go with such outputs are *local*: they count
+    from the first active output. Labels of examples of several tasks are *global*: they count from
+    the model's first output.
 
     Args:
         model: returns logits [N, outputs].
@@ -33,7 +36,7 @@ class Outputs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._hook: RemovableHandle | None = None
+        self._remove: weakref.finalize[[], Outputs] | None = None  # takes the hook away
         self._is_full = False
         self.active: range | None = None  # None: all that the model has
         self.blocks: list[range] = []  # of the tasks begun, in their order
@@ -48,20 +51,79 @@ class Outputs:
         """How many outputs the tasks begun so far have; None where nobody said."""
         return max((block.stop for block in self.blocks), default=None)
 
-    def begin_task(self, block: range | None, active: range | None) -> None:
-        """A task begins whose classes are the outputs `block`, competing with `active`."""
-        if block is not None:
-            self.blocks.append(block)
+    def begin_task(self, block: range | None, active: range | None, *, ended: int) -> None:
+        """A task begins whose classes are the outputs `block`, competing with `active`.
+
+        Begun once more, it takes the place of itself.
+
+        Args:
+            block: of the task; None: nothing is said of it.
+            active: outputs that compete, `block` among them; None: all.
+            ended: how many tasks have ended.
+
+        Raises:
+            ValueError: they are not such ranges; nothing is changed.
+        """
+        _check_range("block", block)
+        _check_range("active", active)
+        if active is not None:
+            if block is None:
+                raise ValueError(
+                    f"begin_task: active={active} needs block, the outputs of the task itself"
+                )
+            if not (active.start <= block.start and block.stop <= active.stop):
+                raise ValueError(
+                    f"begin_task: block={block} is not within active={active}; the task's own "
+                    "outputs are among those that compete"
+                )
+            if len(self.blocks) < ended:
+                raise ValueError(
+                    f"begin_task: of {ended} earlier tasks {len(self.blocks)} were begun with a "
+                    "block; say it for all tasks, from the first"
+                )
         self.select(active)
+        if block is not None:
+            known = self.blocks[:ended]
+            self.blocks = [*known, *[block] * (ended - len(known)), block]
 
     def select(self, active: range | None) -> None:
-        """Let the model return the outputs `active`; None for all of them, without a hook."""
+        """Let the model return the outputs `active`; None for all of them, without a hook.
+
+        Raises:
+            ValueError: another method has selected outputs of this model; nothing is changed.
+        """
+        if active is not None:
+            other = _selecting.get(self._model)
+            if other is not None and other() not in (None, self):
+                raise ValueError(
+                    "the outputs of this model are selected by another method already: combine the "
+                    "two (method.combine(other)), or let the other go back to all outputs with "
+                    "begin_task()"
+                )
+            _selecting[self._model] = weakref.ref(self)
+        elif self._remove is not None:
+            self._remove()
+            self._remove = None
+            _selecting.pop(self._model, None)
         self.active = active
-        if active is None and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        elif active is not None and self._hook is None:
-            self._hook = self._model.register_forward_hook(self._narrow)
+        if active is not None and self._remove is None:
+            hook = self._model.register_forward_hook(_Narrow(self))
+            # A method that is gone leaves the model as it was.
+            self._remove = weakref.finalize(self, hook.remove)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """ValueError for local labels outside the active outputs; on the CPU, where it is cheap.
+
+        On other devices torch's own loss stops the run.
+        """
+        if self.active is None or not labels.is_cpu or labels.numel() == 0:
+            return
+        low, high = (int(entry) for entry in labels.aminmax())
+        if low < 0 or high >= len(self.active):
+            raise ValueError(
+                f"loss: labels reach from {low} to {high}, expected 0 to {len(self.active) - 1}: "
+                f"they count from the first active output, {self.active.start}"
+            )
 
     @contextmanager
     def selected(self, active: range | None) -> Iterator[None]:
@@ -104,9 +166,9 @@ class Outputs:
 
     def competing(self, outputs: int, device: torch.device) -> Tensor:
         """Row l: with which of the model's `outputs` the class l competes; bool, square."""
-        rivals = torch.eye(outputs, dtype=torch.bool, device=device)
+        # A class of no task has no rivals, not even itself: its loss is NaN and not zero.
+        rivals = torch.zeros(outputs, outputs, dtype=torch.bool, device=device)
         for block in [*self.blocks, self.active or range(outputs)]:
-            rivals[block.start : block.stop, :] = False
             rivals[block.start : block.stop, block.start : block.stop] = True
         return rivals
 
@@ -118,7 +180,46 @@ class Outputs:
             block.start < active.start or block.stop > active.stop for block in self.blocks
         )
 
-    def _narrow(self, _module: nn.Module, _inputs: object, logits: Tensor) -> Tensor | None:
-        if self._is_full or self.active is None:
+    def narrow(self, logits: Tensor) -> Tensor | None:
+        """The active outputs of what the model returned; None where all are to be returned."""
+        active = self.active
+        if self._is_full or active is None:
             return None
-        return logits[:, self.active.start : self.active.stop]
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < active.stop:
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"begin_task: outputs {active.start} to {active.stop - 1} are active, so the model "
+                f"must return logits [N, >= {active.stop}], got {got}"
+            )
+        return logits[:, active.start : active.stop]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model, "active": self.active, "blocks": self.blocks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"])  # type: ignore[misc]
+        self.blocks = state["blocks"]
+        self.select(state["active"])
+
+
+class _Narrow:
+    """The forward hook: it keeps nothing alive, and a copy of the model is not narrowed by it."""
+
+    def __init__(self, outputs: Outputs | None) -> None:
+        self._outputs = None if outputs is None else weakref.ref(outputs)
+
+    def __call__(self, _module: nn.Module, _inputs: object, logits: Tensor) -> Tensor | None:
+        outputs = None if self._outputs is None else self._outputs()
+        return None if outputs is None else outputs.narrow(logits)
+
+    def __reduce__(self) -> tuple[type[_Narrow], tuple[None]]:
+        return _Narrow, (None,)
+
+
+def _check_range(name: str, given: object) -> None:
+    if given is None:
+        return
+    if not isinstance(given, range) or given.step != 1 or not 0 <= given.start < given.stop:
+        raise ValueError(
+            f"begin_task: {name} must be a range of outputs, such as range(2, 4), got {given!r}"
+        )

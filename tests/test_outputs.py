@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
 
 import pytest
@@ -75,22 +77,22 @@ class TestLossOverTasks:
             model, x, labels, lambda label: next([*b] for b in blocks if label in b)
         )
         outputs = Outputs(model)
-        for block in blocks:
-            outputs.begin_task(block, block)
+        for ended, block in enumerate(blocks):
+            outputs.begin_task(block, block, ended=ended)
         torch.testing.assert_close(outputs.cross_entropy(x, labels), expected)
 
     def test_a_head_that_grows(self, model):
         x, labels = examples(4), torch.tensor([0, 3, 2, 1])
         expected = self.expected(model, x, labels, lambda _label: [0, 1, 2, 3])
         outputs = Outputs(model)
-        outputs.begin_task(range(2), range(2))
-        outputs.begin_task(range(2, 4), range(4))
+        outputs.begin_task(range(2), range(2), ended=0)
+        outputs.begin_task(range(2, 4), range(4), ended=1)
         torch.testing.assert_close(outputs.cross_entropy(x, labels), expected)
 
     def test_one_head(self, model):
         x, labels = examples(4), torch.tensor([0, 5, 2, 1])
         outputs = Outputs(model)
-        outputs.begin_task(range(6), None)
+        outputs.begin_task(range(6), None, ended=0)
         torch.testing.assert_close(
             outputs.cross_entropy(x, labels), F.cross_entropy(model(x), labels)
         )
@@ -138,24 +140,118 @@ class TestMethods:
                 raise ValueError(f"no, not {len(examples)}")
 
         method = Refuses(model)
-        method.outputs.begin_task(range(2), range(2))
+        method.outputs.begin_task(range(2), range(2), ended=0)
         with pytest.raises(ValueError, match="no"):
             method.begin_task((), block=range(2, 4), active=range(4))
         assert method.outputs.blocks == [range(2)]
         assert model(examples()).shape == (9, 2)
 
-    def test_the_blocks_are_in_the_state(self, model):
+    def test_outputs_are_in_the_state(self, model):
         method = clext.EWC(model)
         method.begin_task(block=range(2), active=range(2))
+        method.consolidate([(examples(), torch.zeros(9, dtype=torch.int64))])
         method.begin_task(block=range(2, 4), active=range(4))
-        other = clext.EWC(model)
+        other = clext.EWC(copy.deepcopy(model))
+        assert other.model(examples()).shape == (9, 6)
         other.load_state_dict(method.state_dict())
         assert other.outputs.blocks == [range(2), range(2, 4)]
+        assert other.model(examples()).shape == (9, 4)
 
-    @pytest.mark.parametrize("given", [None, 3, [[0]], [[2, 1]], [[0, 1.5]], [[-1, 2]]])
-    def test_blocks_that_are_none_are_refused(self, model, given):
+    @pytest.mark.parametrize(
+        "given",
+        [
+            None,
+            3,
+            {"blocks": 3, "active": None},
+            *({"blocks": [pair], "active": None} for pair in ([0], [2, 1], [0, 1.5], [-1, 2])),
+            {"blocks": [[0, 2]], "active": [2, 0]},
+        ],
+    )
+    def test_outputs_that_are_none_are_refused(self, model, given):
         method = clext.EWC(model)
         state = {**method.state_dict(), "outputs": given, "strength": 7.0}
-        with pytest.raises(ValueError, match=r"ewc: state_dict\['outputs'\] holds"):
+        with pytest.raises(ValueError, match=r"ewc: state_dict\['outputs'\] is"):
             method.load_state_dict(state)
         assert method.strength == clext.EWC.default_strength
+
+    def test_a_task_begun_again_takes_its_own_place(self, model):
+        method = clext.Baseline(model)
+        for k in range(3):
+            for _ in range(2):
+                method.begin_task(block=range(2 * k, 2 * k + 2), active=range(2 * k, 2 * k + 2))
+            method.consolidate()
+        assert method.outputs.blocks == [range(2), range(2, 4), range(4, 6)]
+
+    @pytest.mark.parametrize(
+        ("block", "active", "message"),
+        [
+            ([0, 1], None, r"block must be a range of outputs.* got \[0, 1\]"),
+            (range(2), [0, 1], "active must be a range"),
+            (range(0, 4, 2), None, "block must be a range"),
+            (range(4, 2), None, "block must be a range"),
+            (range(-2, 0), None, "block must be a range"),
+            (None, range(2), "needs block"),
+            (range(2, 4), range(2), "is not within active"),
+        ],
+    )
+    def test_ranges_that_are_none_are_refused(self, model, block, active, message):
+        method = clext.Baseline(model)
+        with pytest.raises(ValueError, match=message):
+            method.begin_task(block=block, active=active)
+        assert method.outputs.blocks == []
+        assert model(examples()).shape == (9, 6)
+
+    def test_outputs_that_the_model_has_not(self, model):
+        clext.Baseline(model).begin_task(block=range(2), active=range(2))
+        method = clext.Baseline(model)  # the one before is gone
+        method.begin_task(block=range(4, 8), active=range(4, 8))
+        with pytest.raises(ValueError, match=r"logits \[N, >= 8\], got \[9, 6\]"):
+            model(examples())
+
+    def test_heads_are_said_from_the_first_task_on(self, model):
+        method = clext.Baseline(model)
+        method.consolidate()
+        with pytest.raises(ValueError, match="of 1 earlier tasks 0 were begun with a block"):
+            method.begin_task(block=range(2), active=range(2))
+
+    def test_two_methods_do_not_narrow_one_model(self, model):
+        first, second = clext.EWC(model), clext.Baseline(model)
+        first.begin_task(block=range(2), active=range(2))
+        with pytest.raises(ValueError, match="selected by another method already"):
+            second.begin_task(block=range(2, 4), active=range(2, 4))
+        assert second.outputs.blocks == []
+        first.begin_task()
+        second.begin_task(block=range(2, 4), active=range(2, 4))
+        assert model(examples()).shape == (9, 2)
+
+    def test_a_method_that_is_gone_leaves_the_model_as_it_was(self, model):
+        method = clext.EWC(model)
+        method.begin_task(block=range(2), active=range(2))
+        copied = copy.deepcopy(model)
+        assert copied(examples()).shape == (9, 6)
+        del method
+        gc.collect()
+        assert model(examples()).shape == (9, 6)
+        assert not model._forward_hooks
+
+    @pytest.mark.parametrize("name", ["ewc", "replay", "lwf", "icarl", "gem"])
+    @pytest.mark.parametrize("labels", [[0, 2], [-1, 0]])
+    def test_labels_outside_the_active_outputs(self, name, labels):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 4))
+        method = clext.METHODS[name](model)
+        x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        method.begin_task(block=range(2), active=range(2))
+        method.consolidate([(x, y)])
+        method.begin_task(block=range(2, 4), active=range(2, 4))
+        with pytest.raises(ValueError, match=r"labels reach from .* expected 0 to 1: they count"):
+            method.loss(x, torch.tensor(labels))
+
+    def test_an_earlier_head_predicts(self, model):
+        full = model(examples())
+        method = clext.Baseline(model)
+        method.begin_task(block=range(2), active=range(2))
+        method.consolidate()
+        method.begin_task(block=range(2, 5), active=range(2, 5))
+        assert method.predict(examples(), active=range(2)).equal(full[:, :2])
+        assert method.predict(examples()).equal(full[:, 2:5])

@@ -52,7 +52,7 @@ def old_heads(outputs: Outputs, ended: int, known: int) -> list[tuple[slice, sli
     if active is None:
         return [(slice(None), slice(0, known))]
     tops: dict[range, int] = {}
-    for block in earlier or [active]:
+    for block in earlier:
         inside = active.start <= block.start and block.stop <= active.stop
         head = active if inside else block
         tops[head] = max(tops.get(head, 0), block.stop)

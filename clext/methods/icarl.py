@@ -110,6 +110,10 @@ class ICaRL(Unpenalised):
 
     # ------------------------------------------------------------------ learning
 
+    def check_outputs(self, outputs: int) -> None:
+        """ValueError if the budget has not one exemplar for each class."""
+        exemplars_per_set(self.name, {}, range(outputs), self.budget)
+
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         blocks = self.outputs.blocks
         if examples is None:
@@ -162,6 +166,7 @@ class ICaRL(Unpenalised):
         if rest:
             targets = rest[0]
         else:
+            self.outputs.check_labels(labels)
             labels = labels + self.outputs.start
             targets = self._targets(inputs, labels, self._width(logits.shape[1]))
         width = targets.shape[1]

@@ -55,25 +55,25 @@ class Learning(Stateful):
                 data (joint, iCaRL); others do without.
             block: which of the model's outputs are the classes of this task; None: all of them.
             active: with which outputs they compete: the task's own (a head for each task), or
-                those of all classes seen (a growing head). While it is not None the model returns
-                these alone, and labels count from the first of them.
+                those of all classes seen (a growing head). From now on the model returns these
+                alone, by a forward hook, and labels count from the first of them. None: all
+                outputs, without a hook.
 
         Returns:
             Tensors with a row for each example to train on; the same rows of each are the arguments
             of `loss`. The given examples for most methods, and None if none were given.
 
         Raises:
-            ValueError: the examples are not what the method can work on; nothing is changed.
+            ValueError: block or active is no such range, or the examples are not what the method
+                can work on; nothing is changed.
         """
-        learner = self._learner
-        before = self.outputs.active
-        self.outputs.begin_task(block, active)
+        active_before, blocks_before = self.outputs.active, self.outputs.blocks
+        self.outputs.begin_task(block, active, ended=self.tasks)
         try:
-            return learner._begin_task(examples)
+            return self._learner._begin_task(examples)
         except BaseException:
-            if block is not None:
-                self.outputs.blocks.pop()
-            self.outputs.select(before)
+            self.outputs.blocks = blocks_before
+            self.outputs.select(active_before)
             raise
 
     def loss(self, *batch: Tensor) -> Tensor:
@@ -84,9 +84,18 @@ class Learning(Stateful):
         """
         return self._learner._loss(*batch)
 
-    def predict(self, inputs: Tensor) -> Tensor:
-        """A score for each example and active output, [N, outputs]; the largest is the class."""
-        return self._learner._predict(inputs)
+    def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
+        """A score for each example and active output, [N, outputs]; the largest is the class.
+
+        Args:
+            inputs: of the model, N examples.
+            active: other outputs than those of the task that was begun last: those of an earlier
+                task, where each has a head.
+        """
+        if active is None:
+            return self._learner._predict(inputs)
+        with self.outputs.selected(active):
+            return self._learner._predict(inputs)
 
     def after_step(self) -> None:
         """What is left to do after a step that an optimizer of `clext.optim` has taken.
@@ -96,6 +105,9 @@ class Learning(Stateful):
         """
 
     # ------------------------------------------------------------------ for subclasses
+
+    def check_outputs(self, outputs: int) -> None:
+        """ValueError if the method, as it was made, cannot learn so many outputs in all."""
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         """As `begin_task`; the outputs are selected already. Must leave all as it was if it fails.
@@ -107,6 +119,7 @@ class Learning(Stateful):
     def _loss(self, *batch: Tensor) -> Tensor:
         """As `loss`. By default the cross entropy of the model's outputs."""
         inputs, labels = batch
+        self.outputs.check_labels(labels)
         return F.cross_entropy(self.model(inputs), labels)
 
     def _predict(self, inputs: Tensor) -> Tensor:
@@ -172,6 +185,15 @@ class Learning(Stateful):
             raise ValueError(
                 f"{self.name}: {rehearsal.name} was made for another model; make both for one"
             )
+        if any(part.tasks or part.outputs.blocks for part in (self, rehearsal)):
+            raise ValueError(
+                f"{self.name} and {rehearsal.name}: combine them before their first task begins"
+            )
+        if self.learns_otherwise() and not rehearsal.learns_otherwise():
+            raise ValueError(
+                f"{self.name} has a loss of its own, {rehearsal.name} has none: the other way "
+                f"round, the {rehearsal.name} is combined with the {self.name}"
+            )
         if self.learns_otherwise() or not rehearsal.learns_otherwise() or rehearsal.state_names:
             raise ValueError(
                 f"{self.name} does not combine with {rehearsal.name}: expected a method with a "
@@ -200,9 +222,13 @@ class Learning(Stateful):
 
         Plain dicts and lists of tensors, numbers and strings; the options are not among them.
         """
+        active = self.outputs.active
         return {
             **super().state_dict(),
-            "outputs": [[block.start, block.stop] for block in self.outputs.blocks],
+            "outputs": {
+                "blocks": [[block.start, block.stop] for block in self.outputs.blocks],
+                "active": None if active is None else [active.start, active.stop],
+            },
             "extra": self._extra_state(),
             "rehearsal": None if self._rehearsal is None else self._rehearsal.state_dict(),
         }
@@ -213,7 +239,7 @@ class Learning(Stateful):
     def _prepare_load(self, state_dict: Mapping[str, Any]) -> Commit:
         commits = [super()._prepare_load(state_dict)]
         owner = f"{self.name}: state_dict"
-        blocks = _checked_blocks(owner, state_dict["outputs"])
+        blocks, active = _checked_outputs(owner, state_dict["outputs"])
         extra, rehearsal = state_dict["extra"], state_dict["rehearsal"]
         if not isinstance(extra, dict):
             raise ValueError(f"{owner}['extra'] is {type(extra).__name__}, expected a dict")
@@ -227,9 +253,10 @@ class Learning(Stateful):
             commits.append(self._rehearsal._prepare_load(rehearsal))
 
         def commit() -> None:
+            self.outputs.select(active)  # first: it fails if another method has selected some
             for part in commits:
                 part()
-            self.outputs.blocks[:] = blocks
+            self.outputs.blocks = blocks
 
         return commit
 
@@ -238,18 +265,23 @@ def _nothing() -> None:
     """What is left to do where there is nothing to do."""
 
 
-def _checked_blocks(owner: str, given: object) -> list[range]:
-    """The outputs of each task, as `state_dict` has them."""
-    entries: list[Any] = given if isinstance(given, list) else [given]
-    for entry in entries:
+def _checked_outputs(owner: str, given: object) -> tuple[list[range], range | None]:
+    """The outputs of each task, and the active ones, as `state_dict` has them."""
+    entries = given if isinstance(given, dict) else {}
+    blocks, active = entries.get("blocks"), entries.get("active")
+    pairs: list[Any] = [0]
+    if isinstance(blocks, list):
+        pairs = [*blocks, *([] if active is None else [active])]
+    for pair in pairs:
         if not (
-            isinstance(entry, list)
-            and len(entry) == 2
-            and all(type(place) is int for place in entry)
-            and 0 <= entry[0] < entry[1]
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(place) is int for place in pair)
+            and 0 <= pair[0] < pair[1]
         ):
             raise ValueError(
-                f"{owner}['outputs'] holds {entry!r}, expected the first and the end of a task's "
-                "outputs"
+                f"{owner}['outputs'] is {given!r}, expected 'blocks', for each task the first and "
+                "the end of its outputs, and 'active', the same or None"
             )
-    return [range(start, stop) for start, stop in entries]
+    ranges = [range(start, stop) for start, stop in pairs]
+    return ranges[: len(blocks or [])], None if active is None else ranges[-1]

@@ -80,6 +80,7 @@ class LwF(Rehearsal):
         if self._teacher is None:
             return super()._loss(*batch)
         inputs, labels, *recorded = batch
+        self.outputs.check_labels(labels)
         with self.outputs.full():
             logits = self.model(inputs)
             teacher = recorded[0] if recorded else self._teacher(inputs)

@@ -70,6 +70,7 @@ class Replay(Rehearsal):
         inputs, labels = batch
         if self._memory.size == 0:
             return super()._loss(inputs, labels)
+        self.outputs.check_labels(labels)
         old, old_labels = self._memory.sample(self.batch or len(inputs))
         losses = self.outputs.cross_entropy(
             torch.cat([inputs, old]),
