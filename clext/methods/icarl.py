@@ -20,7 +20,7 @@ from clext.exemplars import (
 )
 from clext.features import Features
 from clext.memory import check_alike, check_examples, count_outputs, read_examples
-from clext.methods.snapshot import Snapshot
+from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
 from clext.options import integer, number
@@ -233,6 +233,7 @@ class ICaRL(Unpenalised):
     # ------------------------------------------------------------------ the end of a task
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
+        refuse_broken(self.name, self.model)
         batches = list(read_examples(self, dataloader))
         inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
         for known in [entry for entries in self._sets.values() for entry in entries][:1]:
