@@ -97,9 +97,10 @@ class Memory:
         """
         choosing = _Choosing(self)
         waiting: list[tuple[Tensor, Tensor]] = []
-        for batch in batches:
-            choosing.check(batch[0])
-            waiting.append(batch)
+        for inputs, labels in batches:
+            choosing.check(inputs)
+            # A loader may use the tensors of a batch again for the next one.
+            waiting.append((inputs.clone(), labels.clone()))
             # A choice sorts all keys: not for less than about as many examples as are kept.
             if sum(len(labels) for _, labels in waiting) >= self.budget:
                 choosing.add(waiting)

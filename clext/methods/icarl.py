@@ -234,8 +234,10 @@ class ICaRL(Unpenalised):
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
         refuse_broken(self.name, self.model)
-        batches = list(read_examples(self, dataloader))
+        # A loader may use the tensors of a batch again for the next one.
+        batches = [(x.clone(), y) for x, y in read_examples(self, dataloader)]
         inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
+        del batches
         for known in [entry for entries in self._sets.values() for entry in entries][:1]:
             check_alike(self.name, inputs, known, "of the exemplars")
         coming = labels.unique().tolist()
