@@ -97,9 +97,10 @@ class Memory:
         """
         choosing = _Choosing(self)
         waiting: list[tuple[Tensor, Tensor]] = []
-        for batch in batches:
-            choosing.check(batch[0])
-            waiting.append(batch)
+        for inputs, labels in batches:
+            choosing.check(inputs)
+            # A loader may use the tensors of a batch again for the next one.
+            waiting.append((inputs.clone(), labels.clone()))
             # A choice sorts all keys: not for less than about as many examples as are kept.
             if sum(len(labels) for _, labels in waiting) >= self.budget:
                 choosing.add(waiting)
@@ -301,11 +302,13 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
     """The batches of a task on the model's device, with global labels (see `Outputs`).
 
     Raises:
-        ValueError: they are not (x, y) batches, labels are outside the outputs, or nothing comes.
+        ValueError: they are not (x, y) batches, inputs are not finite, labels are outside the
+            outputs, or nothing comes.
     """
     device = next(method.model.parameters()).device
     classes: int | None = None
     for inputs, labels in read_batches(method.name, dataloader, device):
+        _refuse_non_finite(method.name, inputs)
         classes = classes or count_outputs(method, inputs)
         labels = check_labels(method.name, labels, classes)
         yield inputs.detach(), labels + method.outputs.start
@@ -314,6 +317,16 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
 def check_examples(method: Learning, examples: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Inputs and global labels of what `begin_task` was given; ValueError if it is no such."""
     return next(read_examples(method, [examples]))
+
+
+def _refuse_non_finite(owner: str, inputs: Tensor) -> None:
+    """What is kept is learned from in every later task, and one NaN would be in all of them."""
+    if inputs.is_floating_point() and not bool((finite := inputs.isfinite()).all()):
+        broken = len(inputs) - int(finite.flatten(1).all(dim=1).sum())
+        raise ValueError(
+            f"{owner}: {broken} of {len(inputs)} inputs hold NaN or infinity; leave these examples "
+            "out of the task, or replace their values"
+        )
 
 
 def check_alike(owner: str, inputs: Tensor, known: Tensor, where: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from quick_runs import QUICK, same, small, weights
 from torch import nn
+from toy_training import assert_same_state
 
 import clext
 from clext.methods import METHODS, make_method
@@ -113,6 +114,27 @@ class TestCombining:
         alone.consolidate(batches(0))
         assert method.importance["0.weight"].equal(alone.importance["0.weight"])
         assert bool(method.importance["0.weight"].any())
+
+    @pytest.mark.parametrize("once", [False, True])
+    @pytest.mark.parametrize("name", ["replay", "icarl", "gem", "agem", "ewc+replay"])
+    def test_a_loader_may_use_its_tensors_again(self, name, once):
+        def reusing():
+            x, y = (torch.empty_like(entry) for entry in batches(0)[0])
+            for inputs, labels in batches(0):
+                yield x.copy_(inputs), y.copy_(labels)
+            x.fill_(9)
+            y.fill_(0)
+
+        class Loader:
+            def __iter__(self):
+                return reusing()
+
+        methods = [make_method(name, model()) for _ in range(2)]
+        loaders = batches(0), reusing() if once else Loader()
+        for method, data in zip(methods, loaders, strict=True):
+            method.begin_task()
+            method.consolidate(data)
+        assert_same_state(methods[0].state_dict(), methods[1].state_dict())
 
     def test_an_end_that_one_refuses_changes_neither(self):
         one = model()

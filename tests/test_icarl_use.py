@@ -125,6 +125,7 @@ BAD = [
     ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
     ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
     ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, expected"),
+    ((INPUTS / 0, torch.zeros(4).long()), "icarl: 4 of 4 inputs hold NaN or infinity; leave"),
 ]
 
 

@@ -117,6 +117,7 @@ INPUTS = torch.zeros(4, 5, dtype=torch.float64)
         ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
         ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
         ((INPUTS[:, :3], torch.zeros(4).long()), r"torch.float64 \[3\] each, expected .* \[5\]"),
+        ((INPUTS / 0, torch.zeros(4).long()), "joint: 4 of 4 inputs hold NaN or infinity; leave"),
         ((INPUTS,), "expected a pair"),
     ],
 )

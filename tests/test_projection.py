@@ -385,6 +385,10 @@ def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, val
             [make_task(1)[0], (torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))],
             "inputs are torch.float32",
         ),
+        (
+            [make_task(1)[0], (torch.eye(FEATURES)[:2].double() / 0, torch.zeros(2, dtype=int))],
+            "2 of 2 inputs hold NaN or infinity; leave",
+        ),
     ],
 )
 def test_a_task_that_cannot_be_kept_is_refused_and_changes_nothing(kind, data, message):

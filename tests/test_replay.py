@@ -173,6 +173,8 @@ def test_bad_options_are_refused(options, message):
 
 
 INPUTS = torch.zeros(4, 5, dtype=torch.float64)
+BROKEN = INPUTS.index_fill(0, torch.tensor([1]), torch.nan)
+BROKEN[3, 2] = torch.inf
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,7 @@ INPUTS = torch.zeros(4, 5, dtype=torch.float64)
         ([(INPUTS, torch.zeros(4))], "labels have dtype torch.float32"),
         ([(INPUTS, torch.zeros(3).long())], "4 inputs but 3 labels"),
         ([(INPUTS[:, :3], torch.zeros(4).long())], r"inputs are torch.float64 \[3\] each"),
+        ([(BROKEN, torch.zeros(4).long())], "^replay: 2 of 4 inputs hold NaN or infinity; leave "),
     ],
 )
 def test_a_task_that_ends_with_bad_data_changes_nothing(data, message):

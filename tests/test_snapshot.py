@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from toy_training import assert_same_state
 
-from clext.methods.snapshot import Snapshot
+import clext
+from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.outputs import Outputs
 
 
@@ -121,3 +123,43 @@ def test_state_round_trip(model, inputs):
 def test_a_state_that_does_not_fit_is_refused(model, change, message):
     with pytest.raises(ValueError, match=message):
         Snapshot.load("here", model, change(Snapshot(model).state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("0.weight", torch.nan, "^icarl: the model's parameter '0.weight' holds NaN or infinity, "),
+        ("3.bias", -torch.inf, "parameter '3.bias' holds"),
+        ("1.running_mean", torch.nan, "buffer '1.running_mean' holds"),
+        ("1.running_var", torch.inf, "buffer '1.running_var' holds"),
+    ],
+)
+def test_a_broken_model_is_no_teacher(model, name, value, message):
+    refuse_broken("icarl", model)
+    model.state_dict()[name][0] = value
+    with pytest.raises(ValueError, match=message):
+        refuse_broken("icarl", model)
+
+
+def test_a_mask_among_the_buffers_is_not_broken(model):
+    model.register_buffer("mask", torch.full((3,), -torch.inf))
+    refuse_broken("lwf", model)
+    loaded = Snapshot.load("here", model, Snapshot(model).state_dict())
+    assert bool(loaded.state_dict()["mask"].isneginf().all())
+
+
+@pytest.mark.parametrize("kind", [clext.LwF, clext.DGR, clext.ICaRL])
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_task_that_has_broken_the_model_does_not_end(kind, combined):
+    model = nn.Linear(4, 3)
+    method = kind(model)
+    whole = clext.SI(model).combine(method) if combined else method
+    batch = torch.rand(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    whole.begin_task(batch)
+    whole.loss(*batch)
+    before = whole.state_dict()
+    with torch.no_grad():
+        model.bias[1] = torch.nan
+    with pytest.raises(ValueError, match=f"^{kind.name}: the model's parameter 'bias' holds NaN"):
+        whole.consolidate([batch])
+    assert_same_state(whole.state_dict(), before)

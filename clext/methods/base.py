@@ -204,7 +204,7 @@ class Method(Learning):
                 changed.
         """
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
-            dataloader = list(dataloader)  # it is read twice
+            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
         for part in self.parts:
             part.refresh_parameters()
         commit = self._learner._prepare_end(dataloader)
@@ -306,3 +306,10 @@ class Method(Learning):
             "was given this method adds its gradient as well: leave it out of the loss",
             stacklevel=2,
         )
+
+
+def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
+    """A batch with copies of its tensors: a loader may use them again for the next one."""
+    if isinstance(batch, tuple | list):
+        return [_copied(entry) for entry in batch]
+    return batch.clone() if isinstance(batch, Tensor) else batch

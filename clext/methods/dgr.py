@@ -21,7 +21,7 @@ from clext.generator import (
 from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
 from clext.methods.sampling import Sampling
-from clext.methods.snapshot import Snapshot
+from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.options import integer, number
 from clext.seeding import Seeds, isolated_rng
 
@@ -167,9 +167,11 @@ class DGR(Rehearsal):
         self._optimizer.zero_grad()
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:  # noqa: ARG002
+        refuse_broken(self.name, self.model)
         teacher = Snapshot(self.model)
         previous = None
         if self.generator is not None and self._optimizer is not None:
+            refuse_broken(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
 
         def commit() -> None:

@@ -20,7 +20,7 @@ from clext.exemplars import (
 )
 from clext.features import Features
 from clext.memory import check_alike, check_examples, count_outputs, read_examples
-from clext.methods.snapshot import Snapshot
+from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
 from clext.options import integer, number
@@ -238,8 +238,11 @@ class ICaRL(Unpenalised):
     # ------------------------------------------------------------------ the end of a task
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
-        batches = list(read_examples(self, dataloader))
+        refuse_broken(self.name, self.model)
+        # A loader may use the tensors of a batch again for the next one.
+        batches = [(x.clone(), y) for x, y in read_examples(self, dataloader)]
         inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
+        del batches
         for known in [entry for entries in self._sets.values() for entry in entries][:1]:
             check_alike(self.name, inputs, known, "of the exemplars")
         coming = labels.unique().tolist()

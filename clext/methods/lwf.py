@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
-from clext.methods.snapshot import Snapshot
+from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.options import number
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class LwF(Rehearsal):
         return self._balanced(F.cross_entropy(own, labels), self._over_tasks(losses))
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:  # noqa: ARG002
+        refuse_broken(self.name, self.model)
         teacher = Snapshot(self.model)
 
         def commit() -> None:

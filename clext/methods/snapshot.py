@@ -72,6 +72,30 @@ class Snapshot:
         return snapshot
 
 
+def refuse_broken(owner: str, model: nn.Module, what: str = "model") -> None:
+    """ValueError if a model, `what` in the message, is no teacher: training has broken it.
+
+    A buffer may hold -inf, of which masks are made.
+    """
+    entries = [("parameter", name, value) for name, value in model.named_parameters()]
+    entries += [("buffer", name, value) for name, value in model.named_buffers()]
+    for kind, name, value in entries:
+        if not _usable(value.detach(), mask=kind == "buffer"):
+            raise ValueError(
+                f"{owner}: the {what}'s {kind} {name!r} holds NaN or infinity, so the {what} is "
+                "of no use to later tasks: go back to state dicts of the model and the method "
+                "saved before it"
+            )
+
+
+def _usable(value: Tensor, *, mask: bool) -> bool:
+    """Whether all numbers are finite, or with `mask` also -inf."""
+    usable = value.isfinite()
+    if mask and value.is_floating_point():
+        usable = usable | value.isneginf()
+    return bool(usable.all())
+
+
 def _named_values(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers; what is shared goes by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -100,6 +124,6 @@ def _checked_value(label: str, live: Tensor, given: object) -> Tensor:
             f"{label} is {given.dtype} {list(given.shape)}, expected the {live.dtype} "
             f"{list(live.shape)} of the model, or no larger"
         )
-    if not bool(given.isfinite().all()):
+    if not _usable(given.detach(), mask=not isinstance(live, nn.Parameter)):
         raise ValueError(f"{label} holds NaN or infinity")
     return given.detach().to(live.device, live.dtype, copy=True)
