@@ -162,7 +162,8 @@ def compare(
     Args:
         methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay"); by default the
             six that only protect: baseline, ewc, mas, si, rwalk, scp.
-        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}`.
+        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
+            `{"ewc+replay": {"replay.strength": 3.0}}`.
         dataset: as in `clext.train`, like all that follow.
         scenario: how the data set becomes tasks, or tasks of your own.
         incremental: "domain", "task" or "class".
