@@ -86,17 +86,20 @@ _MAIN_HELP = """Continual learning: train a method on a sequence of tasks, compa
 \b
 Examples:
   clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
-  clext compare                 all methods on it, and the picture
+  clext compare                 six methods on it, or those of --methods, and the picture
   clext info                    versions, build, data, methods and options
   clext info --method gem       what a method is, its options and its memory
 """
 
 _TRAIN_HELP = """Learn a sequence of tasks with one method; print the accuracies and save them.
 
+Two names combine a method that protects with one that rehearses: --method ewc+replay.
+
 \b
 Examples:
   clext train --method si --epochs 2
   clext train --method ewc --strength 100 --option fisher=exact --option gamma=0.9
+  clext train --method ewc+replay --option budget=500 --option replay.strength=3
   clext train --method scp --dataset digits --tasks 3 --out runs/digits
 """
 
@@ -106,6 +109,7 @@ _COMPARE_HELP = """Run several methods on the same tasks; print a table and draw
 Examples:
   clext compare
   clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=100
+  clext compare --methods ewc,ewc+replay --option ewc+replay.replay.strength=3
 """
 
 
@@ -119,14 +123,20 @@ def main() -> None:
 
 
 @main.command(help=_TRAIN_HELP, short_help="Learn a sequence of tasks with one method.")
-@click.option("--method", default="rwalk", show_default=True, help=" | ".join(clext.METHODS))
+@click.option(
+    "--method",
+    default="rwalk",
+    show_default=True,
+    help=f"{' | '.join(clext.METHODS)}, or two of them: A+B",
+)
 @click.option("--strength", type=float, help="Weight of the penalty.  [default: the method's own]")
 @click.option(
     "--option",
     "options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Option of the method, see `clext info`; repeatable.",
+    help="Option of the method, see `clext info --method`; repeatable. Of a combination NAME goes to "
+    "each part that has it, PART.NAME to that part alone.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
 @_shared
@@ -162,7 +172,8 @@ def train(
     "options",
     multiple=True,
     metavar="METHOD.NAME=VALUE",
-    help="Option of one method, such as ewc.strength=100; repeatable.",
+    help="Option of one method, such as ewc.strength=100; repeatable. The method, as in --methods, "
+    "ends at the first dot: ewc+replay.replay.strength=3.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_shared

@@ -30,11 +30,17 @@ if TYPE_CHECKING:
 FILE_NAME = "comparison.json"
 
 _KIND = "comparison"
-_LEGEND = [
-    "BWT, FWT: backward and forward transfer; LA: accuracy just after learning;",
-    "worst: lowest accuracy since learning",
-]
-_JOINT_LEGEND = ["intr.: intransigence, what joint does better just after learning"]
+# What the titles of the table mean.
+_LEGEND = {
+    "accuracy": "mean over the tasks learned, after the last of them",
+    "forgetting": "drop from the best accuracy, mean of the earlier tasks; lower is better",
+    "BWT": "backward transfer: change since it was learned, mean of the earlier tasks",
+    "FWT": "forward transfer: accuracy before a task was learned, minus the untrained model's",
+    "LA": "learning accuracy: on each task just after learning it",
+    "min-ACC": "minimum accuracy: lowest since learned, mean of the earlier tasks",
+    "intr.": "intransigence: what joint does better just after learning; lower is better",
+}
+_LEFT = ("method", "accuracy")
 # The course's six. The others need a memory, a generator or all the data, or take far longer.
 DEFAULT_METHODS = ("baseline", "ewc", "mas", "si", "rwalk", "scp")
 
@@ -96,20 +102,30 @@ class Comparison:
         Intransigence is among them where one of the results is of method "joint".
         """
         joint = next((r for r in self.results.values() if r.config["method"] == "joint"), None)
-        titles = f"{'method':<12}{'strength':>10}{'accuracy':>10}{'forgetting':>12}"
-        titles += "".join(f"{title:>9}" for title in ("BWT", "FWT", "LA", "worst"))
-        explained = _LEGEND
-        if joint is not None:
-            titles += f"{'intr.':>9}"
-            explained += _JOINT_LEGEND
-        head = f"{titles}{'time':>10}"
         ranked = sorted(
             self.results.items(),
             key=lambda item: (item[1].complete, item[1].average_accuracy[-1:]),
             reverse=True,
         )
-        rows = [_row(label, result, joint) for label, result in ranked]
-        return "\n".join([head, *rows, "", *explained])
+        rows = [_cells(label, result, joint) for label, result in ranked]
+        table = [{title: title for title in rows[0]}, *rows] if rows else []
+        lines = ["  ".join(cells) for cells in zip(*_columns(table), strict=True)]
+        for number, (_, result) in enumerate(ranked, 1):
+            lines[number] += f"  stopped early: {result.stopped}" if result.stopped else ""
+        return "\n".join([*lines, "", *self._legend(rows)])
+
+    def _legend(self, rows: list[dict[str, str]]) -> list[str]:
+        """A line for each title that needs one."""
+        meanings = {title: _LEGEND[title] for row in rows[:1] for title in row if title in _LEGEND}
+        for result in self.results.values():
+            learned, tasks = len(result.average_accuracy), len(result.accuracy)
+            if learned < tasks:
+                meanings["accuracy"] = (
+                    f"{_LEGEND['accuracy']}; ({learned} of {tasks}): tasks learned"
+                )
+            if result.config.get("incremental") == "class":
+                meanings["FWT"] = f"{_LEGEND['FWT']}; none with class-incremental tasks"
+        return [f"{title:<11} {meaning}" for title, meaning in meanings.items()]
 
     def __repr__(self) -> str:
         return str(self)
@@ -146,7 +162,8 @@ def compare(
     Args:
         methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay"); by default the
             six that only protect: baseline, ewc, mas, si, rwalk, scp.
-        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}`.
+        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
+            `{"ewc+replay": {"replay.strength": 3.0}}`.
         dataset: as in `clext.train`, like all that follow.
         scenario: how the data set becomes tasks, or tasks of your own.
         incremental: "domain", "task" or "class".
@@ -236,25 +253,36 @@ def _checked_specs(
     return specs
 
 
-def _row(label: str, result: Result, joint: Result | None) -> str:
-    average, strength = result.average_accuracy, result.config.get("strength")
-    cells = [
-        f"{label:<12}",
-        f"{'-':>10}" if strength is None else f"{strength:>10g}",
-        f"{average[-1]:>10.4f}" if average else f"{'-':>10}",
-        _number(result.forgetting, ">12.4f"),
-        _number(result.backward_transfer, ">+9.4f"),
-        _number(result.forward_transfer, ">+9.4f"),
-        _number(result.learning_accuracy, ">9.4f"),
-        _number(result.worst_accuracy, ">9.4f"),
-    ]
+def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
+    """The row of a result: what stands under each title of the table."""
+    average, tasks = result.average_accuracy, len(result.accuracy)
+    part = "" if result.complete else f" ({len(average)} of {tasks})"
+    cells = {
+        "method": label,
+        "strength": ", ".join(f"{strength:g}" for strength in result.strengths) or "-",
+        "accuracy": (f"{average[-1]:.4f}" if average else "-") + part,
+        "forgetting": _number(result.forgetting, ".4f"),
+        "BWT": _number(result.backward_transfer, "+.4f"),
+        "FWT": _number(result.forward_transfer, "+.4f"),
+        "LA": _number(result.learning_accuracy, ".4f"),
+        "min-ACC": _number(result.worst_accuracy, ".4f"),
+    }
     if joint is not None:
         missed = result.intransigence(joint)
         missed = missed[np.isfinite(missed)]
-        cells.append(_number(float(missed.mean()) if len(missed) else math.nan, ">+9.4f"))
-    cells.append(f"{result.seconds:>8.1f} s")
-    return "".join(cells) + (f"  stopped early: {result.stopped}" if result.stopped else "")
+        cells["intr."] = _number(float(missed.mean()) if len(missed) else math.nan, "+.4f")
+    return {**cells, "time": f"{result.seconds:.1f} s"}
+
+
+def _columns(table: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """The cells below each title, all of one width."""
+    columns = []
+    for title in table[0] if table else ():
+        width = max(len(row[title]) for row in table)
+        align = "<" if title in _LEFT else ">"
+        columns.append([f"{row[title]:{align}{width}}" for row in table])
+    return columns
 
 
 def _number(value: float, form: str) -> str:
-    return f"{'-':>{form.strip('>+').split('.')[0]}}" if math.isnan(value) else format(value, form)
+    return "-" if math.isnan(value) else format(value, form)

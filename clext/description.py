@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +35,7 @@ LETTERS = {
     "G": "parameters of the generator",
 }
 _MNIST = {"T": 5, "N": 60_000, "X": 784, "O": 10}
-_NAME_WIDTH, _FORMULA_WIDTH = 20, 28
+_NAME_WIDTH, _VALUE_WIDTH, _FORMULA_WIDTH, _LINE_WIDTH = 20, 28, 28, 100
 
 
 def describe_method(method: str) -> str:
@@ -59,6 +61,15 @@ def option_values(kind: type[Method]) -> dict[str, str]:
     if kind.has_strength:
         defaults["strength"] = f"{kind.default_strength:g}"
     return defaults | {name: "|".join(values) for name, values in kind.choices.items()}
+
+
+def option_meanings(kind: type[Method]) -> dict[str, str]:
+    """What each argument is, as far as its first phrase in the docstring of the class goes."""
+    section = (inspect.getdoc(kind) or "").partition("\nArgs:\n")[2]
+    section = re.split(r"\n(?=\S)", section)[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    texts = {name: " ".join(text.split()).replace("`", "") for name, text in entries}
+    return {name: re.split(r"[;.](?: |$)", text)[0] for name, text in texts.items()}
 
 
 def memory_formulas(part: Learning) -> dict[str, str]:
@@ -99,10 +110,20 @@ def _describe_part(part: Method | Learning, model: nn.Module) -> list[str]:
     title = (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0]
     first = (inspect.getdoc(kind) or "").partition("\n\n")[0]
     lines = [f"{part.name}: {title}", *(f"  {line}" for line in first.splitlines()), ""]
-    options = option_values(kind)
     lines.append("options (--option NAME=VALUE; the default, or all values, the default first):")
-    lines += [f"  {name:<{_NAME_WIDTH}} {value}" for name, value in options.items()] or ["  none"]
+    lines += _describe_options(kind) or ["  none"]
     return [*lines, "", *_describe_memory(part, model)]
+
+
+def _describe_options(kind: type[Method]) -> list[str]:
+    meanings, lines = option_meanings(kind), []
+    for name, value in option_values(kind).items():
+        start = f"  {name:<{_NAME_WIDTH}} {value:<{_VALUE_WIDTH}} "
+        indent = " " * (4 + _NAME_WIDTH + _VALUE_WIDTH)
+        lines += textwrap.wrap(
+            meanings[name], _LINE_WIDTH, initial_indent=start, subsequent_indent=indent
+        )
+    return lines
 
 
 def _describe_memory(part: Learning, model: nn.Module) -> list[str]:

@@ -68,6 +68,9 @@ def describe_learner(method: Method) -> dict[str, Any]:
     """What a result records about its method and model."""
     model = method.model
     options = {part.name: _options(part) for part in method.parts}
+    if len(options) > 1:
+        for part in method.parts:
+            options[part.name] |= {"strength": part.strength} if part.has_strength else {}
     return {
         "method": method.label,
         "strength": next((p.strength for p in method.parts if p.has_strength), None),

@@ -104,12 +104,13 @@ def intransigence(accuracy: Matrix, joint: Matrix) -> Vector:
 
 
 def worst_accuracy(accuracy: Matrix, steps: Sequence[Step] = ()) -> float:
-    """Mean over the earlier tasks of the lowest accuracy found on it since it was learned.
+    """Minimum accuracy: mean over the earlier tasks of the lowest accuracy since it was learned.
 
     min-ACC of De Lange et al. 2023 (arXiv:2205.13452): 1/(T-1) sum_{j<T} min_n A_j(n),
-    n over all evaluations after task j has ended. Those at the ends of tasks are in `accuracy`; the
-    drop at the beginning of a task, the stability gap, is seen by `steps` alone, which are taken
-    within tasks. NaN before a task has been tested again.
+    n over all evaluations in the tasks after j. Neither the last task counts nor what was found
+    just after learning, so that it can be above the average accuracy. Evaluations at the ends of
+    tasks are in `accuracy`; the drop at the beginning of a task, the stability gap, is seen by
+    `steps` alone, which are taken within tasks. NaN before a task has been tested again.
     """
     lowest: dict[int, float] = {}
     learned = tasks_learned(accuracy)

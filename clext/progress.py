@@ -91,7 +91,7 @@ class Progress:
 
     def task_end(self, task: int) -> None:
         """Show that the task is being consolidated, which can take as long as an epoch."""
-        place = f"task {task + 1}/{self._tasks} trained, consolidating"
+        place = f"{self._place(task, self._epochs - 1)} trained, consolidating"
         self._bar.set_postfix_str(place, refresh=True)
         if self._lines:
             say(f"{self._label}: {place}")

@@ -84,7 +84,12 @@ class Result:
 
     @property
     def forward_transfer(self) -> float:
-        """Mean gain on later tasks before they were learned (Lopez-Paz & Ranzato 2017)."""
+        """Mean gain on later tasks before they were learned (Lopez-Paz & Ranzato 2017).
+
+        NaN in a class-incremental run: a class that no task has shown cannot be the answer.
+        """
+        if self.config.get("incremental") == "class":
+            return math.nan
         return metrics.forward_transfer(self.before, self.untrained)
 
     @property
@@ -94,9 +99,11 @@ class Result:
 
     @property
     def worst_accuracy(self) -> float:
-        """Mean of the lowest accuracies on the earlier tasks since (De Lange et al. 2023).
+        """Minimum accuracy (min-ACC): how low the earlier tasks fell (De Lange et al. 2023).
 
-        Within tasks it is looked for in `steps`, which `evaluate_every` fills.
+        The lowest accuracy found on each task since it was learned, mean over all tasks but the
+        last; the value just after learning it does not count. Within tasks it is looked for in
+        `steps`, which `evaluate_every` fills.
         """
         return metrics.worst_accuracy(self.accuracy, self.steps)
 
@@ -124,6 +131,17 @@ class Result:
     def label(self) -> str:
         """The method's name, as in pictures and tables."""
         return str(self.config["method"])
+
+    @property
+    def strengths(self) -> list[float]:
+        """The strength of the method, or of each part of a combination; none without one."""
+        options, names = self.config.get("method_options", {}), self.label.split("+")
+        parts = [options.get(name) for name in names] if len(names) > 1 else []
+        found = [
+            part["strength"] for part in parts if isinstance(part, dict) and "strength" in part
+        ]
+        strength = self.config.get("strength")
+        return found or ([] if strength is None else [strength])
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the average accuracy over the tasks seen against the epoch; save it at `path`.
@@ -264,13 +282,15 @@ class Result:
             ],
             [
                 ("learning accuracy", self.learning_accuracy, ".4f"),
-                ("worst since learning", self.worst_accuracy, ".4f"),
+                ("minimum accuracy", self.worst_accuracy, ".4f"),
             ],
         ]
         known = [
             [f"{name} {value:{form}}" for name, value, form in entries if not math.isnan(value)]
             for entries in lines
         ]
+        if not math.isnan(self.worst_accuracy):
+            known[-1][-1] += " (lowest since learned, mean of earlier tasks)"
         time = f"{self.seconds:.1f} s"
         if self.timings:
             spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())

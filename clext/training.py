@@ -113,7 +113,8 @@ def train(
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
         out: folder for `result.json` (also written after each task) and the picture.
         progress: show a progress bar, or a line per epoch where stderr is no terminal.
-        **method_options: options of the method, such as `xi` of "si".
+        **method_options: options of the method, such as `xi` of "si"; in a combination
+            `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
     Returns:
         The accuracies, timings and settings, see `Result`.

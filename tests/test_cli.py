@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 import clext
 from clext import cli
+from clext.description import option_meanings, option_values
 from clext.methods.base import option_names
 
 QUICK = ("--dataset", "digits", "--tasks", "2", "--epochs", "1", "--quiet")
@@ -125,6 +126,15 @@ class TestCompare:
         assert "Warning: si: the loss became nan" in outcome.stderr
         assert "baseline" in outcome.stdout
 
+    def test_the_method_of_an_option_ends_at_the_first_dot(self, tmp_path):
+        options = ("--option", "ewc+replay.replay.strength=3", "--option", "ewc+replay.budget=50")
+        outcome = run("compare", "--methods", "ewc,ewc+replay", *options, *QUICK)
+        assert outcome.exit_code == 0, outcome.output
+        comparison = clext.Comparison.load(tmp_path / "runs" / "compare")
+        assert comparison["ewc+replay"].strengths == [250, 3]
+        assert comparison["ewc+replay"].config["method_options"]["replay"]["budget"] == 50
+        assert "250, 3" in outcome.stdout
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -155,6 +165,36 @@ def test_info_lists_the_values_of_options_in_words_the_default_first(kind):
     for name, values in kind.choices.items():
         assert f" {name}={'|'.join(values)}" in line
         assert getattr(method, name) == values[0]
+
+
+@pytest.mark.parametrize("kind", clext.METHODS.values(), ids=clext.METHODS)
+def test_info_on_a_method_says_what_each_option_means(kind):
+    assert option_values(kind).keys() <= option_meanings(kind).keys()
+    words = " ".join(run("info", "--method", kind.name).stdout.split())
+    for name, value in option_values(kind).items():
+        assert f"{name} {value} {option_meanings(kind)[name]}" in words
+
+
+def test_a_meaning_is_the_first_phrase_of_the_docstring():
+    class Documented(clext.SI):
+        """Title.
+
+        Args:
+            xi: damping, > 0
+                everywhere: `really`; and more. And more.
+            seed: of et al
+                all. More.
+
+                xo: not an argument.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert option_meanings(Documented) == {
+        "xi": "damping, > 0 everywhere: really",
+        "seed": "of et al all",
+    }
 
 
 @pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("info",)])

@@ -42,6 +42,28 @@ class TestNames:
         assert (ewc.strength, ewc.fisher, ewc.seed) == (3.0, "exact", 5)
         assert (replay.strength, replay.budget, replay.seed) == (1.0, 7, 5)
 
+    def test_an_option_with_the_name_of_a_part_goes_there_alone(self):
+        options = {"replay.strength": 3, "seed": 5, "replay.seed": 6, "ewc.gamma": 0.5}
+        ewc, replay = make_method("replay+ewc", model(), strength=7.0, **options).parts
+        assert (ewc.strength, ewc.gamma, ewc.seed) == (7.0, 0.5, 5)
+        assert (replay.strength, replay.seed) == (3.0, 6)
+        ewc, replay = make_method("ewc+replay", model(), strength=7.0, **{"ewc.strength": 2}).parts
+        assert (ewc.strength, replay.strength) == (2.0, 1.0)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("reply.strength", "unknown part of ewc.replay in option 'reply.*mean 'replay'"),
+            ("si.xi", "unknown part of ewc.replay in option 'si.xi'"),
+            ("replay.gamma", "unknown option of replay 'gamma'"),
+            ("replay.budgt", "unknown option of replay 'budgt'; did you mean 'budget'"),
+            ("gama", "unknown option of ewc.replay 'gama'; did you mean 'gamma'"),
+        ],
+    )
+    def test_an_option_of_no_part(self, option, message):
+        with pytest.raises(ValueError, match=message):
+            clext.train("ewc+replay", **{**QUICK, option: 1.0})
+
     @pytest.mark.parametrize("pair", [*itertools.product(PROTECTORS, REHEARSALS)], ids="+".join)
     def test_every_pair_of_both_kinds(self, pair):
         assert make_method("+".join(pair), model()).label == "+".join(pair)
@@ -194,6 +216,13 @@ class TestRuns:
         runs = [clext.train("si+replay", model=given, seed=4, **QUICK) for given in models]
         assert runs[0].curve == runs[1].curve
         assert same(*map(weights, models))
+
+    def test_the_strengths_of_both_are_recorded_and_shown(self):
+        result = clext.train("ewc+replay", model=small(), **{**QUICK, "replay.strength": 3})
+        assert result.config["strength"] == 250
+        assert result.config["method_options"]["ewc"]["strength"] == 250
+        assert result.config["method_options"]["replay"]["strength"] == 3
+        assert "250, 3" in str(clext.Comparison({"ewc+replay": result}))
 
     def test_a_comparison_has_both(self):
         found = clext.compare(["ewc", "ewc+replay"], model=small(), **QUICK)

@@ -82,7 +82,8 @@ class TestText:
             "after task 3     0.6700   0.7700   0.8700   0.7700",
             "",
             "forgetting 0.1500, backward transfer -0.1500, forward transfer +0.0500",
-            "learning accuracy 0.8700, worst since learning 0.7200",
+            "learning accuracy 0.8700, minimum accuracy 0.7200 "
+            "(lowest since learned, mean of earlier tasks)",
             "2.5 s (training 2.0, evaluation 0.5)",
         ]
         assert repr(result()) == str(result())
@@ -100,18 +101,50 @@ class TestText:
             "strength",
             "accuracy",
             "forgetting",
-            *("BWT", "FWT", "LA", "worst"),
+            *("BWT", "FWT", "LA", "min-ACC"),
             "time",
         ]
         assert [line.split()[0] for line in lines[1:4]] == ["si", "ewc", "rwalk"]
         numbers = ["0.7700", "0.1500", "-0.1500", "+0.0500", "0.8700", "0.7200"]
         assert lines[2].split() == ["ewc", "2.5", *numbers, "2.5", "s"]
         assert lines[3].split() == [
-            *("rwalk", "2.5", "0.8500", "-", "-", "+0.0500", "0.8500", "-", "2.5", "s")
+            *("rwalk", "2.5", "0.8500", "(1", "of", "3)", "-", "-", "+0.0500", "0.8500", "-"),
+            *("2.5", "s"),
         ]
         assert lines[4] == ""
-        assert "BWT, FWT: backward and forward transfer" in lines[5]
-        assert "intr." not in str(Comparison(runs))
+        legend = [line.split()[0] for line in lines[5:]]
+        assert legend == ["accuracy", "forgetting", "BWT", "FWT", "LA", "min-ACC"]
+        assert "(1 of 3)" in lines[5]
+
+    def test_tasks_that_are_missing_are_told_though_nothing_says_why(self):
+        assert "of 3" not in str(Comparison({"ewc": result()}))
+        killed = result("si", done=2)
+        assert killed.stopped is None
+        assert "0.8300 (2 of 3)" in str(Comparison({"ewc": result(), "si": killed}))
+        assert "- (0 of 3)" in str(Comparison({"si": result("si", done=0)}))
+
+    def test_the_columns_of_a_comparison_stand_below_their_titles(self):
+        runs = {"ewc": result(), "si": result("si", done=1), "a long name": result("rwalk")}
+        lines = str(Comparison(runs)).splitlines()[:4]
+        assert len({line.index("0.") for line in lines[1:]}) == 1
+        assert len({len(line) for line in lines}) == 1
+
+    def test_classes_that_cannot_be_answered_have_no_forward_transfer(self):
+        ours = result()
+        ours.config["incremental"] = "class"
+        assert math.isnan(ours.forward_transfer)
+        assert "forward transfer" not in str(ours)
+        lines = str(Comparison({"ewc": ours})).splitlines()
+        assert lines[1].split()[5] == "-"
+        assert any(line.endswith("none with class-incremental tasks") for line in lines)
+
+    def test_a_combination_shows_the_strength_of_both_parts(self):
+        pair = result("ewc+replay")
+        pair.config["method_options"] = {"ewc": {"strength": 250.0}, "replay": {"strength": 1.0}}
+        assert pair.strengths == [250.0, 1.0]
+        assert "250, 1  " in str(Comparison({"ewc+replay": pair})).splitlines()[1]
+        del pair.config["method_options"]  # as older versions wrote it
+        assert pair.strengths == [2.5]
 
     def test_a_comparison_with_a_joint_run_has_intransigence(self):
         lines = str(Comparison({"ewc": result("ewc"), "joint": result("joint")})).splitlines()
@@ -119,7 +152,7 @@ class TestText:
         rows = {line.split()[0]: line.split() for line in lines[1:3]}
         assert rows["ewc"][8] == "-0.0200"
         assert rows["joint"][8] == "+0.0000"
-        assert lines[-1].startswith("intr.: intransigence")
+        assert lines[-1].startswith("intr.       intransigence: what joint does better")
 
     def test_no_strength_is_a_dash(self):
         ours = result("gem")

@@ -164,7 +164,9 @@ class TestProgress:
         assert len(lines) == 7
         assert lines[1].startswith("si: task 1/2 epoch 1/2, loss ")
         assert "accuracy" in lines[6]
-        assert [lines[2], lines[5]] == [f"si: task {k}/2 trained, consolidating" for k in (1, 2)]
+        last = [f"si: task {k}/2 epoch 2/2" for k in (1, 2)]
+        assert [lines[2], lines[5]] == [f"{place} trained, consolidating" for place in last]
+        assert [line.partition(",")[0] for line in (lines[3], lines[6])] == last
 
     def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)

@@ -84,13 +84,13 @@ def make_method(
         strength: weight of the penalty; by default the method's own. In a combination it is that of
             the method with a penalty, else that of the other.
         **options: options of the method, such as `xi` of "si". In a combination an option goes to
-            each of the two that has it.
+            each of the two that has it, and "PART.OPTION", such as "replay.strength", to that part
+            alone, whatever is given without the part's name.
 
     Raises:
         ValueError: an unknown method or option (with the nearest valid name), a bad value, a
-            strength for a method without one, two
-            methods that do not combine, an instance of another model or given together with
-            options.
+            strength for a method without one, two methods that do not combine, an instance of
+            another model or given together with options.
     """
     if isinstance(method, Method):
         given = [*options] if strength is None else ["strength", *options]
@@ -107,13 +107,37 @@ def make_method(
     kinds = [METHODS[name] for name in part_names(method)]
     # Whichever was named first: it is the other one that learns by its own loss.
     kinds.sort(key=lambda kind: kind.learns_otherwise())
-    known = list(dict.fromkeys(name for kind in kinds for name in option_names(kind)))
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of {'+'.join(kind.name for kind in kinds)}", option, known)
     weighed = next((kind for kind in kinds if kind.has_strength), kinds[0])
+    shared, of_parts = _sorted_options(kinds, options)
     parts = []
     for kind in kinds:
-        own = {name: value for name, value in options.items() if name in option_names(kind)}
-        parts.append(kind(model, strength=strength if kind is weighed else None, **own))
+        own = {name: value for name, value in shared.items() if name in option_names(kind)}
+        own |= {"strength": strength} if kind is weighed else {}
+        parts.append(kind(model, **{**own, **of_parts[kind.name]}))
     return parts[0] if len(parts) == 1 else parts[0].combine(parts[1])
+
+
+def _sorted_options(
+    kinds: Sequence[type[Method]], options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The options for every part that has them, and those "PART.OPTION" by part.
+
+    ValueError for a name that no part has.
+    """
+    known = {kind.name: option_names(kind) for kind in kinds}
+    shared: dict[str, Any] = {}
+    of_parts: dict[str, dict[str, Any]] = {name: {} for name in known}
+    for option, value in options.items():
+        part, dot, name = option.partition(".")
+        if not dot:
+            valid = list(dict.fromkeys(name for names in known.values() for name in names))
+            if option not in valid:
+                raise unknown_name(f"option of {'+'.join(known)}", option, valid)
+            shared[option] = value
+        elif part not in known:
+            raise unknown_name(f"part of {'+'.join(known)} in option {option!r}:", part, known)
+        elif name not in known[part]:
+            raise unknown_name(f"option of {part}", name, known[part])
+        else:
+            of_parts[part][name] = value
+    return shared, of_parts

@@ -56,15 +56,15 @@ class DGR(Rehearsal):
     Args:
         model: see `Method`.
         strength: weight of the loss on generated inputs.
-        balance: "tasks": the k-th task counts 1/k; "sum": current + strength * old; see
+        balance: how the two losses are added: "tasks" where the k-th task counts 1/k, or "sum"; see
             `Rehearsal`.
         distill: learn the old model's softened probabilities rather than its classes.
         temperature: of the softening, > 0.
-        scale: "squared" for the factor temperature^2 in the distillation loss; "none" for none.
+        scale: of the distillation loss: "squared" for the factor temperature^2, "none" for none.
         hidden: widths of the layers of the variational auto-encoder (`clext.generator.VAE`), which
             takes inputs in [0, 1].
         latent: numbers in its code of an input.
-        generator: a module of your own instead, trained in place: `loss(inputs)` is 0-dim and
+        generator: a module of your own instead, trained in place; `loss(inputs)` is 0-dim and
             differentiable, `sample(count, generator)` returns as many inputs, drawn with that
             `torch.Generator`.
         generator_lr: learning rate of the generator's Adam.

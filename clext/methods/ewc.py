@@ -30,12 +30,12 @@ class EWC(Method):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        fisher: "empirical", "exact", "sample" or "batch"; see
+        fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
             `clext.importance.fisher_information`.
         gamma: what is left of the old importance after each task, in [0, 1].
-        anchors: "latest" or "all".
-        weighting: "mean" or "sum": F_k is the mean of the squared gradients over the N_k samples of
-            the task, or their sum, N_k times as much. By Bayes' rule a new task's mean loss over
+        anchors: where it pulls to: the values after the "latest" task, or those after "all".
+        weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples of
+            the task, or their "sum", N_k times as much. By Bayes' rule a new task's mean loss over
             N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
             "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.

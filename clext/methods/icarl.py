@@ -62,8 +62,8 @@ class ICaRL(Unpenalised):
         model: see `Method`.
         strength: none; there is no penalty.
         budget: how many exemplars are kept in all.
-        features: the name of the layer whose input are the features; None: the nn.Linear that
-            makes the model's outputs.
+        features: the name of the layer whose input are the features, None for the nn.Linear
+            that makes the model's outputs.
         norm: bring features and their means to length 1.
         temperature: what the logits of the model before the task are divided by; 1 in the paper, 2
             in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).

@@ -42,11 +42,11 @@ class LwF(Rehearsal):
     Args:
         model: see `Method`.
         strength: weight of the distillation loss.
-        balance: "sum": current + strength * distillation; "tasks": the k-th task counts 1/k, see
+        balance: how the two losses are added: "sum", or "tasks" where the k-th task counts 1/k; see
             `Rehearsal`.
-        temperature: T, > 0.
-        scale: "squared" for the factor T^2 (Hinton et al. 2015, arXiv:1503.02531), with which
-            gradients do not shrink as T grows; "none" for none.
+        temperature: T, which softens the probabilities, > 0.
+        scale: of the distillation loss: "squared" for the factor T^2, "none" for none; with it
+            gradients do not shrink as T grows (Hinton et al. 2015, arXiv:1503.02531).
     """
 
     name: ClassVar[str] = "lwf"

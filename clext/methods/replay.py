@@ -34,10 +34,11 @@ class Replay(Rehearsal):
         model: see `Method`.
         strength: weight of the loss on old examples.
         budget: how many examples are kept.
-        policy: which: "reservoir", where every example seen has the same chance (Vitter 1985), or
-            "balanced", where every class gets the same share of the budget; see `Memory`.
-        batch: how many old examples a step draws; None: as many as the batch has.
-        balance: "sum" or "tasks", see `Rehearsal`.
+        policy: which are kept: "reservoir", every example seen has the same chance (Vitter 1985),
+            or "balanced", every class gets the same share of the budget; see `Memory`.
+        batch: how many old examples a step draws, None for as many as the batch has.
+        balance: how the two losses are added: "sum", or "tasks" where the k-th task counts 1/k; see
+            `Rehearsal`.
         seed: of the choice and the drawing, which happen on the model's device.
 
     Raises:

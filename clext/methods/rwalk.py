@@ -45,11 +45,11 @@ class RWalk(Method):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        decay: weight of the old Fisher average ("released": of the new interval's), in [0, 1).
+        decay: weight of the old Fisher average, in [0, 1); "released": of the new interval's.
         interval: steps between two entries of the score, >= 1.
         eps: damping of the score, > 0.
         mix: weight of the new task's score, in [0, 1].
-        variant: "paper" or "released".
+        variant: the formulas of the "paper", or those of the "released" code.
     """
 
     name: ClassVar[str] = "rwalk"
