@@ -135,8 +135,8 @@ def main() -> None:
     "options",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Option of the method, see `clext info --method`; repeatable. Of a combination NAME goes to "
-    "each part that has it, PART.NAME to that part alone.",
+    help="Option of the method, see `clext info --method`; repeatable. Of a combination NAME goes "
+    "to each part that has it, PART.NAME to that part alone.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
 @_shared

@@ -121,7 +121,11 @@ def _describe_options(kind: type[Method]) -> list[str]:
         start = f"  {name:<{_NAME_WIDTH}} {value:<{_VALUE_WIDTH}} "
         indent = " " * (4 + _NAME_WIDTH + _VALUE_WIDTH)
         lines += textwrap.wrap(
-            meanings[name], _LINE_WIDTH, initial_indent=start, subsequent_indent=indent
+            meanings[name],
+            _LINE_WIDTH,
+            initial_indent=start,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
         )
     return lines
 

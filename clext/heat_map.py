@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clext.plotting import save_figure, title_of
+from clext.plotting import TITLE_FONT, save_figure, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,19 +30,19 @@ def plot_matrix(result: Result, path: str | os.PathLike[str] | None = None) -> F
     """
     tasks = len(result.accuracy)
     side = 2.6 + 0.42 * min(max(tasks, 3), _MOST_NUMBERS)
-    figure = Figure(figsize=(side + 0.9, side), dpi=200, layout="constrained")
+    figure = Figure(figsize=(side + 0.4, side), dpi=200, layout="compressed")
     axes = figure.add_subplot()
     image = axes.imshow(
         np.ma.masked_invalid(result.accuracy), cmap=_COLOURS, vmin=0, vmax=1, aspect="equal"
     )
-    axes.set_title(f"{result.label}\n{title_of(result)}", loc="left", fontsize=11)
+    axes.set_title(f"{result.label}\n{title_of(result)}", loc="left", **TITLE_FONT)
     axes.set_xlabel("Accuracy on task")
     axes.set_ylabel("After learning task")
     _label_tasks(axes, tasks)
     axes.spines[:].set_visible(False)
     if tasks <= _MOST_NUMBERS:
         _write_numbers(axes, result)
-    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar = figure.colorbar(image, ax=axes, aspect=24)
     bar.outline.set_visible(False)
     bar.set_label("Accuracy")
     save_figure(figure, path)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,6 +20,7 @@ _SIZE = (7.2, 4.3)
 _AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
 _LABEL_POINTS = 9.0
 _TEXT = "#222222"
+TITLE_FONT: dict[str, Any] = {"fontsize": 12, "fontweight": "bold"}
 _MOST_TASK_NAMES = 12
 _TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
 
@@ -32,8 +33,9 @@ class _Style(NamedTuple):
     marker: str
 
 
-# Colours of Okabe & Ito (2008), which the colour-blind can tell apart; yellow is left out because
-# it vanishes on white paper. A method keeps its style from picture to picture.
+# The course's six and lwf have the colours of Okabe & Ito (2008), which the colour-blind can tell
+# apart; yellow is left out because it vanishes on white paper. The others have dark ones of Tol's.
+# A method keeps its style from picture to picture.
 _STYLES = {
     "baseline": _Style("#000000", (0, (1, 1.5)), "x"),
     "ewc": _Style("#0072B2", "-", "o"),
@@ -42,18 +44,18 @@ _STYLES = {
     "rwalk": _Style("#D55E00", "-", "D"),
     "scp": _Style("#CC79A7", (0, (3, 1)), "v"),
     "lwf": _Style("#56B4E9", "-", "P"),
-    "gem": _Style("#009E73", "-", "p"),
-    "agem": _Style("#009E73", (0, (3, 1)), "h"),
-    "replay": _Style("#0072B2", (0, (5, 1.5)), "X"),
-    "icarl": _Style("#E69F00", "-", "*"),
-    "dgr": _Style("#CC79A7", "-", "<"),
-    "joint": _Style("#000000", "-", "d"),
+    "gem": _Style("#332288", "-", "p"),
+    "agem": _Style("#999933", (0, (3, 1)), "h"),
+    "replay": _Style("#882255", (0, (5, 1.5)), "X"),
+    "icarl": _Style("#8C510A", "-", "*"),
+    "dgr": _Style("#117733", "-", "<"),
+    "joint": _Style("#777777", "-", "d"),
 }
 _OTHER_STYLES = (
-    _Style("#666666", (0, (5, 1.5)), ">"),
-    _Style("#56B4E9", (0, (6, 1.5, 1, 1.5)), "8"),
-    _Style("#D55E00", (0, (1, 1.5)), "H"),
-    _Style("#666666", "-", "s"),
+    _Style("#AA4499", (0, (5, 1.5)), ">"),
+    _Style("#44AA99", (0, (6, 1.5, 1, 1.5)), "8"),
+    _Style("#CC6677", (0, (1, 1.5)), "H"),
+    _Style("#444444", "-", "s"),
 )
 
 
@@ -79,8 +81,10 @@ def plot_curves(
         # One marker a task, each line at another epoch of it, or they would cover each other.
         offset = int((rank + 0.5) / len(lines) * epochs)
         _draw_line(axes, curve, style, markers=(offset, epochs))
-    _draw_frame(axes, first, tasks, epochs)
-    _label_ends(axes, lines)
+    _draw_frame(axes, tasks, epochs)
+    title = title_of(first) if len(results) > 1 else f"{next(iter(results))}: {title_of(first)}"
+    axes.set_title(title, loc="left", pad=20, **TITLE_FONT)
+    _label_ends(axes, lines, tasks, epochs)
     save_figure(figure, path)
     return figure
 
@@ -132,16 +136,17 @@ def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple
     )
 
 
-def _draw_frame(axes: Axes, result: Result, tasks: int, epochs: int) -> None:
-    axes.set_title(title_of(result), loc="left", pad=20, fontsize=12, fontweight="bold")
+def _draw_frame(axes: Axes, tasks: int, epochs: int) -> None:
     axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
     axes.set_ylabel("Average accuracy over the tasks seen")
     axes.set_xlim(0, tasks * epochs)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    every = -(-tasks // _MOST_TASK_NAMES)
+    borders = range(every * epochs, tasks * epochs + 1, every * epochs)
+    counted = MaxNLocator(integer=True).tick_values(1, epochs)  # within the only task
+    axes.set_xticks([e for e in counted if 1 <= e <= epochs] if tasks == 1 else list(borders))
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    every = -(-tasks // _MOST_TASK_NAMES)
     for k in range(tasks):
         if k > 0:
             axes.axvline(k * epochs, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
@@ -158,8 +163,12 @@ def _draw_frame(axes: Axes, result: Result, tasks: int, epochs: int) -> None:
             )
 
 
-def _label_ends(axes: Axes, lines: Sequence[_Line]) -> None:
-    """Name each line at its right end, moved apart where the names would overlap."""
+def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> None:
+    """Name each line at the right margin, the names moved apart where they would overlap.
+
+    From one that ends before, fine dots lead there, and its name says how far it came.
+    """
+    last = tasks * epochs
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     points = _AXES_HEIGHT * 72 / (high - low)
@@ -167,9 +176,15 @@ def _label_ends(axes: Axes, lines: Sequence[_Line]) -> None:
     for (label, curve, style), height, place in zip(
         lines, heights, spread(heights, _LABEL_POINTS * 1.35), strict=True
     ):
+        text = f"{label} {curve[-1]:.3f}"
+        if len(curve) < last:
+            text += f" ({len(curve) // epochs} of {tasks})"
+            axes.hlines(
+                curve[-1], len(curve), last, style.color, linestyle=(0, (1, 4)), linewidth=0.9
+            )
         axes.annotate(
-            f"{label} {curve[-1]:.3f}",
-            (len(curve), curve[-1]),
+            text,
+            (last, curve[-1]),
             xytext=(18, place - height),
             textcoords="offset points",
             va="center",

@@ -166,7 +166,9 @@ class TestText:
         expected = f"ewc on permuted digits, {incremental}-incremental: average"
         assert str(ours).startswith(expected)
         title = f"Permuted digits, {incremental}-incremental"
-        assert ours.plot().axes[0].get_title(loc="left") == title
+        assert ours.plot().axes[0].get_title(loc="left") == f"ewc: {title}"
+        pair = Comparison({"ewc": ours, "si": result("si")})
+        assert pair.plot().axes[0].get_title(loc="left") == title
         assert ours.plot_matrix().axes[0].get_title(loc="left") == f"ewc\n{title}"
         ours.config["incremental"] = "domain"
         assert "incremental" not in str(ours)
@@ -341,6 +343,21 @@ class TestPicture:
         result(done=done).plot(tmp_path / "new" / "picture.pdf")
         assert (tmp_path / "new" / "picture.pdf").exists()
 
+    def test_a_run_that_ended_early_is_named_at_the_margin_and_says_how_far_it_came(self):
+        axes = Comparison({"ewc": result(), "si": result("si", done=1)}).plot().axes[0]
+        names = {text.get_text(): text for text in axes.texts if "0." in text.get_text()}
+        assert set(names) == {"ewc 0.750", "si 0.790 (1 of 3)"}
+        assert {text.xy[0] for text in names.values()} == {6}
+
+    @pytest.mark.parametrize(
+        ("tasks", "epochs", "ticks"),
+        [(5, 10, [10, 20, 30, 40, 50]), (3, 1, [1, 2, 3]), (1, 4, [1, 2, 3, 4]), (1, 1, [1])],
+    )
+    def test_epochs_are_counted_at_the_borders_of_tasks(self, tasks, epochs, ticks):
+        axes = result(tasks=tasks, epochs=epochs).plot().axes[0]
+        assert list(axes.get_xticks()) == ticks
+        assert len(result(tasks=50, epochs=epochs).plot().axes[0].get_xticks()) <= 12
+
     def test_a_style_for_every_line_of_a_large_comparison(self):
         axes = Comparison({f"run {i}": result() for i in range(12)}).plot().axes[0]
         assert sum(len(line.get_xdata()) == 6 for line in axes.lines) == 12
@@ -367,6 +384,7 @@ class TestPicture:
         known = tuple(plotting._STYLES)
         alone = {name: looks(name)[name] for name in known}
         assert looks(*known) == alone
+        assert len({color for color, _, _ in alone.values()}) == len(known)
         assert len({marker for _, marker, _ in alone.values()}) == len(known)
         assert looks("ewc+replay")["ewc+replay"] == alone["replay"]
         both = looks("ewc+replay", "replay", "si+replay")
@@ -381,6 +399,11 @@ class TestHeatMap:
         assert (tmp_path / "new" / "m.png").stat().st_size > 5_000
         shown = axes.images[0].get_array()
         np.testing.assert_array_equal(shown.filled(NAN), ours.accuracy)
+        canvas = FigureCanvasAgg(axes.figure)
+        canvas.draw()
+        boxes = [each.get_window_extent() for each in axes.figure.axes]
+        assert boxes[1].height == pytest.approx(boxes[0].height, abs=1)  # the colour bar
+        assert axes.get_tightbbox().x0 < 0.05 * axes.figure.bbox.width
         texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
         assert texts == {(0, 0, "0.87"), (0, 1, "0.77"), (1, 1, "0.87")}
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]

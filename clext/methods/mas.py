@@ -25,7 +25,8 @@ class MAS(Method):
         strength: weight of the penalty.
         gamma: what is left of the old importance after each task, in [0, 1]: with 1 the tasks add
             up, as in the paper; with 0 only the latest task counts.
-        estimator: gradients "per_sample", or of the mean of a "batch"; see `clext.importance.output_sensitivity`.
+        estimator: gradients "per_sample", or of the mean of a "batch"; see
+            `clext.importance.output_sensitivity`.
     """
 
     name: ClassVar[str] = "mas"
