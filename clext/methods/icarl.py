@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext.checksum import checksums
 from clext.exemplars import (
     Sets,
     checked_sets,
@@ -104,9 +105,8 @@ class ICaRL(Unpenalised):
         self._sets: Sets = {}
         self._previous: Snapshot | None = None
         self._current: tuple[Tensor, Tensor] | None = None  # of the task, with global labels
-        # Means by class, and of which parameters and exemplars they are.
+        # Means by class, and of which values of the model they are.
         self._means: tuple[object, dict[int, Tensor]] | None = None
-        self._steps = 0  # a step that was recorded leaves no other trace on the host
 
     # ------------------------------------------------------------------ learning
 
@@ -174,10 +174,6 @@ class ICaRL(Unpenalised):
             losses = losses * counted.index_select(0, labels)
         return losses.sum(dim=1).mean()
 
-    def after_step(self) -> None:
-        """The parameters have moved, so the means of the classes are not what they were."""
-        self._steps += 1
-
     # ------------------------------------------------------------------ predictions
 
     def _predict(self, inputs: Tensor) -> Tensor:
@@ -225,10 +221,12 @@ class ICaRL(Unpenalised):
         return torch.cat(parts)
 
     def _version(self) -> object:
-        """Differs once parameters, buffers or exemplars have changed."""
-        values = (*self.model.parameters(), *self.model.buffers())
-        versions = [(v.data_ptr(), 0 if v.is_inference() else v._version) for v in values]
-        return self._steps, versions, torch.is_autocast_enabled(values[0].device.type)
+        """Differs once parameters or buffers have changed.
+
+        By their values: writes through `data` and recorded steps leave no trace on the host.
+        """
+        values = [*self.model.parameters(), *self.model.buffers()]
+        return checksums(values), torch.is_autocast_enabled(values[0].device.type)
 
     # ------------------------------------------------------------------ the end of a task
 

@@ -77,7 +77,9 @@ def refuse_broken(owner: str, model: nn.Module, what: str = "model") -> None:
 
     A buffer may hold -inf, of which masks are made.
     """
-    entries = [("parameter", name, value) for name, value in model.named_parameters()]
+    entries: list[tuple[str, str, Tensor]] = [
+        ("parameter", name, value) for name, value in model.named_parameters()
+    ]
     entries += [("buffer", name, value) for name, value in model.named_buffers()]
     for kind, name, value in entries:
         if not _usable(value.detach(), mask=kind == "buffer"):
