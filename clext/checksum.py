@@ -29,8 +29,10 @@ def checksums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         bits = values.detach().view(_BITS[values.element_size()]).reshape(-1)
         if bits.device not in factors:
             factors[bits.device] = _factors(bits.device)
-        for block in bits.split(_BLOCK):
-            sums.append((block.to(torch.int64) * factors[bits.device][: len(block)]).sum())
+        sums += [
+            (block.to(torch.int64) * factors[bits.device][: len(block)]).sum()
+            for block in bits.split(_BLOCK)
+        ]
     return tuple(torch.stack([entry.to(sums[0].device) for entry in sums]).tolist()) if sums else ()
 
 

@@ -266,9 +266,11 @@ class Cosine(nn.Module):
         return 10 * self.head(self.body(x).relu())
 
 
-def test_the_layer_of_the_features_can_be_named():
+@pytest.mark.parametrize("layer", ["1", 1])
+def test_the_layer_of_the_features_can_be_named(layer):
     model = make_model("domain")
-    method = ICaRL(model, features="1")
+    method = ICaRL(model, features=layer)
+    assert method.features == "1"
     run_task(method, "domain", 0)
     inputs = torch.randn(3, 5, dtype=torch.float64)
     hidden = normal(model[0](inputs), True)

@@ -90,9 +90,9 @@ def test_the_last_accuracy_of_a_task_is_that_of_its_exemplars():
     [
         ({"budget": 0}, "icarl: budget must be an integer >= 1, got 0"),
         ({"budget": 2.0}, "budget must be an integer"),
-        ({"features": 3}, "features must be a layer's name, got 3"),
+        ({"features": 3.0}, "features must be a layer's name, got 3.0"),
         ({"norm": 1}, "norm must be True or False, got 1"),
-        ({"temperature": 0}, "temperature must be a finite number > 0"),
+        ({"temperature": 0}, "temperature must be a finite number >= 0.0001 and <= 10000"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -247,8 +247,13 @@ def test_memory_is_one_model_however_many_tasks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "lwf: temperature must be a finite number > 0, got 0"),
+        (
+            {"temperature": 0},
+            "lwf: temperature must be a finite number >= 0.0001 and <= 10000, got 0",
+        ),
         ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": 1e-30}, "temperature must be"),
+        ({"temperature": 2e4}, "temperature must be"),
         ({"temperature": math.inf}, "temperature must be"),
         ({"temperature": "2"}, "temperature must be"),
         ({"scale": "square"}, "option 'scale' of lwf: 'square'; did you mean 'squared'"),

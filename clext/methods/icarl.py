@@ -24,7 +24,7 @@ from clext.memory import check_alike, check_examples, count_outputs, read_exampl
 from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
-from clext.options import integer, number
+from clext.options import integer, softening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,11 +63,11 @@ class ICaRL(Unpenalised):
         model: see `Method`.
         strength: none; there is no penalty.
         budget: how many exemplars are kept in all.
-        features: the name of the layer whose input are the features; None: the nn.Linear that
-            makes the model's outputs.
+        features: the name of the layer whose input are the features, or its number in an
+            nn.Sequential; None: the nn.Linear that makes the model's outputs.
         norm: bring features and their means to length 1.
-        temperature: what the logits of the model before the task are divided by; 1 in the paper, 2
-            in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
+        temperature: what the logits of the model before the task are divided by, from 1e-4 to 1e4;
+            1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
         ValueError: an option is out of range; or, at the beginning of a task, the budget is smaller
@@ -87,20 +87,20 @@ class ICaRL(Unpenalised):
         *,
         strength: float | None = None,
         budget: int = 2000,
-        features: str | None = None,
+        features: str | int | None = None,
         norm: bool = True,
         temperature: float = 1.0,
     ) -> None:
         super().__init__(model, strength=strength)
         self.budget = integer(self.name, "budget", budget, minimum=1)
+        if type(features) is int:  # a layer of an nn.Sequential
+            features = str(features)
         if not isinstance(features, str | None):
             raise ValueError(f"{self.name}: features must be a layer's name, got {features!r}")
         if not isinstance(norm, bool):
             raise ValueError(f"{self.name}: norm must be True or False, got {norm!r}")
         self.features, self.norm = features, norm
-        self.temperature = number(
-            self.name, "temperature", temperature, minimum=0.0, open_minimum=True
-        )
+        self.temperature = softening(self.name, temperature)
         self._features = Features(self, features)
         self._sets: Sets = {}
         self._previous: Snapshot | None = None
