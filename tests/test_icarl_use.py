@@ -165,7 +165,7 @@ def test_a_task_that_ends_without_data_is_refused():
         ({"exemplars": {0: [INPUTS[:0]]}, "previous": None}, "no list of tensors with exemplars"),
         ({"exemplars": {0: [INPUTS] * 2}, "previous": None}, "8 exemplars and the budget is 5"),
         ({"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "previous": None}, r"\[4\] each, expected"),
-        ({"exemplars": {}, "previous": {"a": INPUTS}}, "'a', which the model has not"),
+        ({"exemplars": {}, "previous": {"a": INPUTS}}, "holds a, expected names and values"),
     ],
 )
 def test_a_state_of_something_else_is_refused(extra, message):
