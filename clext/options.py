@@ -58,6 +58,11 @@ def number(
     raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}")
 
 
+def softening(owner: str, temperature: object) -> float:
+    """A temperature between 1e-4 and 1e4, beyond which float32 has too few digits of logits."""
+    return number(owner, "temperature", temperature, minimum=1e-4, maximum=1e4)
+
+
 def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
     """`value` as an int that is at least `minimum`, else ValueError."""
     if type(value) is not bool and isinstance(value, Integral) and int(value) >= minimum:

@@ -118,14 +118,36 @@ class Result:
             of the run.
 
         Raises:
-            ValueError: `joint` has another number of tasks.
+            ValueError: `joint` is of another method, or of other tasks.
         """
+        if "joint" not in joint.label.split("+"):
+            raise ValueError(
+                f'intransigence: expected a run of "joint", got one of {joint.label!r}'
+            )
         if joint.accuracy.shape != self.accuracy.shape:
             raise ValueError(
                 f"intransigence: expected a joint run of {len(self.accuracy)} tasks, got one of "
                 f"{len(joint.accuracy)}"
             )
+        theirs = joint._learned()
+        for what, ours in self._learned().items():
+            if theirs[what] != ours:
+                raise ValueError(
+                    f"intransigence: expected a joint run with {what} {ours!r}, got {what} "
+                    f"{theirs[what]!r}; both must have learned the same tasks"
+                )
         return metrics.intransigence(self.accuracy, joint.accuracy)
+
+    def _learned(self) -> dict[str, object]:
+        """What a run was about, as far as that is recorded."""
+        data = self.config.get("data", {})
+        return {
+            "scenario": self.config.get("scenario"),
+            "incremental": self.config.get("incremental", "domain"),
+            "data set": data.get("name", self.config.get("dataset")),
+            "training examples": data.get("train"),
+            "test examples": data.get("test"),
+        }
 
     @property
     def label(self) -> str:

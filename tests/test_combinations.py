@@ -32,7 +32,7 @@ def batches(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 class TestNames:
-    @pytest.mark.parametrize("given", ["ewc+replay", ["replay", "ewc"], ("ewc", "replay")])
+    @pytest.mark.parametrize("given", ["ewc+replay", ["replay", "ewc"], "ewc + replay "])
     def test_two_names_in_any_order(self, given):
         method = make_method(given, model(), strength=3.0, budget=7, fisher="exact", seed=5)
         assert method.label == "ewc+replay"
@@ -79,6 +79,8 @@ class TestNames:
             (["ewc", "replay", "lwf"], "expected one name or two to combine, got 3"),
             ([], "expected one name or two to combine, got 0"),
             ([3], "unknown method 3"),
+            (clext.EWC, "^method: expected a name .*, or an instance, got the class EWC$"),
+            (3, "^method: expected a name .*, or an instance, got int$"),
         ],
     )
     def test_names_that_do_not_combine(self, given, message):

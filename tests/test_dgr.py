@@ -299,8 +299,10 @@ def without(extra, name):
 
 
 def with_nan(extra, name):
-    weight = next(key for key in extra[name] if extra[name][key].is_floating_point())
-    return {**extra, name: {**extra[name], weight: torch.full_like(extra[name][weight], torch.nan)}}
+    changed = copy.deepcopy(extra)
+    state = changed[name]["values"] if name == "teacher" else changed[name]
+    next(value for value in state.values() if value.is_floating_point()).fill_(torch.nan)
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_memory_does_not_grow_with_the_tasks():
     for number in range(3):
         train_task(method, number, "class")
         extra = method.state_dict()["extra"]
-        modules = (extra["generator"], extra["previous"], extra["teacher"])
+        modules = (extra["generator"], extra["previous"], extra["teacher"]["values"])
         moments = extra["optimizer"]["state"].values()
         sizes.append(
             [sum(value.numel() for value in module.values()) for module in modules]
@@ -356,7 +358,10 @@ def test_memory_does_not_grow_with_the_tasks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "dgr: temperature must be a finite number > 0, got 0"),
+        (
+            {"temperature": 0},
+            "dgr: temperature must be a finite number >= 0.0001 and <= 10000, got 0",
+        ),
         ({"distill": 1}, "dgr: distill must be True or False, got 1"),
         ({"balance": "all"}, "unknown value of option 'balance' of dgr"),
         ({"hidden": ()}, r"dgr: hidden must be the widths of at least one layer, .* got \(\)"),
@@ -390,12 +395,29 @@ class Wrong(Blur):
         return super().loss(inputs) if self.value is None else self.value
 
 
+def test_a_generator_that_has_broken_is_refused_when_a_task_ends_or_begins():
+    model = make_model()
+    method = DGR(model, generator=Wrong())
+    train_task(method, 0, "domain")
+    with torch.no_grad():
+        method.generator.middle[0] = torch.nan
+    with pytest.raises(ValueError, match="^dgr: the generator's parameter 'middle' holds NaN"):
+        method.consolidate()
+    method._previous.samples = lambda n: torch.full((n, FEATURES), torch.inf)
+    with pytest.raises(ValueError, match=r"sample\(...\) of the generator returned NaN or inf"):
+        begin(method, 1, "domain")
+
+
 @pytest.mark.parametrize(
     ("generator", "message"),
     [
         (Wrong(lambda n: torch.rand(n, 4)), r"sample\(2, ...\) .* returned \[2, 4\] on cpu"),
         (Wrong(lambda n: torch.rand(n + 1, FEATURES)), r"returned \[3, 5\].*expected \[2, 5\]"),
         (Wrong(lambda _: None), r"returned NoneType, expected \[2, 5\] on cpu, like the inputs"),
+        (
+            Wrong(lambda n: torch.full((n, FEATURES), torch.nan)),
+            r"^dgr: sample\(...\) of the generator returned NaN or infinity, expected",
+        ),
         (Wrong(loss=torch.zeros(2)), r"loss\(inputs\) .* returned \[2\], expected 0-dim"),
         (Wrong(loss=0.5), "returned float, expected 0-dim"),
         (VAE((4,), (3,), 2), r"shape \[24, 5\], expected \['N', 4\], which the generator makes"),

@@ -90,9 +90,9 @@ def test_the_last_accuracy_of_a_task_is_that_of_its_exemplars():
     [
         ({"budget": 0}, "icarl: budget must be an integer >= 1, got 0"),
         ({"budget": 2.0}, "budget must be an integer"),
-        ({"features": 3}, "features must be a layer's name, got 3"),
+        ({"features": 3.0}, "features must be a layer's name, got 3.0"),
         ({"norm": 1}, "norm must be True or False, got 1"),
-        ({"temperature": 0}, "temperature must be a finite number > 0"),
+        ({"temperature": 0}, "temperature must be a finite number >= 0.0001 and <= 10000"),
     ],
 )
 def test_bad_options_are_refused(options, message):
@@ -165,7 +165,7 @@ def test_a_task_that_ends_without_data_is_refused():
         ({"exemplars": {0: [INPUTS[:0]]}, "previous": None}, "no list of tensors with exemplars"),
         ({"exemplars": {0: [INPUTS] * 2}, "previous": None}, "8 exemplars and the budget is 5"),
         ({"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "previous": None}, r"\[4\] each, expected"),
-        ({"exemplars": {}, "previous": {"a": INPUTS}}, "'a', which the model has not"),
+        ({"exemplars": {}, "previous": {"a": INPUTS}}, "holds a, expected names and values"),
     ],
 )
 def test_a_state_of_something_else_is_refused(extra, message):

@@ -211,7 +211,10 @@ def test_a_state_of_the_first_task_forgets_the_teacher():
     [
         ({"pupil": {}}, "holds 'pupil', expected 'teacher' or nothing"),
         ({"teacher": {}}, r"\['teacher'\] holds nothing"),
-        ({"teacher": {"0.bias": torch.zeros(9)}}, r"\['teacher'\]\['0.bias'\] is torch.float32"),
+        (
+            {"teacher": {"names": ["0.bias"], "values": {"0.bias": torch.zeros(9)}}},
+            r"\['teacher'\]\['0.bias'\] is torch.float32",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(extra, message):
@@ -237,7 +240,8 @@ def test_memory_is_one_model_however_many_tasks():
     sizes = []
     for number in range(3):
         train_task(method, number, "class")
-        sizes.append(sum(value.numel() for value in method._teacher.state_dict().values()))
+        values = method._teacher.state_dict()["values"].values()
+        sizes.append(sum(value.numel() for value in values))
     assert sizes == [sum(p.numel() for p in method.model.parameters())] * 3
 
 
@@ -247,8 +251,13 @@ def test_memory_is_one_model_however_many_tasks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "lwf: temperature must be a finite number > 0, got 0"),
+        (
+            {"temperature": 0},
+            "lwf: temperature must be a finite number >= 0.0001 and <= 10000, got 0",
+        ),
         ({"temperature": -1.0}, "temperature must be"),
+        ({"temperature": 1e-30}, "temperature must be"),
+        ({"temperature": 2e4}, "temperature must be"),
         ({"temperature": math.inf}, "temperature must be"),
         ({"temperature": "2"}, "temperature must be"),
         ({"scale": "square"}, "option 'scale' of lwf: 'square'; did you mean 'squared'"),

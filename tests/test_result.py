@@ -67,6 +67,23 @@ class TestNumbers:
         with pytest.raises(ValueError, match="expected a joint run of 3 tasks, got one of 2"):
             result().intransigence(result("joint", tasks=2))
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"method": "ewc"}, "expected a run of \"joint\", got one of 'ewc'$"),
+            ({"scenario": "split"}, "with scenario 'permuted', got scenario 'split'; both must"),
+            ({"incremental": "class"}, "with incremental 'domain', got incremental 'class'"),
+            ({"data": {"name": "mnist"}}, "with data set 'digits', got data set 'mnist'"),
+            ({"data": {"name": "digits", "train": 9}}, "with training examples None, got .* 9"),
+        ],
+    )
+    def test_intransigence_against_a_run_of_something_else_is_refused(self, change, message):
+        joint = result("joint")
+        assert result().intransigence(result("ewc+joint")).shape == (3,)
+        joint.config.update(change)
+        with pytest.raises(ValueError, match=message):
+            result().intransigence(joint)
+
     def test_nothing_done_can_still_be_read(self):
         assert "no task finished" in str(result(done=0))
 

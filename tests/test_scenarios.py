@@ -186,6 +186,25 @@ class TestOwnDataSets:
         assert scenario.tasks[0].train().inputs.equal(inputs)
         assert scenario.tasks[0].test().labels.equal(labels)
 
+    def test_reading_leaves_the_random_state_alone(self):
+        data = TensorDataset(torch.rand(5, 2), torch.zeros(5).long())
+        before = torch.get_rng_state()
+        Scenario.from_datasets([(data, data)])
+        assert torch.get_rng_state().equal(before)
+
+    def test_numbers_of_words_stay_integers(self):
+        pair = torch.tensor([[4, 2], [0, 1]]), torch.tensor([0, 1])
+        inputs = Scenario.from_datasets([(pair, pair)]).tasks[0].train().inputs
+        assert inputs.dtype == torch.int64
+
+    def test_reads_as_a_line_for_each_task(self):
+        scenario = Scenario.from_datasets([own_pair(7, 3, 3), own_pair(20, 7)], "task")
+        assert repr(scenario).splitlines() == [
+            "Scenario 'own', task-incremental, 2 tasks:",
+            "  Task 'task 1': 3 training and 2 test examples, outputs 0 to 1",
+            "  Task 'task 2': 2 training and 2 test examples, outputs 2 to 3",
+        ]
+
     def test_labels_may_be_plain_numbers(self):
         class Listed(TorchDataset):
             def __len__(self):
@@ -219,6 +238,18 @@ class TestOwnDataSets:
                 "task 1, test data: class 5 is not among the 2 classes",
             ),
             ([own_pair(-1, 1)], "label -1, expected numbers from 0"),
+            (None, "datasets must be a list with a pair .* for each task, got NoneType$"),
+            (torch.rand(2, 2), "datasets must be a list .*, got Tensor$"),
+            ([((torch.tensor(1.0), torch.tensor([0])),) * 2], "inputs are a 0-dim tensor"),
+            ([((torch.rand(1, 3), ["a"]),) * 2], "training data: labels are no tensor of integers"),
+            (
+                [((torch.ones(1, 3, dtype=torch.uint8), torch.tensor([0])),) * 2],
+                r"task 1, training data: inputs are uint8; pass .float\(\) / 255$",
+            ),
+            (
+                [own_pair(0), tuple((x.double(), y) for x, y in own_pair(0))],
+                "task 2, training data: inputs are torch.float64, expected torch.float32 as in",
+            ),
         ],
     )
     def test_what_does_not_fit_is_named(self, pairs, message):

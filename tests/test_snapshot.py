@@ -101,23 +101,36 @@ def test_state_round_trip(model, inputs):
     expected, state = snapshot(inputs), snapshot.state_dict()
     model[3] = nn.Linear(5, 8, device=inputs.device)
     loaded = Snapshot.load("here", moved(model), state)
-    for value in state.values():
+    for value in state["values"].values():
         value.zero_()  # a copy
     assert torch.equal(loaded(inputs), expected)
     assert torch.equal(snapshot(inputs), expected)
 
 
+def with_value(state, name, value):
+    return {**state, "values": {**state["values"], name: value}}
+
+
+def without(state, name):
+    return {**state, "values": {key: v for key, v in state["values"].items() if key != name}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _: None, r"^here is NoneType, expected a dict of tensors by name$"),
-        (lambda _: {}, "^here holds nothing; expected the model's parameters and buffers$"),
-        (lambda s: {**s, "9.bias": s["3.bias"]}, "holds '9.bias', which the model has not"),
-        (lambda s: {**s, "3.bias": 3}, r"here\['3.bias'\] is int, expected a dense tensor"),
-        (lambda s: {**s, "3.bias": torch.zeros(4)}, r"\[4\], expected the torch.float32 \[3\]"),
-        (lambda s: {**s, "3.bias": torch.zeros(3, 1)}, r"\[3, 1\], expected the torch.float32"),
-        (lambda s: {**s, "3.bias": torch.zeros(3).long()}, "is torch.int64 "),
-        (lambda s: {**s, "3.bias": torch.full((3,), torch.nan)}, "holds NaN or infinity"),
+        (lambda _: None, r"^here holds NoneType, expected names and values$"),
+        (lambda _: {}, "^here holds nothing, expected names and values$"),
+        (lambda s: s["values"], "^here holds 0.weight, .*, expected names and values$"),
+        (lambda s: {**s, "names": 3}, "^here has names and values of int and dict, expected"),
+        (lambda _: {"names": [], "values": {}}, "holds nothing; expected the model's parameters"),
+        (lambda s: with_value(s, "9.bias", s["values"]["3.bias"]), "'9.bias', which the model has"),
+        (lambda s: with_value(s, "3.bias", 3), r"here\['3.bias'\] is int, expected a dense tensor"),
+        (lambda s: with_value(s, "3.bias", torch.zeros(4)), r"\[4\], expected the .*32 \[3\]"),
+        (lambda s: with_value(s, "3.bias", torch.zeros(3, 1)), r"\[3, 1\], expected the torch"),
+        (lambda s: with_value(s, "3.bias", torch.zeros(3).long()), "is torch.int64 "),
+        (lambda s: with_value(s, "3.bias", torch.full((3,), torch.nan)), "holds NaN or infinity"),
+        (lambda s: without(s, "0.bias"), "^here: '0.bias' is missing among its values, expected"),
+        (lambda s: {**s, "names": s["names"][1:]}, "^here: there are others among its values"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(model, change, message):
@@ -145,7 +158,7 @@ def test_a_mask_among_the_buffers_is_not_broken(model):
     model.register_buffer("mask", torch.full((3,), -torch.inf))
     refuse_broken("lwf", model)
     loaded = Snapshot.load("here", model, Snapshot(model).state_dict())
-    assert bool(loaded.state_dict()["mask"].isneginf().all())
+    assert bool(loaded.state_dict()["values"]["mask"].isneginf().all())
 
 
 @pytest.mark.parametrize("kind", [clext.LwF, clext.DGR, clext.ICaRL])

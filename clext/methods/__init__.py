@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from clext.methods.agem import AGEM
@@ -59,7 +60,14 @@ def part_names(method: str | Sequence[str]) -> list[str]:
 
     ValueError for an unknown one (with the nearest valid name), or for more than two.
     """
-    names = method.split("+") if isinstance(method, str) else list(method)
+    if isinstance(method, type) or not isinstance(method, str | Iterable):
+        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise ValueError(
+            f"method: expected a name such as 'ewc', two names to combine, or an instance, got "
+            f"{got}"
+        )
+    names: list[str] = method.split("+") if isinstance(method, str) else list(method)
+    names = [name.strip() if isinstance(name, str) else name for name in names]
     for name in names:
         if not isinstance(name, str) or name not in METHODS:
             raise unknown_name("method", name, METHODS)

@@ -22,7 +22,7 @@ from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
 from clext.methods.sampling import Sampling
 from clext.methods.snapshot import Snapshot, refuse_broken
-from clext.options import integer, number
+from clext.options import integer, number, softening
 from clext.seeding import Seeds, isolated_rng
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class DGR(Rehearsal):
         balance: how the two losses are added: "tasks" where the k-th task counts 1/k, or "sum"; see
             `Rehearsal`.
         distill: learn the old model's softened probabilities rather than its classes.
-        temperature: of the softening, > 0.
+        temperature: of the softening, from 1e-4 to 1e4.
         scale: of the distillation loss: "squared" for the factor temperature^2, "none" for none.
         hidden: widths of the layers of the variational auto-encoder (`clext.generator.VAE`), which
             takes inputs in [0, 1].
@@ -103,9 +103,7 @@ class DGR(Rehearsal):
         if type(distill) is not bool:
             raise ValueError(f"{self.name}: distill must be True or False, got {distill!r}")
         self.distill = distill
-        self.temperature = number(
-            self.name, "temperature", temperature, minimum=0.0, open_minimum=True
-        )
+        self.temperature = softening(self.name, temperature)
         self.scale = self._choice("scale", scale)
         self.hidden = _widths(self.name, hidden)
         self.latent = integer(self.name, "latent", latent, minimum=1)
@@ -125,6 +123,8 @@ class DGR(Rehearsal):
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         if examples is not None and not self._take_up_generator(examples[0]):
             self._check_inputs(examples[0])
+            if self._previous is not None:
+                self._try(self._previous, examples[0])
         return examples
 
     def _loss(self, *batch: Tensor) -> Tensor:
@@ -193,10 +193,18 @@ class DGR(Rehearsal):
         if generator is None:
             generator = self._new_generator(inputs.shape[1:])
         generator.to(inputs.device)
-        trial = torch.Generator(inputs.device).manual_seed(self.seed)
-        sample_like(self.name, generator, inputs[:2], trial)
+        self._try(generator, inputs)
         self.generator, self._optimizer = generator, self._new_optimizer(generator)
         return True
+
+    def _try(self, generator: nn.Module, inputs: Tensor) -> None:
+        """ValueError if what it makes is not like these inputs, or not finite."""
+        trial = torch.Generator(inputs.device).manual_seed(self.seed)
+        if not bool(sample_like(self.name, generator, inputs[:2], trial).isfinite().all()):
+            raise ValueError(
+                f"{self.name}: sample(...) of the generator returned NaN or infinity, expected "
+                "inputs to learn from; give it finite weights, or a smaller generator_lr"
+            )
 
     def _new_generator(self, shape: Sequence[int]) -> VAE:
         """Its weights are drawn on the CPU: the same on every device."""

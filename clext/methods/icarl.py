@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext.checksum import checksums
 from clext.exemplars import (
     Sets,
     checked_sets,
@@ -23,7 +24,7 @@ from clext.memory import check_alike, check_examples, count_outputs, read_exampl
 from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
-from clext.options import integer, number
+from clext.options import integer, softening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,11 +63,11 @@ class ICaRL(Unpenalised):
         model: see `Method`.
         strength: none; there is no penalty.
         budget: how many exemplars are kept in all.
-        features: the name of the layer whose input are the features, None for the nn.Linear
-            that makes the model's outputs.
+        features: the name of the layer whose input are the features, or its number in an
+            nn.Sequential, None for the nn.Linear that makes the model's outputs.
         norm: bring features and their means to length 1.
-        temperature: what the logits of the model before the task are divided by; 1 in the paper, 2
-            in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
+        temperature: what the logits of the model before the task are divided by, from 1e-4 to 1e4;
+            1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
         ValueError: an option is out of range; or, at the beginning of a task, the budget is smaller
@@ -86,27 +87,26 @@ class ICaRL(Unpenalised):
         *,
         strength: float | None = None,
         budget: int = 2000,
-        features: str | None = None,
+        features: str | int | None = None,
         norm: bool = True,
         temperature: float = 1.0,
     ) -> None:
         super().__init__(model, strength=strength)
         self.budget = integer(self.name, "budget", budget, minimum=1)
+        if type(features) is int:  # a layer of an nn.Sequential
+            features = str(features)
         if not isinstance(features, str | None):
             raise ValueError(f"{self.name}: features must be a layer's name, got {features!r}")
         if not isinstance(norm, bool):
             raise ValueError(f"{self.name}: norm must be True or False, got {norm!r}")
         self.features, self.norm = features, norm
-        self.temperature = number(
-            self.name, "temperature", temperature, minimum=0.0, open_minimum=True
-        )
+        self.temperature = softening(self.name, temperature)
         self._features = Features(self, features)
         self._sets: Sets = {}
         self._previous: Snapshot | None = None
         self._current: tuple[Tensor, Tensor] | None = None  # of the task, with global labels
-        # Means by class, and of which parameters and exemplars they are.
+        # Means by class, and of which values of the model they are.
         self._means: tuple[object, dict[int, Tensor]] | None = None
-        self._steps = 0  # a step that was recorded leaves no other trace on the host
 
     # ------------------------------------------------------------------ learning
 
@@ -179,10 +179,6 @@ class ICaRL(Unpenalised):
             losses = losses * counted.index_select(0, labels)
         return losses.sum(dim=1).mean()
 
-    def after_step(self) -> None:
-        """The parameters have moved, so the means of the classes are not what they were."""
-        self._steps += 1
-
     # ------------------------------------------------------------------ predictions
 
     def _predict(self, inputs: Tensor) -> Tensor:
@@ -230,10 +226,12 @@ class ICaRL(Unpenalised):
         return torch.cat(parts)
 
     def _version(self) -> object:
-        """Differs once parameters, buffers or exemplars have changed."""
-        values = (*self.model.parameters(), *self.model.buffers())
-        versions = [(v.data_ptr(), 0 if v.is_inference() else v._version) for v in values]
-        return self._steps, versions, torch.is_autocast_enabled(values[0].device.type)
+        """Differs once parameters or buffers have changed.
+
+        By their values: writes through `data` and recorded steps leave no trace on the host.
+        """
+        values = [*self.model.parameters(), *self.model.buffers()]
+        return checksums(values), torch.is_autocast_enabled(values[0].device.type)
 
     # ------------------------------------------------------------------ the end of a task
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
 from clext.methods.snapshot import Snapshot, refuse_broken
-from clext.options import number
+from clext.options import softening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +44,7 @@ class LwF(Rehearsal):
         strength: weight of the distillation loss.
         balance: how the two losses are added: "sum", or "tasks" where the k-th task counts 1/k; see
             `Rehearsal`.
-        temperature: T, which softens the probabilities, > 0.
+        temperature: T, which softens the probabilities, from 1e-4 to 1e4.
         scale: of the distillation loss: "squared" for the factor T^2, "none" for none; with it
             gradients do not shrink as T grows (Hinton et al. 2015, arXiv:1503.02531).
     """
@@ -63,9 +63,7 @@ class LwF(Rehearsal):
         scale: str = "squared",
     ) -> None:
         super().__init__(model, strength=strength, balance=balance)
-        self.temperature = number(
-            self.name, "temperature", temperature, minimum=0.0, open_minimum=True
-        )
+        self.temperature = softening(self.name, temperature)
         self.scale = self._choice("scale", scale)
         self._teacher: Snapshot | None = None  # the model at the end of the last task
 

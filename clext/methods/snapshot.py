@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -55,9 +57,10 @@ class Snapshot:
         """Move the copies to `device`."""
         self._values = {name: value.to(device) for name, value in self._values.items()}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The values by name, as copies."""
-        return {name: value.clone() for name, value in self._values.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The values by name, as copies, and the names, by which a loss of values is seen."""
+        values = {name: value.clone() for name, value in self._values.items()}
+        return {"names": list(values), "values": values}
 
     @classmethod
     def load(cls, owner: str, model: nn.Module, given: object) -> Snapshot:
@@ -77,7 +80,9 @@ def refuse_broken(owner: str, model: nn.Module, what: str = "model") -> None:
 
     A buffer may hold -inf, of which masks are made.
     """
-    entries = [("parameter", name, value) for name, value in model.named_parameters()]
+    entries: list[tuple[str, str, Tensor]] = [
+        ("parameter", name, value) for name, value in model.named_parameters()
+    ]
     entries += [("buffer", name, value) for name, value in model.named_buffers()]
     for kind, name, value in entries:
         if not _usable(value.detach(), mask=kind == "buffer"):
@@ -103,14 +108,29 @@ def _named_values(model: nn.Module) -> dict[str, Tensor]:
 
 def _checked_values(owner: str, model: nn.Module, given: object) -> dict[str, Tensor]:
     """`given` as copies on the model's device, in its types; ValueError if they do not fit it."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{owner} is {type(given).__name__}, expected a dict of tensors by name")
+    if not isinstance(given, dict) or given.keys() != {"names", "values"}:
+        got = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"{owner} holds {got or 'nothing'}, expected names and values")
+    names, values = given["names"], given["values"]
+    if not isinstance(names, list) or not isinstance(values, dict):
+        raise ValueError(
+            f"{owner} has names and values of {type(names).__name__} and {type(values).__name__}, "
+            "expected a list, and a dict of tensors by name"
+        )
     live = _named_values(model)
-    unknown = sorted(given.keys() - live.keys(), key=str)
-    if unknown or not given:
+    unknown = sorted(values.keys() - live.keys(), key=str)
+    if unknown or not values:
         what = f"'{unknown[0]}', which the model has not" if unknown else "nothing"
         raise ValueError(f"{owner} holds {what}; expected the model's parameters and buffers")
-    return {name: _checked_value(f"{owner}[{name!r}]", live[name], given[name]) for name in given}
+    # A model that has grown since has more than the state; what the state had it has to have still.
+    if sorted(names, key=str) != sorted(values, key=str):
+        missing = [name for name in names if name not in values]
+        what = f"'{missing[0]}' is missing" if missing else "there are others"
+        raise ValueError(f"{owner}: {what} among its values, expected those that its names list")
+    return {
+        name: _checked_value(f"{owner}[{name!r}]", live[name], value)
+        for name, value in values.items()
+    }
 
 
 def _checked_value(label: str, live: Tensor, given: object) -> Tensor:

@@ -20,6 +20,11 @@ _READ_AT_ONCE = 256
 def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
     """The tasks of `Scenario.from_datasets`."""
     pairs: list[tuple[Split, Split]] = []
+    if not isinstance(datasets, Iterable) or isinstance(datasets, Tensor | str):
+        raise ValueError(
+            f"{_OWNER}: datasets must be a list with a pair (training data, test data) for each "
+            f"task, got {type(datasets).__name__}"
+        )
     for number, pair in enumerate(datasets, start=1):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
@@ -35,6 +40,11 @@ def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
                     f"{_OWNER}: task {number}, {what} data: examples have shape "
                     f"{list(given.inputs.shape[1:])}, expected {list(expected.shape[1:])} as in "
                     "the first task"
+                )
+            if given.inputs.dtype != expected.dtype:
+                raise ValueError(
+                    f"{_OWNER}: task {number}, {what} data: inputs are {given.inputs.dtype}, "
+                    f"expected {expected.dtype} as in the first task"
                 )
         pairs.append((train, test))
     return _numbered(pairs, incremental)
@@ -91,7 +101,14 @@ def _read(given: object, what: str) -> Split:
             f"{what} must be a pair of tensors (inputs, labels) or a torch.utils.data.Dataset, got "
             f"{type(given).__name__}"
         )
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{what}: labels are no tensor of integers, and cannot be made one"
+        ) from None
+    if inputs.dim() == 0:
+        raise ValueError(f"{what}: inputs are a 0-dim tensor, expected one row for each example")
     if labels.dim() != 1 or len(labels) != len(inputs):
         raise ValueError(
             f"{what}: labels have shape {list(labels.shape)}, expected [{len(inputs)}], one for "
@@ -103,6 +120,8 @@ def _read(given: object, what: str) -> Split:
         raise ValueError(f"{what}: labels are {labels.dtype}, expected integers")
     if inputs.is_complex():
         raise ValueError(f"{what}: inputs are {inputs.dtype}, expected real numbers")
+    if inputs.dtype == torch.uint8:
+        raise ValueError(f"{what}: inputs are uint8; pass .float() / 255")
     if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
         raise ValueError(f"{what}: inputs hold NaN or infinity")
     return Split(inputs.detach(), labels.detach().to(torch.int64))
@@ -114,10 +133,12 @@ def _read_dataset(dataset: TorchDataset[Any], what: str) -> tuple[Tensor, Tensor
         raise ValueError(f"{what} has no length; expected a data set of examples by number")
     if not len(dataset):
         raise ValueError(f"{what} has no examples")
+    # Of its own: a loader draws a number from torch's generator even if it does not shuffle.
+    random = torch.Generator().manual_seed(0)
     try:
         batches = [
             (torch.as_tensor(inputs), torch.as_tensor(labels))
-            for inputs, labels in DataLoader(dataset, batch_size=_READ_AT_ONCE)
+            for inputs, labels in DataLoader(dataset, _READ_AT_ONCE, generator=random)
         ]
     except (TypeError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ def as_it_is(split: Split) -> Split:
     return split
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """One task: its name, its data, and the model's outputs that are its classes.
 
@@ -36,6 +36,11 @@ class Task:
     stored_test: Split
     transform: Transform = as_it_is
 
+    def __repr__(self) -> str:
+        train, test = len(self.stored_train.labels), len(self.stored_test.labels)
+        outputs = f"outputs {self.outputs.start} to {self.outputs.stop - 1}"
+        return f"Task {self.name!r}: {train} training and {test} test examples, {outputs}"
+
     def train(self) -> Split:
         """Training examples: inputs [N, ...] and global labels [N] int64."""
         return self.transform(self.stored_train)
@@ -45,7 +50,7 @@ class Task:
         return self.transform(self.stored_test)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scenario:
     """A sequence of tasks for one model with `num_outputs` outputs.
 
@@ -73,6 +78,11 @@ class Scenario:
         choice("Scenario", "incremental", self.incremental, INCREMENTAL)
         if not self.tasks:
             raise ValueError("Scenario: expected at least one task, got none")
+
+    def __repr__(self) -> str:
+        count = f"{len(self.tasks)} task{'s' if len(self.tasks) != 1 else ''}"
+        head = f"Scenario {self.name!r}, {self.incremental}-incremental, {count}:"
+        return "\n".join([head, *(f"  {task!r}" for task in self.tasks)])
 
     @property
     def num_outputs(self) -> int:
@@ -126,7 +136,8 @@ class Scenario:
 
         Raises:
             ValueError: a task without examples, labels that do not fit, tests with classes that the
-                training data of the task have not, or shapes that differ.
+                training data of the task have not, shapes or types that differ, or inputs of
+                bytes, which no layer with floating-point weights takes.
         """
         from clext.scenarios.own import own_tasks
 
