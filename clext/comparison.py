@@ -268,10 +268,18 @@ def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
         "min-ACC": _number(result.worst_accuracy, ".4f"),
     }
     if joint is not None:
-        missed = result.intransigence(joint)
-        missed = missed[np.isfinite(missed)]
-        cells["intr."] = _number(float(missed.mean()) if len(missed) else math.nan, "+.4f")
+        cells["intr."] = _number(_mean_intransigence(result, joint), "+.4f")
     return {**cells, "time": f"{result.seconds:.1f} s"}
+
+
+def _mean_intransigence(result: Result, joint: Result) -> float:
+    """NaN if no task was learned by both, or the runs are of other tasks."""
+    try:
+        missed = result.intransigence(joint)
+    except ValueError:
+        return math.nan
+    missed = missed[np.isfinite(missed)]
+    return float(missed.mean()) if len(missed) else math.nan
 
 
 def _columns(table: Sequence[Mapping[str, str]]) -> list[list[str]]:

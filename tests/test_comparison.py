@@ -19,6 +19,17 @@ class TestCompare:
         assert comparison["baseline"].curve == alone.curve
         assert comparison["ewc"].curve[:2] == alone.curve[:2]  # no penalty in the first task
 
+    def test_runs_on_other_tasks_than_joint_have_no_intransigence(self):
+        options = {**QUICK, "epochs": 1}
+        results = {
+            "joint": clext.train("joint", model=small(), **options),
+            "other": clext.train("baseline", model=small(), scenario="rotated", **options),
+        }
+        lines = clext.Comparison(results).table().splitlines()
+        assert lines[0].split()[-2:] == ["intr.", "time"]
+        shown = {line.split()[0]: line.split()[-3] for line in lines[1:3]}
+        assert shown == {"joint": "+0.0000", "other": "-"}
+
     def test_an_instance_is_refused_before_any_work(self):
         with pytest.raises(ValueError, match="methods must be names of clext.METHODS, got SI"):
             clext.compare([clext.SI(small())], **QUICK)
