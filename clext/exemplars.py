@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clext.memory import check_alike
+from clext.examples import check_alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clext.memory import check_alike, read_examples
+from clext.examples import check_alike, read_examples
 from clext.methods.sampling import Sampling
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import buffers_kept

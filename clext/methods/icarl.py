@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.checksum import checksums
+from clext.examples import check_alike, check_examples, count_outputs, read_examples
 from clext.exemplars import (
     Sets,
     checked_sets,
@@ -20,7 +21,6 @@ from clext.exemplars import (
     prepared,
 )
 from clext.features import Features
-from clext.memory import check_alike, check_examples, count_outputs, read_examples
 from clext.methods.snapshot import Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode

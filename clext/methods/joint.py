@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.memory import check_alike, check_examples
+from clext.examples import check_alike, check_examples
 from clext.methods.unpenalised import Unpenalised
 
 if TYPE_CHECKING:

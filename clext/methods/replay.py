@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from clext.memory import POLICIES, Memory, read_examples
+from clext.examples import read_examples
+from clext.memory import POLICIES, Memory
 from clext.methods.rehearsal import Rehearsal
 from clext.options import integer
 
