@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clext.examples import check_alike
 from clext.methods.sampling import Sampling
 from clext.options import choice, integer
 
