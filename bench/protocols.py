@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clext.data import Batches, Dataset, Split
 from clext.methods import Method
 from clext.optim import SGD, Adam
+from clext.seeding import generator
 
 Order = Callable[[int, torch.Generator], Iterator[Tensor]]
 
@@ -43,7 +44,8 @@ class Protocol:
     """What the rows of a table share.
 
     `order` gives the batches of a task as rows of what is trained on; `keep_optimizer` tells
-    whether one optimizer sees all tasks.
+    whether one optimizer sees all tasks; `shuffle_classes`, whether the seed decides which classes
+    a task has.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Protocol:
     rows: tuple[Row, ...]
     scenario: str = "permuted"
     first_is_permuted: bool = True
+    shuffle_classes: bool = False
 
     def model(self, features: int, outputs: int) -> nn.Sequential:
         layers: list[nn.Module] = []
@@ -92,6 +95,13 @@ def iterations(count: int, batch_size: int) -> Order:
             yield from whole
 
     return order
+
+
+def with_shuffled_classes(data: Dataset, seed: int) -> Dataset:
+    """The data with its classes numbered in an order drawn from the seed."""
+    order = torch.randperm(data.num_classes, generator=generator(seed))
+    train, test = (Split(part.inputs, order[part.labels]) for part in (data.train, data.test))
+    return replace(data, train=train, test=test)
 
 
 def adam(lr: float) -> Callable[[Method], Adam]:

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import click
 import torch
-from protocols import Protocol, Row, verdict
+from protocols import Protocol, Row, verdict, with_shuffled_classes
 from published import PROTOCOLS
 from timing import machine, record
 
@@ -134,6 +134,8 @@ class Training:
         seeds = Seeds.derive(seed)
         train, test = protocol.prepare(data)
         prepared = replace(data, train=train, test=test)
+        if protocol.shuffle_classes:
+            prepared = with_shuffled_classes(prepared, seeds.scenario)
         self.scenario = make_scenario(
             protocol.scenario, prepared, protocol.tasks, seeds.scenario, row.incremental
         ).to(device, torch.float32)

@@ -87,6 +87,15 @@ def test_published_and_ours_are_compared_by_the_tolerance(bench):
     assert verdict(next(r for r in published.A_GEM.rows if not r.published), 50.0) == ""
 
 
+def test_shuffled_classes_are_other_numbers_for_the_same_examples(bench, data):
+    shuffled = bench("protocols").with_shuffled_classes(data, 3)
+    pairs = {*zip(data.train.labels.tolist(), shuffled.train.labels.tolist(), strict=True)}
+    assert sorted(old for old, _ in pairs) == sorted(new for _, new in pairs) == [*range(10)]
+    assert any(old != new for old, new in pairs)
+    assert {*zip(data.test.labels.tolist(), shuffled.test.labels.tolist(), strict=True)} <= pairs
+    assert shuffled.train.inputs is data.train.inputs
+
+
 def test_padding_puts_the_image_in_the_middle(bench, data):
     train, test = bench("published").padded(data)
     assert train.inputs.shape == (5060, 1024)
