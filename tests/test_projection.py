@@ -183,9 +183,11 @@ def test_agem_follows_its_formula(device):
     expected = before - product / (reference @ reference) * reference
     torch.testing.assert_close(current(model), expected, rtol=1e-9, atol=1e-12)
     assert abs(float(current(model) @ reference)) < 1e-10
+    assert conflicting_step(model, make_task(1, device=device)).equal(before)
     for p in model.parameters():
         p.grad.neg_()
     kept = current(model).clone()
+    assert kept @ reference > 0
     method.add_penalty_grad_()
     assert current(model).equal(kept)
 

@@ -1,12 +1,13 @@
 // The chunk loop of functors with a result for each pair of an element's values
-// (Reduction::Pairs): the rows and the list beside them are read once, a block at a time, into the
-// nearest caches; there each tile of a few rows by a few rows gives all its pairs, whose sums stay
-// in registers meanwhile.
+// (Reduction::Pairs): a block of elements is read from memory once, into the second-level cache;
+// from there each tile of a few rows by a few rows gives all its pairs, whose sums stay in
+// registers meanwhile.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include "cpu/instruction_set.h"
 #include "cpu/lanes.h"
@@ -20,11 +21,15 @@
 namespace clext {
 namespace cpu {
 
-// Elements of a block: two stages of 17 rows stay near, and sums are long enough in registers.
-static constexpr int64_t kPairBlock = 512;
+// A block and the one after it stay in the second-level cache, whatever the number of rows; sums
+// are long enough in registers, and short enough for float32.
+static constexpr int64_t kPairBlockValues = 32 * 1024;
+static constexpr int64_t kMaxPairBlock = 2048;
 
-// Between the rows of a stage: at a power of two they would meet in the same few places of a cache.
-static constexpr int64_t kStageStride = kPairBlock + kLanes;
+CLEXT_HOST_DEVICE int64_t pair_block(int64_t row_count) {
+  const int64_t lanes = kPairBlockValues / row_count / kLanes;
+  return std::min(std::max<int64_t>(lanes, 1) * kLanes, kMaxPairBlock);
+}
 
 // Lanes of a pair's sum in float64: the upper half of the others has been folded onto the lower.
 static constexpr int64_t kSumLanes = kLanes / 2;
@@ -33,23 +38,21 @@ struct alignas(kPackBytes) CacheLine {
   char bytes[kPackBytes];
 };
 
-// What a thread needs beside the lists: two blocks of every row, and the lanes of every pair.
+// What a thread needs beside the lists: the lanes of every pair, a block of the list beside the
+// rows in the type it is computed in, and the last elements of all, filled up to whole lanes.
 template <class A>
 class PairScratch {
  public:
   template <class Op>
   explicit PairScratch(const Op& op)
-      : stage_size_((op.outputs + 1) * kStageStride),
+      : rest_size_((op.outputs + 1) * kLanes),
         sum_count_(pair_count(op.outputs + 1) * kSumLanes),
-        lines_(new CacheLine[static_cast<size_t>(lines<A>(2 * stage_size_) +
+        lines_(new CacheLine[static_cast<size_t>(lines<A>(kMaxPairBlock + rest_size_) +
                                                  lines<double>(sum_count_))]) {}
 
-  A* stage(int64_t block) const {
-    return reinterpret_cast<A*>(lines_.get()) + block % 2 * stage_size_;
-  }
-  double* sums() const {
-    return reinterpret_cast<double*>(lines_.get() + lines<A>(2 * stage_size_));
-  }
+  A* last() const { return reinterpret_cast<A*>(lines_.get()); }
+  A* rest() const { return last() + kMaxPairBlock; }
+  double* sums() const { return reinterpret_cast<double*>(rest() + rest_size_); }
   int64_t sum_count() const { return sum_count_; }
 
  private:
@@ -58,7 +61,7 @@ class PairScratch {
     return numbers * static_cast<int64_t>(sizeof(N)) / kPackBytes;
   }
 
-  int64_t stage_size_;
+  int64_t rest_size_;
   int64_t sum_count_;
   std::unique_ptr<CacheLine[]> lines_;
 };
@@ -83,24 +86,16 @@ struct PairBlock {
   }
 };
 
-// Rows of the next block, which are copied to its stage while a tile computes: memory works on
-// while the sums are formed. The rows that will be copied after these are fetched meanwhile, since
-// the processor does not foresee where a row goes on.
+// Rows of the next block that are fetched while a tile computes. Into the second-level cache: far
+// more lines may be on their way there than to the first.
 template <class A>
 struct RowsAhead {
-  const A* from;
-  const A* after;
+  const A* rows;
   int64_t row_stride;
-  A* to;
   int64_t count;
 
-  CLEXT_HOST_DEVICE void copy(int64_t i) const {
-    for (int64_t k = 0; k < count; ++k) {
-      Pack<A, kLanes* static_cast<int64_t>(sizeof(A))> values;
-      values.load(from + k * row_stride + i, kLanes);
-      values.store(to + k * kStageStride + i, kLanes);
-      __builtin_prefetch(after + k * row_stride + i);
-    }
+  CLEXT_HOST_DEVICE void fetch(int64_t i) const {
+    for (int64_t k = 0; k < count; ++k) prefetch_far(rows + k * row_stride + i);
   }
 };
 
@@ -126,7 +121,7 @@ CLEXT_HOST_DEVICE void add_tile(const Op& op, const PairBlock<A>& block, int64_t
   for (int64_t lane = 0; lane < kLanes; lane += P::kSize) {
     P sums[R][C];
     for (int64_t i = lane; i < block.size; i += kLanes) {
-      if (lane == 0) ahead.copy(i);
+      if (lane % kLine<A> == 0) ahead.fetch(i);
       P columns[C];
       for (int c = 0; c < C; ++c) columns[c].load(right[c] + i, P::kSize);
       for (int r = 0; r < R; ++r) {
@@ -176,9 +171,8 @@ CLEXT_HOST_DEVICE void add_tiles(const Op& op, const PairBlock<A>& block,
     const int64_t left = block.row_count - i * kTile;
     for (int64_t j = 0; j <= i; ++j) {
       const int64_t end = ++tile * ahead.count / tiles;
-      const A* after = end < ahead.count ? ahead.from + end * ahead.row_stride : ahead.after;
-      const RowsAhead<A> share = {ahead.from + begin * ahead.row_stride, after, ahead.row_stride,
-                                  ahead.to + begin * kStageStride, end - begin};
+      const RowsAhead<A> share = {ahead.rows + begin * ahead.row_stride, ahead.row_stride,
+                                  end - begin};
       add_tile_of<Pack<A, Unit::kBytes>, kTile + 1, kTile>(op, block, i + 1 < panels ? kTile : left,
                                                            i * kTile, j * kTile, share);
       begin = end;
@@ -195,32 +189,34 @@ CLEXT_HOST_DEVICE void apply_pairs(const Op& op, const ChunkPointers& at, int64_
   using A = accumulate_t<T>;
   using Last = Stream<typename ListAt<1, typename Op::lists>::type, T>;
   const A* rows = reinterpret_cast<const A*>(at[0]);
-  const bool in_place = op.outputs <= Unit::kTile;  // a single tile, which reads a row once
-  PairBlock<A> block = {nullptr, 0, nullptr, op.outputs + 1, 0, scratch.sums()};
-  std::fill_n(block.sums, scratch.sum_count(), 0.0);
-  bool staged = false;
-  for (int64_t b = 0, start = 0; start < n; ++b, start += kPairBlock) {
-    const int64_t size = std::min(kPairBlock, n - start);
-    A* stage = scratch.stage(b);
-    block.size = whole_lanes(size);
-    if (!staged && !(in_place && size == block.size)) {
-      stage_rows(stage, kStageStride, rows + start, row_stride, op.outputs, size, block.size);
-      staged = true;
-    }
-    block.rows = staged ? stage : rows + start;
-    block.row_stride = staged ? kStageStride : row_stride;
-    A* last = stage + op.outputs * kStageStride;
+  constexpr bool in_place = std::is_same_v<typename Last::Element, A>;
+  const auto copy_last = [&](A* to, int64_t start, int64_t size) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) last[i] = Last::load(at[1], 0, start + i);
-    std::fill(last + size, last + block.size, A(0));
-    block.last = last;
-    staged = !in_place && n - start >= 2 * kPairBlock;  // the next block, if it is a whole one
-    add_tiles<Unit>(op, block,
-                    RowsAhead<A>{rows + start + kPairBlock, rows + start + 2 * kPairBlock,
-                                 row_stride, scratch.stage(b + 1), staged ? op.outputs : 0});
+    for (int64_t i = 0; i < size; ++i) to[i] = Last::load(at[1], 0, start + i);
+  };
+  const int64_t row_count = op.outputs + 1;
+  const int64_t whole = n / kLanes * kLanes;
+  const int64_t block_size = pair_block(row_count);
+  std::fill_n(scratch.sums(), scratch.sum_count(), 0.0);
+  for (int64_t start = 0; start < whole; start += block_size) {
+    const int64_t size = std::min(block_size, whole - start);
+    const int64_t next = start + block_size;
+    const A* last = in_place ? reinterpret_cast<const A*>(at[1]) + start : scratch.last();
+    if constexpr (!in_place) copy_last(scratch.last(), start, size);
+    add_tiles<Unit>(op,
+                    PairBlock<A>{rows + start, row_stride, last, row_count, size, scratch.sums()},
+                    RowsAhead<A>{rows + next, row_stride, next < whole ? op.outputs : 0});
+  }
+  if (whole < n) {
+    A* rest = scratch.rest();
+    A* last = rest + op.outputs * kLanes;
+    stage_rows(rest, kLanes, rows + whole, row_stride, op.outputs, n - whole, kLanes);
+    copy_last(last, whole, n - whole);
+    std::fill(last + (n - whole), last + kLanes, A(0));
+    add_tiles<Unit>(op, PairBlock<A>{rest, kLanes, last, row_count, kLanes, scratch.sums()}, {});
   }
   for (int64_t pair = 0; pair * kSumLanes < scratch.sum_count(); ++pair) {
-    partials[pair] = fold_lanes<Reduction::Sum, kSumLanes>(block.sums + pair * kSumLanes);
+    partials[pair] = fold_lanes<Reduction::Sum, kSumLanes>(scratch.sums() + pair * kSumLanes);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/lanes.h"
@@ -43,6 +44,17 @@ CLEXT_HOST_DEVICE void stage_rows(A* stage, int64_t width, const A* rows, int64_
     memcpy(stage, rows, static_cast<size_t>(size) * sizeof(A));
     std::fill(stage + size, stage + padded, A(0));
   }
+}
+
+// Elements of a cache line.
+template <class A>
+static constexpr int64_t kLine = kPackBytes / static_cast<int64_t>(sizeof(A));
+
+// Fetches a line that is needed only after many others: into the second-level cache, since far more
+// lines may be on their way there than to the first.
+template <class A>
+CLEXT_HOST_DEVICE void prefetch_far(const A* at) {
+  __builtin_prefetch(at, 0, 2);
 }
 
 // More streams than the processor follows by itself: the next block is fetched during this one.
@@ -105,33 +117,45 @@ CLEXT_HOST_DEVICE bool apply_packs(const Op& op, const Pointers& at, int64_t row
 // Elements of a block that takes the rows one by one.
 static constexpr int64_t kRowBlock = 256;
 
+template <class Op, class A>
+CLEXT_HOST_DEVICE void add_row(const Op& op, A* values, const A* row, int64_t size, int64_t k) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) op(values[i], row[i], k);
+}
+
 // Functors that take the rows one by one (row_by_row), lists: what it updates, and the rows. Each
-// row is read in one go for a block of elements, whose values wait in the first-level cache.
+// row is read in one go for a block of elements, whose values wait in the first-level cache; what
+// the next block needs of it is fetched meanwhile.
 template <class Op, class T>
 CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, int64_t row_stride,
                                         int64_t n) {
   static_assert(Op::lists::count == 2 && kRowsList<Op> == 1 && Op::reduction == Reduction::None);
   using Values = Stream<typename ListAt<0, typename Op::lists>::type, T>;
   using A = accumulate_t<T>;
-  alignas(kPackBytes) A values[kRowBlock];
+  constexpr bool in_place = std::is_same_v<typename Values::Element, A>;
+  alignas(kPackBytes) A converted[kRowBlock];
   for (int64_t start = 0; start < n; start += kRowBlock) {
     const int64_t size = std::min(kRowBlock, n - start);
+    A* values = in_place ? reinterpret_cast<A*>(at[0]) + start : converted;
+    if constexpr (!in_place) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) values[i] = Values::load(at[0], 0, start + i);
-    const A* first_row = reinterpret_cast<const A*>(at[1]) + start;
-    const A* row = first_row;
+      for (int64_t i = 0; i < size; ++i) values[i] = Values::load(at[0], 0, start + i);
+    }
+    const A* row = reinterpret_cast<const A*>(at[1]) + start;
     for (int64_t k = 0; k < op.outputs; ++k, row += row_stride) {
       if (op.skip_row(k)) continue;
-      const A* next = k + 1 < op.outputs ? row + row_stride : first_row + kRowBlock;
-      for (int64_t first = 0; first < size; first += kLanes) {
-        __builtin_prefetch(next + first);
-        const int64_t end = std::min(first + kLanes, size);
-#pragma omp simd
-        for (int64_t i = first; i < end; ++i) op(values[i], row[i], k);
+      for (int64_t i = 0; i < kRowBlock; i += kLine<A>) prefetch_far(row + kRowBlock + i);
+      // The number of elements is known to the compiler for all blocks but the last.
+      if (size == kRowBlock) {
+        add_row(op, values, row, kRowBlock, k);
+      } else {
+        add_row(op, values, row, size, k);
       }
     }
+    if constexpr (!in_place) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) Values::store(at[0], start + i, values[i]);
+      for (int64_t i = 0; i < size; ++i) Values::store(at[0], start + i, values[i]);
+    }
   }
 }
 
