@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from statistics import fmean
 
 from result_tables import RESULTS, Entry, by_device, markdown, newest, read_lines
 
+from clext import Comparison, Result
 
-def read_comparison() -> dict[str, Entry]:
-    file = RESULTS / "permuted_mnist" / "comparison.json"
-    results: dict[str, Entry] = json.loads(file.read_text())["results"]
-    return results
+
+def read_comparison() -> dict[str, Result]:
+    return Comparison.load(RESULTS / "permuted_mnist").results
 
 
 def accuracy_table() -> str:
     rows = []
     for name, result in read_comparison().items():
-        final = [a for a in result["accuracy"][-1] if a is not None]
-        worst = min(final)
-        strength = f"{result['config']['strength']:g}"
-        rows.append([f"`{name}`", strength, f"{sum(final) / len(final):.4f}", f"{worst:.4f}"])
+        strength = ", ".join(f"{value:g}" for value in result.strengths)
+        average, worst = result.average_accuracy[-1], result.accuracy[-1].min()
+        rows.append([f"`{name}`", strength, f"{average:.4f}", f"{worst:.4f}"])
     head = ["method", "strength", "average accuracy", "worst task"]
     return markdown(head, rows)
 
@@ -92,15 +90,14 @@ def compared() -> list[Entry]:
     """The runs of `clext compare`, as entries of the sweep."""
     entries = []
     for name, result in read_comparison().items():
-        config = result["config"]
-        final = [a for a in result["accuracy"][-1] if a is not None]
+        config = result.config
         entries.append(
             {
                 "method": name,
                 "strength": config["strength"] or 0.0,  # null where there is none
                 "options": config["method_options"],
                 "seed": config["seed"],
-                "average_accuracy": [sum(final) / len(final)],
+                "average_accuracy": result.average_accuracy,
             }
         )
     return entries

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+import clext
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 
@@ -87,3 +89,15 @@ def test_a_table_is_written_between_its_marks_alone(report: ModuleType, monkeypa
     monkeypatch.setitem(report.TABLES, "plan", lambda: "| new |")
     before = "a\n<!-- table plan -->\n| old |\n<!-- end -->\nb\n"
     assert report.filled(before) == "a\n<!-- table plan -->\n| new |\n<!-- end -->\nb\n"
+
+
+def test_a_method_without_a_strength_has_a_line_in_the_tables(
+    report: ModuleType, monkeypatch, tmp_path
+):
+    folder = tmp_path / "permuted_mnist"
+    settings = {"dataset": "digits", "tasks": 1, "epochs": 1, "progress": False}
+    run = clext.compare(["baseline"], **settings, out=folder)["baseline"]
+    monkeypatch.setattr(report.accuracy_tables, "RESULTS", tmp_path)
+    value = f"{run.average_accuracy[-1]:.4f}"
+    line = f"| `baseline` |  | {value} | {value} |"
+    assert report.TABLES["accuracy"]().splitlines()[2:] == [line]
