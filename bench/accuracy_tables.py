@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, stdev
 
 from result_tables import RESULTS, Entry, by_device, markdown, newest, read_lines
 
 from clext import Comparison, Result
+
+_ENOUGH_TO_SCATTER = 3
 
 
 def read_comparison() -> dict[str, Result]:
@@ -33,7 +35,8 @@ def published_table() -> str:
     for name, protocol in PROTOCOLS.items():
         for row in protocol.rows:
             found = [e for e in runs if (e["name"], e["row"]) == (name, row.name)]
-            values = [e["accuracy"] for e in found]
+            # A seed again on another device is no further sample.
+            values = list({e["seed"]: e["accuracy"] for e in found}.values())
             published = "" if row.published is None else f"{row.published:.2f}"
             rows.append(
                 [
@@ -41,13 +44,20 @@ def published_table() -> str:
                     row.name,
                     published + (f" +- {row.spread}" if row.spread else ""),
                     f"{row.tolerance:g}" if published else "",
-                    f"{fmean(values):.2f}" if values else "not run yet",
+                    mean_and_scatter(values) if values else "not run yet",
                     str(len(values) or ""),
                     verdict(row, fmean(values)) if values else "",
                 ]
             )
-    head = ["table", "row", "published, %", "tolerance", "clext, %", "runs", "verdict"]
+    ours = "clext, % (+- standard deviation of the runs)"
+    head = ["table", "row", "published, %", "tolerance", ours, "runs", "verdict"]
     return markdown(head, rows)
+
+
+def mean_and_scatter(values: list[float]) -> str:
+    """The mean; of enough values to tell, also how far single ones lie from it."""
+    scatter = f" +- {stdev(values):.1f}" if len(values) >= _ENOUGH_TO_SCATTER else ""
+    return f"{fmean(values):.2f}{scatter}"
 
 
 def course_table() -> str:
