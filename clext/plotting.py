@@ -99,10 +99,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
 
 def title_of(result: Result) -> str:
     """What was learned, such as "Split MNIST, class-incremental"."""
-    config = result.config
-    data = str(config.get("data", {}).get("name", config.get("dataset", "")))
-    scenario = str(config.get("scenario", "")).capitalize()
-    return f"{scenario} {_TITLES.get(data, data)}{result.setting}"
+    scenario = str(result.config.get("scenario", "")).capitalize()
+    data = _TITLES.get(result.data_name, result.data_name)
+    return f"{scenario} {data}{result.setting}"
 
 
 def _styles(labels: Iterable[str]) -> dict[str, _Style]:
