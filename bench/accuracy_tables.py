@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from statistics import fmean
+from statistics import fmean, stdev
 
 from result_tables import RESULTS, Entry, by_device, markdown, newest, read_lines
 
+from clext import Comparison, Result
 
-def read_comparison() -> dict[str, Entry]:
-    file = RESULTS / "permuted_mnist" / "comparison.json"
-    results: dict[str, Entry] = json.loads(file.read_text())["results"]
-    return results
+_ENOUGH_TO_SCATTER = 3
+
+
+def read_comparison() -> dict[str, Result]:
+    return Comparison.load(RESULTS / "permuted_mnist").results
 
 
 def accuracy_table() -> str:
     rows = []
     for name, result in read_comparison().items():
-        final = [a for a in result["accuracy"][-1] if a is not None]
-        worst = min(final)
-        strength = f"{result['config']['strength']:g}"
-        rows.append([f"`{name}`", strength, f"{sum(final) / len(final):.4f}", f"{worst:.4f}"])
+        strength = ", ".join(f"{value:g}" for value in result.strengths)
+        average, worst = result.average_accuracy[-1], result.accuracy[-1].min()
+        rows.append([f"`{name}`", strength, f"{average:.4f}", f"{worst:.4f}"])
     head = ["method", "strength", "average accuracy", "worst task"]
     return markdown(head, rows)
 
@@ -35,7 +35,8 @@ def published_table() -> str:
     for name, protocol in PROTOCOLS.items():
         for row in protocol.rows:
             found = [e for e in runs if (e["name"], e["row"]) == (name, row.name)]
-            values = [e["accuracy"] for e in found]
+            # A seed again on another device is no further sample.
+            values = list({e["seed"]: e["accuracy"] for e in found}.values())
             published = "" if row.published is None else f"{row.published:.2f}"
             rows.append(
                 [
@@ -43,13 +44,20 @@ def published_table() -> str:
                     row.name,
                     published + (f" +- {row.spread}" if row.spread else ""),
                     f"{row.tolerance:g}" if published else "",
-                    f"{fmean(values):.2f}" if values else "not run yet",
+                    mean_and_scatter(values) if values else "not run yet",
                     str(len(values) or ""),
                     verdict(row, fmean(values)) if values else "",
                 ]
             )
-    head = ["table", "row", "published, %", "tolerance", "clext, %", "runs", "verdict"]
+    ours = "clext, % (+- standard deviation of the runs)"
+    head = ["table", "row", "published, %", "tolerance", ours, "runs", "verdict"]
     return markdown(head, rows)
+
+
+def mean_and_scatter(values: list[float]) -> str:
+    """The mean; of enough values to tell, also how far single ones lie from it."""
+    scatter = f" +- {stdev(values):.1f}" if len(values) >= _ENOUGH_TO_SCATTER else ""
+    return f"{fmean(values):.2f}{scatter}"
 
 
 def course_table() -> str:
@@ -92,15 +100,14 @@ def compared() -> list[Entry]:
     """The runs of `clext compare`, as entries of the sweep."""
     entries = []
     for name, result in read_comparison().items():
-        config = result["config"]
-        final = [a for a in result["accuracy"][-1] if a is not None]
+        config = result.config
         entries.append(
             {
                 "method": name,
                 "strength": config["strength"] or 0.0,  # null where there is none
                 "options": config["method_options"],
                 "seed": config["seed"],
-                "average_accuracy": [sum(final) / len(final)],
+                "average_accuracy": result.average_accuracy,
             }
         )
     return entries

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_step import BATCH, LR, STEPS
-from timing import DEVICES, ROUNDS, Stopwatch, machine, record
+from bench_step import BATCH, LR, entry_of, measure, random_images
+from timing import DEVICES, record
 from torch import Tensor
 from torch.nn import functional
 
 import clext
-from clext.data import Split
 from clext.methods import make_method
 from clext.methods.learning import Examples
 from clext.models import mlp
@@ -126,31 +125,13 @@ def contestants(examples: Examples, precision: str) -> dict[str, Steps]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rehearsal(precision: str, device: str, benchmark: Any, capsys: Any) -> None:
-    count = STEPS[device] * BATCH
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.rand(count, 784, generator=generator)
-    labels = torch.randint(0, 10, (count,), generator=generator)
-    runs = contestants(tuple(Split(inputs.to(device), labels.to(device))), precision)
-    watch = Stopwatch(device)
-    turns = list(runs)
-
-    def everyone() -> None:
-        turns.append(turns.pop(0))
-        for name in turns:
-            watch.time(name, runs[name].epoch)
-
-    benchmark.pedantic(runs["baseline"].epoch, setup=everyone, rounds=ROUNDS or 40)
-    medians = {name: s / STEPS[device] for name, s in watch.medians().items()}
+    runs = contestants(tuple(random_images(device)), precision)
+    watch = measure(runs, device, benchmark, rounds=40)
     by_hand = [name for name in runs if name + BY_HAND in runs]
     entry = {
-        "model": "mlp",
-        "batch": BATCH,
-        "precision": precision,
-        "ms": {name: round(1e3 * medians[name], 3) for name in runs},
-        "against_baseline": {name: round(watch.ratio(name, "baseline"), 3) for name in runs},
+        **entry_of(watch, runs, precision, device),
         "replay_against_twice": round(watch.ratio("replay", TWICE), 3),
         "against_hand": {name: round(watch.ratio(name, name + BY_HAND), 3) for name in by_hand},
-        "machine": machine(device),
     }
     record("rehearsal", entry)
     with capsys.disabled():

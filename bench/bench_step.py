@@ -7,6 +7,7 @@ so that neither a slow spell of the machine nor a warm cache favours one of them
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -71,36 +72,46 @@ class PlainRun:
             self._optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_step(precision: str, device: str, benchmark: Any, capsys: Any) -> None:
+def random_images(device: str) -> Split:
+    """Examples for `STEPS` steps, of the size of MNIST's."""
     examples = STEPS[device] * BATCH
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(examples, 784, generator=generator)
     labels = torch.randint(0, 10, (examples,), generator=generator)
-    split = Split(inputs.to(device), labels.to(device))
+    return Split(inputs.to(device), labels.to(device))
+
+
+def measure(runs: Mapping[str, Any], device: str, benchmark: Any, rounds: int) -> Stopwatch:
+    """An epoch of `STEPS` steps of all `runs`, in turns."""
+    watch = Stopwatch(device)
+    everyone = watch.round_of({name: run.epoch for name, run in runs.items()})
+    benchmark.pedantic(runs["baseline"].epoch, setup=everyone, rounds=ROUNDS or rounds)
+    return watch
+
+
+def entry_of(watch: Stopwatch, names: Iterable[str], precision: str, device: str) -> dict[str, Any]:
+    """What is recorded of the contestants, in the order of `names`."""
+    medians = {name: watch.medians()[name] / STEPS[device] for name in names}
+    return {
+        "model": "mlp",
+        "batch": BATCH,
+        "precision": precision,
+        "ms": {name: round(1e3 * median, 3) for name, median in medians.items()},
+        "against_baseline": {name: round(watch.ratio(name, "baseline"), 3) for name in medians},
+        "machine": machine(device),
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step(precision: str, device: str, benchmark: Any, capsys: Any) -> None:
+    split = random_images(device)
     runs: dict[str, Run | PlainRun] = {
         "torch": PlainRun(split, precision),
         **{name: Run(name, split, precision) for name in DEFAULT_METHODS},
     }
-    watch = Stopwatch(device)
-    turns = list(runs)
-
-    def everyone() -> None:
-        turns.append(turns.pop(0))
-        for name in turns:
-            watch.time(name, runs[name].epoch)
-
-    benchmark.pedantic(runs["baseline"].epoch, setup=everyone, rounds=ROUNDS or 60)
-    medians = {name: s / STEPS[device] for name, s in watch.medians().items()}
-    entry = {
-        "model": "mlp",
-        "batch": BATCH,
-        "precision": precision,
-        "ms": {name: round(1e3 * medians[name], 3) for name in runs},
-        "against_baseline": {name: round(watch.ratio(name, "baseline"), 3) for name in runs},
-        "machine": machine(device),
-    }
+    watch = measure(runs, device, benchmark, rounds=60)
+    entry = entry_of(watch, runs, precision, device)
     record("step", entry)
     with capsys.disabled():
         print(f"\n{precision} {device}, ms a step: {entry['ms']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,12 +32,16 @@ class Row:
     name: str
     published: float | None
     tolerance: float  # how far ours may be from it; see the protocol
-    method: Callable[[nn.Module], Method]
+    method: Callable[..., Method]  # takes the model, and a seed if it draws anything
     optimizer: Callable[[Method], Adam | SGD]
     spread: str = ""  # as published
     importance_data: Callable[[nn.Module, Split], Batches] = in_batches  # for `consolidate`
     note: str = ""
     incremental: str = "domain"
+
+    def make_method(self, model: nn.Module, seed: int) -> Method:
+        seeded = "seed" in inspect.signature(self.method).parameters
+        return self.method(model, **({"seed": seed} if seeded else {}))
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,10 @@ def iterations(count: int, batch_size: int) -> Order:
             yield from whole
 
     return order
+
+
+def unchanged(data: Dataset) -> tuple[Split, Split]:
+    return data.train, data.test
 
 
 def with_shuffled_classes(data: Dataset, seed: int) -> Dataset:

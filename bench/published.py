@@ -6,8 +6,10 @@ number, and the difference is named in the row.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from protocols import Protocol, Row, adam, epochs, iterations, sgd
+from protocols import Protocol, Row, adam, epochs, iterations, sgd, unchanged
 from published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
 from released import RunningFisherEWC
 from torch import nn
@@ -24,16 +26,12 @@ def glorot(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def plain(data: Dataset) -> tuple[Split, Split]:
-    return data.train, data.test
-
-
 def si_row(c: float, published: float, tolerance: float) -> Row:
     return Row(
         f"c={c:g}",
         published,
         tolerance,
-        lambda model: SI(model, strength=c, xi=0.1) if c else Baseline(model),
+        partial(SI, strength=c, xi=0.1) if c else Baseline,
         adam(1e-3),
     )
 
@@ -44,7 +42,7 @@ ZENKE = Protocol(
     tasks=10,
     hidden=(2000, 2000),
     initialize=glorot,
-    prepare=plain,
+    prepare=unchanged,
     first_is_permuted=False,
     batch_size=256,
     order=epochs(20, 256),
@@ -97,7 +95,7 @@ VAN_DE_VEN = Protocol(
             "EWC",
             94.31,
             1.0,
-            lambda model: EWC(model, strength=250.0, anchors="all"),
+            partial(EWC, strength=250.0, anchors="all"),
             adam(1e-4),
             "0.11",
             predicted,
@@ -107,7 +105,7 @@ VAN_DE_VEN = Protocol(
             "online EWC",
             94.42,
             1.2,
-            lambda model: EWC(model, strength=450.0, gamma=0.9),
+            partial(EWC, strength=450.0, gamma=0.9),
             adam(1e-4),
             "0.13",
             predicted,
@@ -117,7 +115,7 @@ VAN_DE_VEN = Protocol(
             "SI",
             95.33,
             1.0,
-            lambda model: SI(model, strength=5.0, xi=0.1),
+            partial(SI, strength=5.0, xi=0.1),
             adam(1e-4),
             "0.11",
             note="c = 5, xi = 0.1",
@@ -156,7 +154,7 @@ A_GEM = Protocol(
             "EWC",
             68.3,
             2.1,
-            lambda model: RunningFisherEWC(model, strength=10.0),
+            partial(RunningFisherEWC, strength=10.0),
             sgd(0.03),
             "0.7",
             note="released code: see bench/released.py",
@@ -165,7 +163,7 @@ A_GEM = Protocol(
             "MAS",
             69.6,
             2.7,
-            lambda model: MAS(model, strength=0.1, estimator="batch", gamma=0.0),
+            partial(MAS, strength=0.1, estimator="batch", gamma=0.0),
             sgd(0.1),
             "0.9",
             lambda _model, split: Batches(split, 10),
@@ -175,7 +173,7 @@ A_GEM = Protocol(
             "RWalk",
             85.7,
             1.8,
-            lambda model: RWalk(model, strength=1.0, variant="released"),
+            partial(RWalk, strength=1.0, variant="released"),
             sgd(0.1),
             "0.6",
             note="released code: variant='released'",
@@ -184,7 +182,7 @@ A_GEM = Protocol(
             "EWC by its paper",
             None,
             0.0,
-            lambda model: EWC(model, strength=10.0),
+            partial(EWC, strength=10.0),
             sgd(0.03),
             note="Fisher per sample, added up over tasks",
         ),
@@ -192,7 +190,7 @@ A_GEM = Protocol(
             "RWalk by its paper",
             None,
             0.0,
-            lambda model: RWalk(model, strength=1.0),
+            partial(RWalk, strength=1.0),
             sgd(0.1),
             note="variant='paper'",
         ),

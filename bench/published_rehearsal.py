@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from protocols import Protocol, Row, adam, iterations, sgd
-from torch import nn
+from functools import partial
 
-from clext.data import Dataset, Split
-from clext.methods import AGEM, DGR, GEM, ICaRL, Joint, LwF, Method
+from protocols import Protocol, Row, adam, iterations, sgd, unchanged
+
+from clext.methods import AGEM, DGR, GEM, ICaRL, Joint, LwF
 
 # The authors weigh old and new by the number of tasks.
 _BY_TASKS = "the k-th task's own loss counts 1/k"
 _LWF_NOTE = f"{_BY_TASKS}; distillation without the factor T^2, as in the released code"
 _DGR_NOTE = f"{_BY_TASKS}; generator as wide as the model, learning at the same rate"
+_LWF = partial(LwF, balance="tasks", temperature=2.0, scale="none")
 _PERMUTED_WIDTHS, _SPLIT_WIDTHS = (1000, 1000), (400, 400)
 
 
-def lwf(model: nn.Module) -> Method:
-    return LwF(model, balance="tasks", temperature=2.0, scale="none")
-
-
 VAN_DE_VEN_ROWS = (
-    Row("LwF", 72.64, 4.9, lwf, adam(1e-4), "0.52", note=_LWF_NOTE),
+    Row("LwF", 72.64, 4.9, _LWF, adam(1e-4), "0.52", note=_LWF_NOTE),
     Row(
         "DGR",
         95.09,
         0.4,
-        lambda model: DGR(model, hidden=_PERMUTED_WIDTHS, generator_lr=1e-4),
+        partial(DGR, hidden=_PERMUTED_WIDTHS, generator_lr=1e-4),
         adam(1e-4),
         "0.04",
         note=_DGR_NOTE,
@@ -34,9 +31,7 @@ VAN_DE_VEN_ROWS = (
         "DGR with distillation",
         97.35,
         0.2,
-        lambda model: DGR(
-            model, distill=True, scale="none", hidden=_PERMUTED_WIDTHS, generator_lr=1e-4
-        ),
+        partial(DGR, distill=True, scale="none", hidden=_PERMUTED_WIDTHS, generator_lr=1e-4),
         adam(1e-4),
         "0.02",
         note=_DGR_NOTE,
@@ -51,7 +46,7 @@ A_GEM_ROWS = (
         "GEM",
         89.5,
         1.4,
-        lambda model: GEM(model, per_task=250, margin=0.5, ridge=1e-3),
+        partial(GEM, per_task=250, margin=0.5, ridge=1e-3),
         sgd(0.1),
         "0.48",
         note="250 examples a task; margin and ridge of GEM's authors' code",
@@ -60,16 +55,12 @@ A_GEM_ROWS = (
         "A-GEM",
         89.1,
         0.4,
-        lambda model: AGEM(model, per_task=250, batch=256),
+        partial(AGEM, per_task=250, batch=256),
         sgd(0.1),
         "0.14",
         note="250 examples a task, 256 of all of them in a step",
     ),
 )
-
-
-def as_it_is(data: Dataset) -> tuple[Split, Split]:
-    return data.train, data.test
 
 
 def split_rows(name: str, published: dict[str, tuple[float, float]], **given: object) -> list[Row]:
@@ -87,7 +78,7 @@ SPLIT = Protocol(
     tasks=5,
     hidden=(400, 400),
     initialize=lambda _module: None,
-    prepare=as_it_is,
+    prepare=unchanged,
     batch_size=128,
     order=iterations(2000, 128),
     keep_optimizer=True,
@@ -100,21 +91,21 @@ SPLIT = Protocol(
         *split_rows(
             "LwF",
             {"task": (99.60, 0.3), "domain": (71.02, 5.0), "class": (24.17, 3.0)},
-            method=lwf,
+            method=_LWF,
             optimizer=adam(1e-3),
             note=_LWF_NOTE,
         ),
         *split_rows(
             "DGR",
             {"task": (99.47, 0.3), "domain": (95.74, 2.0), "class": (91.24, 2.0)},
-            method=lambda model: DGR(model, hidden=_SPLIT_WIDTHS, generator_lr=1e-3),
+            method=partial(DGR, hidden=_SPLIT_WIDTHS, generator_lr=1e-3),
             optimizer=adam(1e-3),
             note=_DGR_NOTE,
         ),
         *split_rows(
             "iCaRL",
             {"class": (94.57, 1.0)},
-            method=lambda model: ICaRL(model, budget=2000, temperature=2.0),
+            method=partial(ICaRL, budget=2000, temperature=2.0),
             optimizer=adam(1e-3),
             note="budget 2000; the released code softens with temperature 2",
         ),

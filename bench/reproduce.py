@@ -144,14 +144,14 @@ class Training:
             self.scenario = replace(self.scenario, tasks=[first, *self.scenario.tasks[1:]])
         with isolated_rng(seeds.model, device):
             model = protocol.model(prepared.features, self.scenario.num_outputs).to(device)
-        self.method = row.method(model)
+        self.method = row.make_method(model, seeds.method)
         self.optimizer = row.optimizer(self.method)
         self.shuffle = generator(seeds.shuffle)
         self.curve: list[float] = []
         self.seconds = 0.0
 
     def learn_task(self) -> None:
-        """Learn the next task, and end it unless it is the last."""
+        """Learn the next task, end it, and test all so far."""
         method, protocol, k = self.method, self.protocol, len(self.curve)
         own, examples = begin_task(method, self.scenario, k)
         if not protocol.keep_optimizer:

@@ -212,9 +212,15 @@ def rehearsal_table() -> str:
             f"{e['ms'][e['name']]:.2f}",
             times(e["against_baseline"][e["name"]], 2),
             times(e["against_hand"].get(e["name"]), 2),
+            *([times(against_twice(e), 2)] if has_twice else []),
         ]
 
+    def against_twice(e: Entry) -> float | None:
+        return e.get("replay_against_twice") if e["name"] == "replay" else None
+
+    has_twice = any("replay_against_twice" in e for e in runs)
     head = ["loss", "precision", "ms a step", "of baseline", "of the same by hand"]
+    head += ["of a step with twice the batch"] if has_twice else []
     return by_device(lines, head, row)
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -52,6 +52,17 @@ class Stopwatch:
             function()
             self._synchronize()
             self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    def round_of(self, functions: Mapping[str, Callable[[], object]]) -> Callable[[], None]:
+        """What times every function once, and begins with another one each time it is called."""
+        turns = list(functions)
+
+        def one_round() -> None:
+            turns.append(turns.pop(0))
+            for name in turns:
+                self.time(name, functions[name])
+
+        return one_round
 
     def medians(self) -> dict[str, float]:
         return {name: median(seconds) for name, seconds in self.seconds.items()}

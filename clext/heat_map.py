@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clext.plotting import TITLE_FONT, save_figure, title_of
+from clext.plotting import TITLE_STYLE, save_figure, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def plot_matrix(result: Result, path: str | os.PathLike[str] | None = None) -> F
     image = axes.imshow(
         np.ma.masked_invalid(result.accuracy), cmap=_COLOURS, vmin=0, vmax=1, aspect="equal"
     )
-    axes.set_title(f"{result.label}\n{title_of(result)}", loc="left", **TITLE_FONT)
+    axes.set_title(f"{result.label}\n{title_of(result)}", **TITLE_STYLE)
     axes.set_xlabel("Accuracy on task")
     axes.set_ylabel("After learning task")
     _label_tasks(axes, tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
@@ -20,7 +21,8 @@ _SIZE = (7.2, 4.3)
 _AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
 _LABEL_POINTS = 9.0
 _TEXT = "#222222"
-TITLE_FONT: dict[str, Any] = {"fontsize": 12, "fontweight": "bold"}
+# A scenario of one's own may have a name longer than the picture is wide.
+TITLE_STYLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "wrap": True}
 _MOST_TASK_NAMES = 12
 _TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
 
@@ -83,7 +85,7 @@ def plot_curves(
         _draw_line(axes, curve, style, markers=(offset, epochs))
     _draw_frame(axes, tasks, epochs)
     title = title_of(first) if len(results) > 1 else f"{next(iter(results))}: {title_of(first)}"
-    axes.set_title(title, loc="left", pad=20, **TITLE_FONT)
+    axes.set_title(title, pad=20, **TITLE_STYLE)
     _label_ends(axes, lines, tasks, epochs)
     save_figure(figure, path)
     return figure
@@ -99,10 +101,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
 
 def title_of(result: Result) -> str:
     """What was learned, such as "Split MNIST, class-incremental"."""
-    config = result.config
-    data = str(config.get("data", {}).get("name", config.get("dataset", "")))
-    scenario = str(config.get("scenario", "")).capitalize()
-    return f"{scenario} {_TITLES.get(data, data)}{result.setting}"
+    scenario = str(result.config.get("scenario", "")).capitalize()
+    data = _TITLES.get(result.data_name, result.data_name)
+    return f"{scenario} {data}{result.setting}"
 
 
 def _styles(labels: Iterable[str]) -> dict[str, _Style]:
@@ -174,7 +175,10 @@ def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> 
     points = _AXES_HEIGHT * 72 / (high - low)
     heights = [curve[-1] * points for _, curve, _ in lines]
     for (label, curve, style), height, place in zip(
-        lines, heights, spread(heights, _LABEL_POINTS * 1.35), strict=True
+        lines,
+        heights,
+        spread(heights, _LABEL_POINTS * 1.35, (low * points, high * points)),
+        strict=True,
     ):
         text = f"{label} {curve[-1]:.3f}"
         if len(curve) < last:
@@ -202,11 +206,13 @@ def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> 
         )
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
+def spread(
+    places: Sequence[float], gap: float, within: tuple[float, float] = (-math.inf, math.inf)
+) -> list[float]:
     """The places moved as little as possible so that neighbours are at least `gap` apart.
 
     Least squares for a fixed order (pool adjacent violators): groups that collide are set around
-    their mean.
+    their mean. All lie `within` the lowest and the highest place given, if there is room for them.
     """
     order = sorted(range(len(places)), key=lambda index: places[index])
     groups: list[list[int]] = []
@@ -218,6 +224,13 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     for group in groups:
         for rank, index in enumerate(group):
             moved[index] = _centre(group, places) + (rank - (len(group) - 1) / 2) * gap
+    low, high = within
+    room = high - (len(places) - 1) * gap
+    if room < low:
+        return moved
+    # Of places `gap` apart, those that bounds leave are the nearest ones again.
+    for rank, index in enumerate(order):
+        moved[index] = rank * gap + min(max(moved[index] - rank * gap, low), room)
     return moved
 
 

@@ -38,19 +38,19 @@ class Progress:
 
     Args:
         label: what runs.
+        tasks: number of tasks.
         epochs: of each task.
-        steps: of an epoch of each task, as far as they are known; see `task_start`.
         show: False for no sign of life.
     """
 
-    def __init__(self, label: str, epochs: int, steps: list[int], *, show: bool) -> None:
-        self._label, self._tasks, self._epochs = label, len(steps), epochs
-        self._steps = list(steps)
+    def __init__(self, label: str, tasks: int, epochs: int, *, show: bool) -> None:
+        self._label, self._tasks, self._epochs = label, tasks, epochs
+        self._steps = [0] * tasks  # of an epoch of each
         self._lines = show and not _has_terminal()
         self._start = time.perf_counter()
         self._last = ""
         self._bar = tqdm(
-            total=epochs * sum(steps),
+            total=0,
             desc=label,
             # Fits 80 columns with the task, epoch, loss and accuracy that follow as postfix.
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
@@ -73,8 +73,11 @@ class Progress:
         self._bar.close()
 
     def task_start(self, task: int, steps: int) -> None:
-        """An epoch of `task` has so many steps, now that it is known what it trains on."""
-        self._steps[task] = steps
+        """An epoch of `task` has so many steps, now that it is known what it trains on.
+
+        Until more is known, those of the tasks to come are expected to have as many.
+        """
+        self._steps[task:] = [steps] * (self._tasks - task)
         self._bar.total = self._epochs * sum(self._steps)
 
     def epoch_start(self, task: int, epoch: int) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from clext import metrics
 from clext.storage import read_json, writable_folder, write_json
+from clext.summary import summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,6 @@ PICTURE_NAME = "accuracy.png"
 MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
-_WIDEST_TABLE = 10
 
 
 @dataclass(eq=False, repr=False)
@@ -144,7 +144,7 @@ class Result:
         return {
             "scenario": self.config.get("scenario"),
             "incremental": self.config.get("incremental", "domain"),
-            "data set": data.get("name", self.config.get("dataset")),
+            "data set": self.data_name,
             "training examples": data.get("train"),
             "test examples": data.get("test"),
         }
@@ -261,63 +261,18 @@ class Result:
         return str(self)
 
     def __str__(self) -> str:
-        lines = [self._headline()]
-        if self.average_accuracy:
-            lines += ["", *self._table(), "", *self._footer()]
-        if self.stopped:
-            lines += [f"stopped early: {self.stopped}"]
-        return "\n".join(lines)
+        return summary(self)
+
+    @property
+    def data_name(self) -> str:
+        """The data set that was really used; older results know only the one asked for."""
+        return str(self.config.get("data", {}).get("name", self.config.get("dataset", "")))
 
     @property
     def setting(self) -> str:
         """For titles: ", class-incremental", say; nothing for a domain-incremental run."""
         incremental = self.config.get("incremental", "domain")
         return "" if incremental == "domain" else f", {incremental}-incremental"
-
-    def _headline(self) -> str:
-        config, average = self.config, self.average_accuracy
-        data = config.get("data", {}).get("name", config.get("dataset", ""))
-        what = f"{self.label} on {config.get('scenario', '')} {data}{self.setting}"
-        if config.get("precision", "fp32") != "fp32":
-            what += f" in {config['precision']}"
-        epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
-        done = f"after {len(average)} of {config['tasks']} tasks, {epochs}"
-        value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
-        return f"{what}: {value}"
-
-    def _table(self) -> list[str]:
-        tasks = len(self.average_accuracy)
-        columns = tasks if tasks <= _WIDEST_TABLE else 0
-        names = [f"task {j + 1}" for j in range(columns)]
-        rows = [f"{'accuracy on':<14}" + "".join(f"{name:>9}" for name in [*names, "average"])]
-        for k, average in enumerate(self.average_accuracy):
-            cells = [f"{a:9.4f}" if j <= k else " " * 9 for j, a in enumerate(self.accuracy[k])]
-            rows.append(f"{f'after task {k + 1}':<14}{''.join(cells[:columns])}{average:9.4f}")
-        return rows
-
-    def _footer(self) -> list[str]:
-        lines = [
-            [
-                ("forgetting", self.forgetting, ".4f"),
-                ("backward transfer", self.backward_transfer, "+.4f"),
-                ("forward transfer", self.forward_transfer, "+.4f"),
-            ],
-            [
-                ("learning accuracy", self.learning_accuracy, ".4f"),
-                ("minimum accuracy", self.worst_accuracy, ".4f"),
-            ],
-        ]
-        known = [
-            [f"{name} {value:{form}}" for name, value, form in entries if not math.isnan(value)]
-            for entries in lines
-        ]
-        if not math.isnan(self.worst_accuracy):
-            known[-1][-1] += " (lowest since learned, mean of earlier tasks)"
-        time = f"{self.seconds:.1f} s"
-        if self.timings:
-            spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
-            time += f" ({spent})"
-        return [", ".join(parts) for parts in known if parts] + [time]
 
 
 def _accuracies(

@@ -206,8 +206,7 @@ def learn(
     )
     with clock.measure("evaluation"):
         result.untrained[:] = [examiner.accuracy(k, k) for k in range(len(scenario.tasks))]
-    unknown = [0] * len(scenario.tasks)
-    with Progress(method.label, settings.epochs, unknown, show=settings.progress) as bar:
+    with Progress(method.label, settings.tasks, settings.epochs, show=settings.progress) as bar:
 
         def step_done() -> None:
             bar.step()

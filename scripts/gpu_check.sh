@@ -107,7 +107,7 @@ for part in $parts; do
       ;;
     published)
       if has_mnist; then
-        for name in agem2019 vandeven2018 zenke2017; do
+        for name in agem2019 vandeven2018 vandeven2018-split zenke2017; do
           step "published-$name" "$python" bench/reproduce.py "$name"
         done
       else

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clext.data import Dataset, Split
+from clext.seeding import Seeds
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not BENCH.is_dir():
@@ -61,6 +62,16 @@ def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp
         resumed.load(tmp_path / "row.pt")
         resumed.learn_task()
         assert resumed.curve == first.curve
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_draws_comes_from_the_seed_of_the_run(bench, data, name):
+    protocol = replace(bench("published").PROTOCOLS[name], tasks=5, hidden=(6,))
+    for row in protocol.rows:
+        for seed in (0, 1):
+            made = bench("reproduce").Training(protocol, row, data, seed, torch.device("cpu"))
+            given = Seeds.derive(seed).method
+            assert getattr(made.method, "seed", given) == given, row.name
 
 
 def test_names_of_tables_are_those_that_are_tested(bench):

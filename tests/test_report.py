@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+import clext
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 
@@ -87,3 +89,60 @@ def test_a_table_is_written_between_its_marks_alone(report: ModuleType, monkeypa
     monkeypatch.setitem(report.TABLES, "plan", lambda: "| new |")
     before = "a\n<!-- table plan -->\n| old |\n<!-- end -->\nb\n"
     assert report.filled(before) == "a\n<!-- table plan -->\n| new |\n<!-- end -->\nb\n"
+
+
+def test_a_method_without_a_strength_has_a_line_in_the_tables(
+    report: ModuleType, monkeypatch, tmp_path
+):
+    folder = tmp_path / "permuted_mnist"
+    settings = {"dataset": "digits", "tasks": 1, "epochs": 1, "progress": False}
+    run = clext.compare(["baseline"], **settings, out=folder)["baseline"]
+    monkeypatch.setattr(report.accuracy_tables, "RESULTS", tmp_path)
+    value = f"{run.average_accuracy[-1]:.4f}"
+    line = f"| `baseline` |  | {value} | {value} |"
+    assert report.TABLES["accuracy"]().splitlines()[2:] == [line]
+
+
+def test_replay_is_shown_beside_twice_the_batch_where_that_was_measured(
+    report: ModuleType, monkeypatch
+):
+    def line(device: str, **more: object) -> dict[str, object]:
+        run = entry(device, 1.0, model="mlp", precision="fp32", **more)
+        ratios = {"baseline": 1.0, "replay": 1.9}
+        return {**run, "ms": ratios, "against_baseline": ratios, "against_hand": {}}
+
+    lines = [line("A")]
+    monkeypatch.setattr(report.speed_tables, "read_lines", lambda _name: lines)
+    before = report.TABLES["rehearsal"]().splitlines()
+    assert before[0].endswith("| of the same by hand |")
+    assert before[3] == "| replay | fp32 | 1.90 | 1.90x |  |"
+    lines.append(line("B", replay_against_twice=1.04))
+    first, second = report.TABLES["rehearsal"]().split("\n\n")[::2]
+    assert first.splitlines()[0].endswith("| of a step with twice the batch |")
+    assert first.splitlines()[2:] == ["| baseline | fp32 | 1.00 | 1.00x |  |  |", before[3] + "  |"]
+    assert second.splitlines()[2:] == [
+        "| baseline | fp32 | 1.00 | 1.00x |  |  |",
+        "| replay | fp32 | 1.90 | 1.90x |  | 1.04x |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "cells"),
+    [
+        ({}, "not run yet |  |  |"),
+        ({0: 70.0, 1: 74.0}, "72.00 | 2 | agrees |"),
+        ({0: 66.0, 1: 70.0, 2: 74.0}, "70.00 +- 4.0 | 3 | agrees |"),
+        ({0: 60.0, 1: 64.0, 2: 68.0}, "64.00 +- 4.0 | 3 | differs |"),
+    ],
+)
+def test_published_rows_of_three_runs_show_how_these_scatter(
+    report: ModuleType, monkeypatch, accuracies, cells
+):
+    row = {"name": "vandeven2018-split", "row": "LwF, domain"}
+    lines = [entry("A", 1.0, **row, seed=s, accuracy=a) for s, a in accuracies.items()]
+    again = [{**line, "machine": {**line["machine"], "device": "B"}} for line in lines]
+    monkeypatch.setattr(report.accuracy_tables, "read_lines", lambda _name: lines + again)
+    table = report.TABLES["published"]().splitlines()
+    assert "| clext, % (+- standard deviation of the runs) |" in table[0]
+    (line,) = (line for line in table if "| LwF, domain |" in line)
+    assert line == f"| `vandeven2018-split` | LwF, domain | 71.02 | 5 | {cells}"

@@ -355,6 +355,26 @@ class TestPicture:
             assert not any(box.overlaps(other) for other in boxes[i + 1 :])
             assert figure.bbox.x1 >= box.x1
 
+    def test_many_names_at_the_top_leave_the_lines_their_room(self):
+        one, many = (
+            Comparison({f"run {i}": result(f"run {i}") for i in range(count)}).plot()
+            for count in (1, 14)
+        )
+        for figure in (one, many):
+            FigureCanvasAgg(figure).draw()
+        heights = [figure.axes[0].get_window_extent().height for figure in (one, many)]
+        assert heights[1] > 0.95 * heights[0]
+
+    def test_a_long_title_is_broken_and_not_cut(self):
+        ours = result(tasks=2)
+        ours.config["scenario"] = "permuted and then some more of it " * 4
+        for figure in (ours.plot(), ours.plot_matrix()):
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            title = figure.axes[0]._left_title.get_window_extent(canvas.get_renderer())
+            assert title.x1 <= figure.bbox.x1
+            assert title.y1 <= figure.bbox.y1
+
     @pytest.mark.parametrize("done", [0, 1])
     def test_unfinished_runs_can_be_drawn(self, done, tmp_path):
         result(done=done).plot(tmp_path / "new" / "picture.pdf")
@@ -476,3 +496,11 @@ class TestSpread:
             moved = np.array(spread(list(wanted), gap=9))
             assert (moved.argsort() == wanted.argsort()).all()
             assert np.diff(np.sort(moved)).min() > 9 - 1e-9
+
+    def test_bounds_are_kept_with_the_least_move(self):
+        assert spread([8.0, 9.0, 2.0], gap=2, within=(0, 9)) == [7.0, 9.0, 2.0]
+        assert spread([0.0, 0.0, 9.0], gap=4, within=(0, 9)) == pytest.approx([0, 4, 9])
+        assert spread([8.0, 8.0, 8.0], gap=4, within=(0, 9)) == pytest.approx([1, 5, 9])
+
+    def test_bounds_with_too_little_room_do_not_count(self):
+        assert spread([8.0, 8.0, 8.0], gap=5, within=(0, 9)) == pytest.approx([3, 8, 13])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 from quick_runs import QUICK, same, small, weights
@@ -18,6 +19,7 @@ BAD_INPUT = [
     ({"method": "ewc", "gamma": 2.0}, "gamma must be .* got 2.0"),
     ({"dataset": "minst"}, "unknown dataset 'minst'.*'mnist'"),
     ({"scenario": "permutted"}, "unknown scenario 'permutted'.*'permuted'"),
+    ({"scenario": ["permuted"]}, r"unknown scenario \['permuted'\].*'permuted'"),
     *(
         ({name: value}, f"{name} must be an integer >= 1, got {value!r}")
         for name in ("tasks", "epochs", "batch_size")
@@ -174,6 +176,14 @@ class TestProgress:
         bar = capsys.readouterr().err
         assert "task 2/2 epoch 2/2, loss" in bar
         assert "100%" in bar
+
+    @pytest.mark.parametrize("method", ["baseline", "joint"])  # and one whose tasks grow
+    def test_the_bar_is_that_of_all_tasks_from_the_first(self, capsys, monkeypatch, method):
+        monkeypatch.setattr("clext.progress._has_terminal", lambda: True)
+        clext.train(method, model=small(), **{**QUICK, "progress": True})
+        shown = re.findall(r"(\d+)%.*?task (\d)/2", capsys.readouterr().err)
+        furthest = {task: max(int(p) for p, t in shown if t == task) for task in "12"}
+        assert furthest == {"1": 50, "2": 100}
 
     def test_silence_leaves_the_line_about_the_data(self, capsys):
         clext.train("si", model=small(), **QUICK)

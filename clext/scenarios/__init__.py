@@ -41,6 +41,6 @@ def make_scenario(
 
 def check_scenario(name: str, incremental: str) -> None:
     """ValueError if there is no such scenario."""
-    if name not in SCENARIOS:
+    if not isinstance(name, str) or name not in SCENARIOS:
         raise unknown_name("scenario", name, SCENARIOS)
     choice("train", "incremental", incremental, INCREMENTAL)

@@ -52,6 +52,7 @@ def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
 
 def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
     """The tasks with labels that are outputs of one model."""
+    shared = range(max((int(train.labels.max()) for train, _ in pairs), default=0) + 1)
     places: dict[int, int] = {}  # the output of each label
     used = 0
     tasks = []
@@ -69,8 +70,7 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
                     f"{_OWNER}: task {number}: label {classes[0]}, expected numbers from 0 "
                     'where incremental="domain"'
                 )
-            count = max(int(split.labels.max()) for split, _ in pairs) + 1
-            tasks.append(Task(f"task {number}", range(count), train, test))
+            tasks.append(Task(f"task {number}", shared, train, test))
             continue
         if incremental == "task":
             places = {}
