@@ -79,6 +79,15 @@ def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
     assert_same_state(results[0].state_dict(), results[1].state_dict())
 
 
+def test_a_loaded_state_is_copied():
+    method = Joint(make_model("domain"))
+    run_task(method, "domain", 0)
+    state = method.state_dict()
+    method.load_state_dict(state)
+    state["extra"]["examples"][0][0].zero_()
+    assert method._examples[0][0].equal(make_examples("domain", 0)[0])
+
+
 def test_a_loop_that_does_not_give_the_examples_is_told():
     method = Joint(make_model("domain"))
     batch = make_examples("domain", 0)
