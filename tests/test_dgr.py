@@ -230,7 +230,8 @@ def saved(*parts):
 def test_goes_on_after_a_resume_as_if_it_had_not_stopped(incremental, combined, own, device):
     def make():
         model = make_model().to(device)
-        rehearsal = DGR(model, **({"generator": Blur().to(device)} if own else SMALL), seed=2)
+        # It is for the method to move the generator, in the first run and in the resumed one.
+        rehearsal = DGR(model, **({"generator": Blur()} if own else SMALL), seed=2)
         return EWC(model).combine(rehearsal) if combined else rehearsal
 
     method = make()
