@@ -128,6 +128,18 @@ class TestCombining:
             torch.testing.assert_close(ours, theirs)
         assert [part.tasks for part in method.parts] == [3, 3]
 
+    def test_both_follow_a_change_of_the_model(self):
+        one = model()
+        method = clext.EWC(one).combine(clext.ICaRL(one))
+        one[0], one[2] = nn.Linear(4, 8).double(), nn.Linear(8, 3).double()
+        method.refresh_parameters()
+        for part in method.parts:
+            pairs = zip(part._state.params, one.parameters(), strict=True)
+            assert all(known is given for known, given in pairs)
+        inputs, labels = batches(0)[0]
+        targets = method.begin_task((inputs.double(), labels))[2]
+        assert targets.dtype == torch.float64
+
     def test_batches_that_can_be_read_once_serve_both(self):
         one = model()
         method = clext.EWC(one).combine(clext.Replay(one))

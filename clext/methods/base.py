@@ -209,8 +209,7 @@ class Method(Learning):
         """
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        for part in self.parts:
-            part.refresh_parameters()
+        self.refresh_parameters()
         commit = self._learner._prepare_end(dataloader)
         self._end_task(dataloader)
         commit()

@@ -210,6 +210,15 @@ class Learning(Stateful):
 
     # ------------------------------------------------------------------ state
 
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
+
+        As `Stateful.refresh_parameters`, with the same errors, for both methods of a combination.
+        """
+        super().refresh_parameters()
+        if self._rehearsal is not None:
+            self._rehearsal.refresh_parameters()
+
     def to(self, device: str | torch.device) -> Self:
         """Move the state to `device`, where the model has to be already; returns the method."""
         super().to(device)
