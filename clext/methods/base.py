@@ -210,11 +210,13 @@ class Method(Learning):
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
         self.refresh_parameters()
+        self._warn_if_loss_unused()
         commit = self._learner._prepare_end(dataloader)
         self._end_task(dataloader)
         commit()
         for part in self.parts:
             part.tasks += 1
+            part._has_made_loss = False
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError

@@ -75,6 +75,7 @@ class ICaRL(Unpenalised):
     """
 
     name: ClassVar[str] = "icarl"
+    keeps_by_loss: ClassVar[bool] = True
     memory: ClassVar[dict[str, str]] = {
         "exemplars": "B*4*X",
         "previous model": "4*(P+Q)",
