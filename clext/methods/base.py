@@ -210,8 +210,8 @@ class Method(Learning):
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
         self.refresh_parameters()
-        self._warn_if_loss_unused()
         commit = self._learner._prepare_end(dataloader)
+        self._warn_if_loss_unused()
         self._end_task(dataloader)
         commit()
         for part in self.parts:
