@@ -12,7 +12,7 @@ from clext.methods.sampling import Sampling
 from clext.options import choice, integer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from clext.methods.stateful import Commit
 
@@ -141,6 +141,7 @@ class Memory:
         if given == {}:
             return self._clear
         state = _checked_state(owner, given)
+        _check_seen(owner, state["seen"], state["labels"], self.policy)
         size = len(state["labels"])
         if size > self.budget:
             raise ValueError(
@@ -189,8 +190,9 @@ class _Choosing:
             old = len(self._state[0])
             entries = zip(self._state, (labels, keys, rows), strict=True)
             labels, keys, rows = (torch.cat(pair) for pair in entries)
-        groups = labels if self._memory.policy == "balanced" else torch.zeros_like(labels)
-        self._count(groups[old:])
+        groups = _groups(labels, self._memory.policy)
+        for group, count in _counts(groups[old:]):
+            self.seen[group] = self.seen.get(group, 0) + count
         chosen = _smallest(groups, keys, _shares(self.seen, self._memory.budget))
         labels, keys, rows = (entry.index_select(0, chosen) for entry in (labels, keys, rows))
         new = chosen[chosen >= old] - old
@@ -211,11 +213,6 @@ class _Choosing:
         self._pieces.append(inputs)
         self._rows += len(inputs)
 
-    def _count(self, groups: Tensor) -> None:
-        found = (entry.tolist() for entry in groups.unique(return_counts=True))
-        for group, count in zip(*found, strict=True):
-            self.seen[group] = self.seen.get(group, 0) + count
-
     def check(self, inputs: Tensor) -> None:
         """ValueError unless inputs are like those that are kept, and those of earlier batches."""
         if self._like is None:
@@ -227,6 +224,17 @@ def _allocate(rows: int, entries: Examples) -> Examples:
     """Room for so many rows like those of `entries`."""
     inputs, labels, keys = (entry.new_empty(rows, *entry.shape[1:]) for entry in entries)
     return inputs, labels, keys
+
+
+def _groups(labels: Tensor, policy: str) -> Tensor:
+    """Whom each example shares the budget with: its class, or all."""
+    return labels if policy == "balanced" else torch.zeros_like(labels)
+
+
+def _counts(groups: Tensor) -> Iterator[tuple[int, int]]:
+    """Each group and how many examples it has."""
+    names, counts = groups.unique(return_counts=True)
+    return zip(names.tolist(), counts.tolist(), strict=True)
 
 
 def _shares(seen: Mapping[int, int], budget: int) -> dict[int, int]:
@@ -290,3 +298,14 @@ def _checked_state(owner: str, given: object) -> dict[str, Any]:
     ):
         raise ValueError(f"{owner}: 'seen' is {seen!r}, expected a count for each class")
     return given
+
+
+def _check_seen(owner: str, seen: Mapping[int, int], labels: Tensor, policy: str) -> None:
+    """ValueError if examples were counted by another policy: the next choice would be wrong."""
+    kept = dict(_counts(_groups(labels, policy)))
+    alike = policy == "balanced" or seen.keys() == kept.keys()
+    if not alike or any(seen.get(group, 0) < count for group, count in kept.items()):
+        raise ValueError(
+            f"{owner}: 'seen' is {dict(seen)}, which does not count its examples as the policy "
+            f"{policy!r} does; make the method with the policy that it was saved with"
+        )

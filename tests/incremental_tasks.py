@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,8 @@ from clext import optim
 
 FEATURES, CLASSES, TASKS, STEPS, BATCH = 5, 2, 3, 4, 6
 INCREMENTAL = ("task", "domain", "class")
+
+every_incremental = pytest.mark.parametrize("incremental", INCREMENTAL)
 
 
 def make_model(dtype=torch.float64):

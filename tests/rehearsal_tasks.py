@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from toy_training import assert_same_state
 
 FEATURES, CLASSES, TASKS, EXAMPLES = 5, 2, 3, 12
 SETTINGS = ("task", "domain", "class")
+INPUTS = torch.zeros(4, FEATURES, dtype=torch.float64)
+# Examples of a second task of two classes that every method refuses, and what it says.
+BAD_EXAMPLES = [
+    ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
+    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
+    ((INPUTS, torch.tensor([0, 1, -1, 0])), "labels reach from -1 to 1"),
+    ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
+    ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
+    ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, .* \[5\]"),
+    ((INPUTS / 0, torch.zeros(4).long()), "4 of 4 inputs hold NaN or infinity; leave"),
+    ((INPUTS,), "expected a pair"),
+]
+
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def make_model(setting, dtype=torch.float64, device="cpu"):
@@ -76,3 +92,35 @@ def own_batches(method, setting, number):
 def run_tasks(method, setting, tasks=TASKS):
     for number in range(tasks):
         run_task(method, setting, number)
+
+
+def resumed(method, other):
+    """`other`, with the states of `method` and its model."""
+    other.model.load_state_dict(method.model.state_dict())
+    other.load_state_dict(method.state_dict())
+    return other
+
+
+def assert_alike(method, other):
+    assert_same_state(method.model.state_dict(), other.model.state_dict())
+    assert_same_state(method.state_dict(), other.state_dict())
+
+
+def assert_refused_at_the_beginning(method, examples, message):
+    """The second task of `method`, which is new, does not begin, and nothing is changed."""
+    run_task(method, "task", 0)
+    before, blocks = method.state_dict(), list(method.outputs.blocks)
+    block, active = ranges("task", 1)
+    with pytest.raises(ValueError, match=f"^{method.name}: .*{message}"):
+        method.begin_task(examples, block=block, active=active)
+    assert method.outputs.blocks == blocks
+    assert_same_state(method.state_dict(), before)
+
+
+def assert_refused_at_the_end(method, data, message):
+    """The task that `method` has begun does not end, and nothing is changed."""
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=f"^{method.name}.*{message}") as caught:
+        method.consolidate(data)
+    assert "\n" not in str(caught.value)
+    assert_same_state(method.state_dict(), before)

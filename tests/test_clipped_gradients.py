@@ -157,6 +157,33 @@ def test_launch_refuses_too(case, device):
         trained.optimizer.launch()
 
 
+@every_path
+def test_clipping_does_not_hide_an_edit_after_the_pull(case, device, plan):
+    """The penalty's share is no longer what the method's own clipping alone has made of it."""
+    trained = Trained(case, "apart", device)
+    batch = make_task(0, device=device)[0]
+    trained.backward(batch)
+    trained.method.add_penalty_grad_()
+    torch.nn.utils.clip_grad_norm_(trained.model.parameters(), 1e-3)
+    trained.method.clip_grad_norm_(0.05)
+    before = copy.deepcopy(trained.model.state_dict())
+    with pytest.raises(RuntimeError, match="changed between add_penalty_grad_"):
+        trained.optimizer.step()
+    assert all(value.equal(before[name]) for name, value in trained.model.state_dict().items())
+    trained.step(batch, clip=[0.05])  # and the next one is as ever
+
+
+@every_path
+def test_a_dropped_pull_does_not_stop_the_next_step(case, device):
+    trained = Trained(case, "apart", device)
+    batch = make_task(0, device=device)[0]
+    trained.backward(batch)
+    trained.method.add_penalty_grad_()
+    trained.backward(batch)
+    trained.method.clip_grad_norm_(0.1)
+    trained.finish(clip=[0.05])
+
+
 # ------------------------------------------------------------------ no false alarms
 
 

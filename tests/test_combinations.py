@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -128,6 +129,18 @@ class TestCombining:
             torch.testing.assert_close(ours, theirs)
         assert [part.tasks for part in method.parts] == [3, 3]
 
+    def test_both_follow_a_change_of_the_model(self):
+        one = model()
+        method = clext.EWC(one).combine(clext.ICaRL(one))
+        one[0], one[2] = nn.Linear(4, 8).double(), nn.Linear(8, 3).double()
+        method.refresh_parameters()
+        for part in method.parts:
+            pairs = zip(part._state.params, one.parameters(), strict=True)
+            assert all(known is given for known, given in pairs)
+        inputs, labels = batches(0)[0]
+        targets = method.begin_task((inputs.double(), labels))[2]
+        assert targets.dtype == torch.float64
+
     def test_batches_that_can_be_read_once_serve_both(self):
         one = model()
         method = clext.EWC(one).combine(clext.Replay(one))
@@ -201,6 +214,59 @@ class TestCombining:
             resumed.load_state_dict(clext.SI(two).state_dict())
         with pytest.raises(ValueError, match="of si in a combination, and this is si"):
             clext.SI(two).load_state_dict(method.state_dict())
+
+
+class TestALossOfOnesOwn:
+    """In a later task it is in place of the one by which a method remembers."""
+
+    MESSAGE = "^clext: loss.. of this .* was not called in this task, so .* kept nothing"
+
+    @pytest.mark.parametrize("name", ["lwf", "replay", "dgr", "icarl", "si+replay"])
+    @pytest.mark.filterwarnings("ignore:clext. si saw no step")
+    def test_is_noticed_from_the_second_task_on(self, name):
+        method = make_method(name, model())
+        method.consolidate(batches(0))  # nothing was learned before
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=self.MESSAGE):
+                method.consolidate(batches(1))
+        method.loss(*batches(2)[0])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", self.MESSAGE)
+            method.consolidate(batches(2))
+
+    @pytest.mark.parametrize("name", ["ewc", "agem", "joint", "ewc+joint"])
+    def test_is_as_good_where_it_is_not_the_loss_that_remembers(self, name):
+        method = make_method(name, model())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for task in range(2):
+                method.consolidate(batches(task))
+
+    @pytest.mark.parametrize("name", ["lwf", "si+replay"])
+    @pytest.mark.filterwarnings("ignore:clext. si saw no step")
+    def test_nothing_is_known_of_the_task_that_was_stopped_in(self, name):
+        method, resumed = make_method(name, model()), make_method(name, model())
+        method.consolidate(batches(0))
+        resumed.load_state_dict(method.state_dict())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", self.MESSAGE)
+            resumed.consolidate(batches(1))
+
+    def test_nothing_is_changed_where_warnings_are_errors(self):
+        method = make_method("ewc+replay", model())
+        method.consolidate(batches(0))
+        before = method.state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning, match=self.MESSAGE):
+                method.consolidate(batches(1))
+        assert_same_state(method.state_dict(), before)
+
+    @pytest.mark.parametrize("name", ["lwf", "replay", "dgr", "icarl", "ewc+lwf"])
+    def test_runs_raise_no_alarm(self, name):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", self.MESSAGE)
+            clext.train(name, model=small(), **{**QUICK, "epochs": 1, "tasks": 3})
 
 
 class TestRuns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from rehearsal_tasks import (
-    SETTINGS,
     begin,
+    every_setting,
     make_examples,
     make_model,
     own_batches,
@@ -25,7 +25,6 @@ from clext.checksum import checksums
 from clext.exemplars import herd
 from clext.steps import GraphedSteps
 
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
 both_norms = pytest.mark.parametrize("norm", [True, False])
 
 

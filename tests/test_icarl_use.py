@@ -5,41 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from quick_runs import QUICK, small
+from quick_runs import SPLIT, learn_all_digits, learn_beside_ewc_in_bf16, small
 from rehearsal_tasks import (
-    SETTINGS,
+    BAD_EXAMPLES,
+    INPUTS,
+    assert_alike,
+    assert_refused_at_the_beginning,
+    assert_refused_at_the_end,
     begin,
+    every_setting,
     make_examples,
     make_model,
     own_batches,
     ranges,
+    resumed,
     run_task,
 )
 from toy_training import assert_same_state
 
 import clext
-from clext import EWC, ICaRL
+from clext import ICaRL
 from clext.data import load_dataset
 from clext.scenarios import make_scenario
-
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 @every_setting
 def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
     results = []
-    for resumed in (False, True):
+    for stops in (False, True):
         method = ICaRL(make_model(setting), budget=7)
         run_task(method, setting, 0)
-        if resumed:
-            other = ICaRL(make_model(setting), budget=7)
-            other.model.load_state_dict(method.model.state_dict())
-            other.load_state_dict(method.state_dict())
-            method = other
+        if stops:
+            method = resumed(method, ICaRL(make_model(setting), budget=7))
         run_task(method, setting, 1)
         results.append(method)
-    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
-    assert_same_state(results[0].state_dict(), results[1].state_dict())
+    assert_alike(*results)
     inputs = torch.randn(4, 5, dtype=torch.float64)
     assert torch.equal(results[0].predict(inputs), results[1].predict(inputs))
 
@@ -57,27 +57,21 @@ def test_a_loop_without_begin_task():
 
 
 def test_beside_a_penalty_and_in_bf16():
-    model = small()
-    method = EWC(model).combine(ICaRL(model, budget=50))
-    options = {**QUICK, "scenario": "split", "incremental": "class", "precision": "bf16"}
-    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    result = learn_beside_ewc_in_bf16(ICaRL(small(), budget=50))
     assert result.config["method"] == "ewc+icarl"
     assert result.average_accuracy[-1] > 0.5
 
 
 def test_icarl_forgets_less_on_split_digits(device):
-    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
-    run = {"lr": 1e-2, "device": device, **options}
-    result = clext.train("icarl", model=small(), **run)
+    result = learn_all_digits("icarl", device)
     assert result.average_accuracy[-1] > 0.7
-    again = clext.train("icarl", model=small(), **run)
+    again = learn_all_digits("icarl", device)
     assert again.accuracy.tolist()[-1] == result.accuracy.tolist()[-1]
 
 
 def test_the_last_accuracy_of_a_task_is_that_of_its_exemplars():
-    options = {**QUICK, "scenario": "split", "incremental": "class", "epochs": 1}
     method = ICaRL(small(), budget=10)
-    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    result = clext.train(method, device="cpu", lr=1e-2, **{**SPLIT, "epochs": 1})
     scenario = make_scenario("split", load_dataset("digits", None, show=False), 2, 0, "class")
     test = scenario.tasks[1].test()
     with method.outputs.selected(range(10)):
@@ -118,34 +112,13 @@ def test_a_budget_below_the_number_of_classes_is_refused_when_the_task_begins():
         begin(again, "domain", 1)
 
 
-INPUTS = torch.zeros(4, 5, dtype=torch.float64)
-BAD = [
-    ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
-    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
-    ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
-    ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
-    ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, expected"),
-    ((INPUTS / 0, torch.zeros(4).long()), "icarl: 4 of 4 inputs hold NaN or infinity; leave"),
-]
-
-
-@pytest.mark.parametrize(("data", "message"), BAD)
+@pytest.mark.parametrize(("data", "message"), BAD_EXAMPLES)
 def test_a_task_that_begins_or_ends_with_bad_data_changes_nothing(data, message):
     method = ICaRL(make_model("task"), budget=5)
-    run_task(method, "task", 0)
-    before, blocks = method.state_dict(), list(method.outputs.blocks)
-    block, active = ranges("task", 1)
-    with pytest.raises(ValueError, match=message):
-        method.begin_task(data, block=block, active=active)
-    assert method.outputs.blocks == blocks
-    assert_same_state(method.state_dict(), before)
+    assert_refused_at_the_beginning(method, data, message)
     begin(method, "task", 1)
-    before = method.state_dict()
     for batches in ([data], iter([data])):
-        with pytest.raises(ValueError, match=message) as caught:
-            method.consolidate(batches)
-        assert "\n" not in str(caught.value)
-        assert_same_state(method.state_dict(), before)
+        assert_refused_at_the_end(method, batches, message)
 
 
 def test_a_task_that_ends_without_data_is_refused():

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quick_runs import QUICK, small
+from quick_runs import learn_all_digits, learn_beside_ewc_in_bf16, small
 from rehearsal_tasks import (
-    SETTINGS,
+    BAD_EXAMPLES,
+    INPUTS,
+    assert_alike,
+    assert_refused_at_the_beginning,
     begin,
+    every_setting,
     make_examples,
     make_model,
     own_batches,
-    ranges,
+    resumed,
     run_task,
     run_tasks,
     start,
 )
 from test_replay import obvious_loss
-from toy_training import assert_same_state
 
-import clext
-from clext import EWC, Joint
-
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
+from clext import Joint
 
 
 @every_setting
@@ -65,18 +65,23 @@ def test_a_task_that_is_begun_again_counts_once():
 @every_setting
 def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
     results = []
-    for resumed in (False, True):
+    for stops in (False, True):
         method = Joint(make_model(setting))
         run_tasks(method, setting, tasks=2)
-        if resumed:
-            other = Joint(make_model(setting))
-            other.model.load_state_dict(method.model.state_dict())
-            other.load_state_dict(method.state_dict())
-            method = other
+        if stops:
+            method = resumed(method, Joint(make_model(setting)))
         run_task(method, setting, 2)
         results.append(method)
-    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
-    assert_same_state(results[0].state_dict(), results[1].state_dict())
+    assert_alike(*results)
+
+
+def test_a_loaded_state_is_copied():
+    method = Joint(make_model("domain"))
+    run_task(method, "domain", 0)
+    state = method.state_dict()
+    method.load_state_dict(state)
+    state["extra"]["examples"][0][0].zero_()
+    assert method._examples[0][0].equal(make_examples("domain", 0)[0])
 
 
 def test_a_loop_that_does_not_give_the_examples_is_told():
@@ -94,42 +99,18 @@ def test_a_loop_that_does_not_give_the_examples_is_told():
 
 
 def test_joint_is_the_upper_bound_on_split_digits(device):
-    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
-    result = clext.train("joint", model=small(), lr=1e-2, device=device, **options)
-    assert result.average_accuracy[-1] > 0.85
+    assert learn_all_digits("joint", device).average_accuracy[-1] > 0.85
 
 
 def test_beside_a_penalty_and_in_bf16():
-    model = small()
-    options = {**QUICK, "scenario": "split", "incremental": "task", "precision": "bf16"}
-    result = clext.train(EWC(model).combine(Joint(model)), device="cpu", lr=1e-2, **options)
+    result = learn_beside_ewc_in_bf16(Joint(small()), incremental="task")
     assert result.config["method"] == "ewc+joint"
     assert result.average_accuracy[-1] > 0.8
 
 
-INPUTS = torch.zeros(4, 5, dtype=torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("examples", "message"),
-    [
-        ((INPUTS[:0], torch.zeros(0).long()), "joint: the data of the task is empty"),
-        ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
-        ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
-        ((INPUTS[:, :3], torch.zeros(4).long()), r"torch.float64 \[3\] each, expected .* \[5\]"),
-        ((INPUTS / 0, torch.zeros(4).long()), "joint: 4 of 4 inputs hold NaN or infinity; leave"),
-        ((INPUTS,), "expected a pair"),
-    ],
-)
+@pytest.mark.parametrize(("examples", "message"), BAD_EXAMPLES)
 def test_a_task_that_begins_with_bad_examples_changes_nothing(examples, message):
-    method = Joint(make_model("task"))
-    run_task(method, "task", 0)
-    before, blocks = method.state_dict(), list(method.outputs.blocks)
-    block, active = ranges("task", 1)
-    with pytest.raises(ValueError, match=message):
-        method.begin_task(examples, block=block, active=active)
-    assert method.outputs.blocks == blocks
-    assert_same_state(method.state_dict(), before)
+    assert_refused_at_the_beginning(Joint(make_model("task")), examples, message)
 
 
 @pytest.mark.parametrize(

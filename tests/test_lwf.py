@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from incremental_tasks import (
     FEATURES,
-    INCREMENTAL,
     begin,
+    every_incremental,
     make_model,
     make_task,
     naive_balance,
@@ -29,7 +29,6 @@ from toy_training import assert_same_state
 import clext
 from clext import EWC, LwF
 
-every_incremental = pytest.mark.parametrize("incremental", INCREMENTAL)
 SETTINGS = [
     {},
     {"balance": "tasks"},

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from clext.memory import Memory
+from clext.memory import POLICIES, Memory
 
 
 def stream(sizes, start=0, labels=None):
@@ -196,6 +196,18 @@ def test_a_state_that_is_none_is_refused(change, message):
         memory.prepare_load(state, torch.device("cpu"))
     with pytest.raises(ValueError, match="has 10 examples and the budget is 9"):
         Memory("replay", 9, "reservoir", 0).prepare_load(memory.state_dict(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("labels", [0, None])
+@pytest.mark.parametrize(("saved", "policy"), [POLICIES, POLICIES[::-1]])
+def test_a_state_of_the_other_policy_is_refused_where_they_differ(saved, policy, labels):
+    memory, twin = filled(policy=saved, labels=labels), Memory("replay", 10, policy, 0)
+    if labels == 0:  # one class: both policies count it alike
+        twin.prepare_load(memory.state_dict(), torch.device("cpu"))()
+        assert numbers(twin) == numbers(memory)
+        return
+    with pytest.raises(ValueError, match="'seen' is .*; make the method with the policy that it"):
+        twin.prepare_load(memory.state_dict(), torch.device("cpu"))
 
 
 def test_the_memory_moves(device):

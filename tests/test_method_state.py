@@ -17,6 +17,7 @@ from clext import EWC, MAS, METHODS, SCP, SI, RWalk
 pytestmark = [
     pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
     pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*was not called in this task:UserWarning"),
 ]
 
 

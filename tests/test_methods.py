@@ -23,6 +23,7 @@ from clext.reference import ReferencePlan
 pytestmark = [
     pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
     pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*was not called in this task:UserWarning"),
 ]
 
 

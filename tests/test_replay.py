@@ -7,25 +7,26 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from quick_runs import QUICK, small
+from quick_runs import learn_all_digits, learn_beside_ewc_in_bf16, small
 from rehearsal_tasks import (
-    SETTINGS,
+    BAD_EXAMPLES,
+    INPUTS,
+    assert_alike,
+    assert_refused_at_the_end,
     begin,
+    every_setting,
     make_examples,
     make_model,
     own_batches,
     ranges,
+    resumed,
     run_task,
     run_tasks,
     start,
     train,
 )
-from toy_training import assert_same_state
 
-import clext
-from clext import EWC, Replay
-
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
+from clext import Replay
 
 
 def obvious_loss(model, setting, number, inputs, global_labels):
@@ -98,23 +99,19 @@ def test_a_step_runs_the_model_once(setting):
 @every_setting
 def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(setting):
     results = []
-    for resumed in (False, True):
+    for stops in (False, True):
         method = Replay(make_model(setting), budget=7, policy="balanced")
         run_task(method, setting, 0)
         examples = begin(method, setting, 1)
         train(method, examples, 3)
-        if resumed:
+        if stops:
             other = Replay(make_model(setting), budget=7, policy="balanced", seed=5)
-            other.model.load_state_dict(method.model.state_dict())
-            other.load_state_dict(method.state_dict())
-            other.outputs.select(ranges(setting, 1)[1])
-            method = other
+            method = resumed(method, other)
         train(method, examples, 3)
         method.consolidate(own_batches(method, setting, 1))
         run_task(method, setting, 2)
         results.append(method)
-    assert_same_state(results[0].model.state_dict(), results[1].model.state_dict())
-    assert_same_state(results[0].state_dict(), results[1].state_dict())
+    assert_alike(*results)
 
 
 def test_inputs_with_gradients_are_kept_without():
@@ -136,22 +133,18 @@ def test_a_loop_without_begin_task():
 
 
 def test_beside_a_penalty_and_in_bf16():
-    model = small()
-    method = EWC(model).combine(Replay(model, budget=50))
-    options = {**QUICK, "scenario": "split", "incremental": "class", "precision": "bf16"}
-    result = clext.train(method, device="cpu", lr=1e-2, **options)
+    replay = Replay(small(), budget=50)
+    result = learn_beside_ewc_in_bf16(replay)
     assert result.config["method"] == "ewc+replay"
-    assert method.parts[1]._memory.size == 50
+    assert replay._memory.size == 50
     assert result.average_accuracy[-1] > 0.4
 
 
 def test_replay_forgets_less_on_split_digits(device):
-    options = {**QUICK, "scenario": "split", "incremental": "class", "tasks": 5, "epochs": 4}
-    run = {"lr": 1e-2, "device": device, **options}
-    replay = clext.train("replay", model=small(), **run)
+    replay = learn_all_digits("replay", device)
     assert replay.average_accuracy[-1] > 0.6
-    assert clext.train("baseline", model=small(), **run).average_accuracy[-1] < 0.3
-    again = clext.train("replay", model=small(), **run)
+    assert learn_all_digits("baseline", device).average_accuracy[-1] < 0.3
+    again = learn_all_digits("replay", device)
     assert again.accuracy.tolist()[-1] == replay.accuracy.tolist()[-1]
 
 
@@ -172,7 +165,6 @@ def test_bad_options_are_refused(options, message):
         Replay(make_model("domain"), **options)
 
 
-INPUTS = torch.zeros(4, 5, dtype=torch.float64)
 BROKEN = INPUTS.index_fill(0, torch.tensor([1]), torch.nan)
 BROKEN[3, 2] = torch.inf
 
@@ -180,28 +172,19 @@ BROKEN[3, 2] = torch.inf
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "replay needs the data of the task"),
+        (None, "needs the data of the task"),
         ([], "the data of the task is empty"),
         (iter([]), "the data of the task is empty"),
-        ([(INPUTS[:0], torch.zeros(0).long())], "the data of the task is empty"),
         ([INPUTS], "expected a pair"),
-        ([(INPUTS, torch.tensor([0, 1, 2, 0]))], r"labels reach from 0 to 2, expected .* \[0, 1\]"),
-        ([(INPUTS, torch.tensor([0, 1, -1, 0]))], "labels reach from -1 to 1"),
-        ([(INPUTS, torch.zeros(4))], "labels have dtype torch.float32"),
-        ([(INPUTS, torch.zeros(3).long())], "4 inputs but 3 labels"),
-        ([(INPUTS[:, :3], torch.zeros(4).long())], r"inputs are torch.float64 \[3\] each"),
-        ([(BROKEN, torch.zeros(4).long())], "^replay: 2 of 4 inputs hold NaN or infinity; leave "),
+        ([(BROKEN, torch.zeros(4).long())], "2 of 4 inputs hold NaN or infinity; leave "),
+        *(([examples], message) for examples, message in BAD_EXAMPLES),
     ],
 )
 def test_a_task_that_ends_with_bad_data_changes_nothing(data, message):
     method = Replay(make_model("task"), budget=5)
     run_task(method, "task", 0)
     begin(method, "task", 1)
-    before = method.state_dict()
-    with pytest.raises(ValueError, match=message) as caught:
-        method.consolidate(data)
-    assert "\n" not in str(caught.value)
-    assert_same_state(method.state_dict(), before)
+    assert_refused_at_the_end(method, data, message)
 
 
 def test_a_state_of_something_else_is_refused():

@@ -179,11 +179,15 @@ class Method(Learning):
         """
         check_clipping(self.name, max_norm, norm_type)
         self._forget_old_scales()
+        # A stamp that no longer holds stays as it is: the step is to find out.
+        had_stamp = "path" in self._state.lists and watch.has_stamp(self)
         norm, factor = clip_grads_(self._state.params, max_norm, norm_type, error_if_nonfinite)
         if "path" in self._state.lists:
             self._task_scale = factor if self._task_scale is None else self._task_scale * factor
             self._pull_scale = factor if self._pull_scale is None else self._pull_scale * factor
             watch.mark_clipped(self)
+            if had_stamp:
+                watch.leave_stamp(self)
         return norm
 
     def update(self) -> None:
@@ -205,13 +209,14 @@ class Method(Learning):
         """
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        for part in self.parts:
-            part.refresh_parameters()
+        self.refresh_parameters()
         commit = self._learner._prepare_end(dataloader)
+        self._warn_if_loss_unused()
         self._end_task(dataloader)
         commit()
         for part in self.parts:
             part.tasks += 1
+            part._has_made_loss = False
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError

@@ -269,18 +269,18 @@ class DGR(Rehearsal):
         if "teacher" in extra:
             teacher = Snapshot.load(f"{owner}['teacher']", self.model, extra["teacher"])
             check_state(f"{owner}['previous']", generator, extra["previous"])
-            previous = _frozen_copy(generator)
+            previous = _frozen_copy(generator).to(device)
             previous.load_state_dict(extra["previous"])
 
         def commit() -> None:
-            generator.load_state_dict(extra["generator"])
+            generator.to(device).load_state_dict(extra["generator"])
             self.generator, self._optimizer, self._sampling = generator, optimizer, sampling
             self._teacher, self._previous = teacher, previous
 
         return commit
 
     def _generator_of(self, owner: str, extra: Mapping[str, Any]) -> nn.Module:
-        """The module that the state of a generator is for, on the model's device."""
+        """The module that the state of a generator is for."""
         generator, shape = self.generator, extra.get("shape")
         if generator is None:
             if not isinstance(shape, list) or not shape:

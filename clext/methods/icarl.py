@@ -21,7 +21,7 @@ from clext.exemplars import (
     prepared,
 )
 from clext.features import Features
-from clext.methods.snapshot import Snapshot, refuse_broken
+from clext.methods.snapshot import LARGE_BATCH, Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
 from clext.options import integer, softening
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
     from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
-
-# Large enough that a batch keeps every core busy, small enough for any model's activations.
-_BATCH = 1000
 
 
 class ICaRL(Unpenalised):
@@ -75,6 +72,7 @@ class ICaRL(Unpenalised):
     """
 
     name: ClassVar[str] = "icarl"
+    keeps_by_loss: ClassVar[bool] = True
     memory: ClassVar[dict[str, str]] = {
         "exemplars": "B*4*X",
         "previous model": "4*(P+Q)",
@@ -221,7 +219,8 @@ class ICaRL(Unpenalised):
         """Features of many inputs, in eval mode."""
         with module_mode(self.model, training=False):
             parts = [
-                prepared(self._features(batch)[0], norm=self.norm) for batch in inputs.split(_BATCH)
+                prepared(self._features(batch)[0], norm=self.norm)
+                for batch in inputs.split(LARGE_BATCH)
             ]
         return torch.cat(parts)
 

@@ -75,7 +75,7 @@ class Joint(Unpenalised):
 
         def commit() -> None:
             self._examples = {
-                task: (inputs.to(device), labels.to(device))
+                task: (inputs.to(device, copy=True), labels.to(device, copy=True))
                 for task, (inputs, labels) in loaded.items()
             }
 

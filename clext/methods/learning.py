@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,14 @@ class Learning(Stateful):
     """
 
     recordable: bool = True
+    # Whether the loss alone keeps what was learned before: with another one nothing would.
+    keeps_by_loss: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         super().__init__(model, strength=strength)
         self.outputs = Outputs(model)
         self._rehearsal: Learning | None = None
+        self._has_made_loss = False  # since the last task ended
 
     # ------------------------------------------------------------------ in the loop
 
@@ -82,7 +86,9 @@ class Learning(Stateful):
         Args:
             *batch: inputs and labels, or the same rows of all that `begin_task` returned.
         """
-        return self._learner._loss(*batch)
+        learner = self._learner
+        learner._has_made_loss = True
+        return learner._loss(*batch)
 
     def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
         """A score for each example and active output, [N, outputs]; the largest is the class.
@@ -148,6 +154,17 @@ class Learning(Stateful):
     def _move_extra_state(self, device: torch.device) -> None:
         """Move what is kept beside the parameters."""
 
+    def _warn_if_loss_unused(self) -> None:
+        """Say so if a later task ends that was learned by another loss: nothing would be kept."""
+        learner = self._learner
+        if learner.keeps_by_loss and learner.tasks > 0 and not learner._has_made_loss:
+            warnings.warn(
+                f"clext: loss() of this {self.label} was not called in this task, so "
+                f"{learner.name} kept nothing of the tasks before; train on loss(x, y) of the "
+                "method, in place of a loss of your own",
+                stacklevel=3,
+            )
+
     # ------------------------------------------------------------------ combinations
 
     @property
@@ -210,6 +227,15 @@ class Learning(Stateful):
 
     # ------------------------------------------------------------------ state
 
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
+
+        As `Stateful.refresh_parameters`, with the same errors, for both methods of a combination.
+        """
+        super().refresh_parameters()
+        if self._rehearsal is not None:
+            self._rehearsal.refresh_parameters()
+
     def to(self, device: str | torch.device) -> Self:
         """Move the state to `device`, where the model has to be already; returns the method."""
         super().to(device)
@@ -257,6 +283,7 @@ class Learning(Stateful):
             for part in commits:
                 part()
             self.outputs.blocks = blocks
+            self._has_made_loss = True  # for all that is known
 
         return commit
 

@@ -29,6 +29,7 @@ class Rehearsal(Unpenalised):
 
     default_strength: ClassVar[float] = 1.0
     has_strength: ClassVar[bool] = True
+    keeps_by_loss: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("sum", "tasks")}
 
     def __init__(

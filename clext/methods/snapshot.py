@@ -11,7 +11,7 @@ from torch.func import functional_call
 from clext.module_mode import module_mode
 
 # Large enough that a batch keeps every core busy, small enough for any model's activations.
-_BATCH = 1000
+LARGE_BATCH = 1000
 
 
 class Snapshot:
@@ -51,7 +51,7 @@ class Snapshot:
 
     def record(self, inputs: Tensor) -> Tensor:
         """The same for many inputs, in batches of 1000."""
-        return torch.cat([self(batch) for batch in inputs.split(_BATCH)])
+        return torch.cat([self(batch) for batch in inputs.split(LARGE_BATCH)])
 
     def move(self, device: torch.device) -> None:
         """Move the copies to `device`."""

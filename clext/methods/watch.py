@@ -73,12 +73,15 @@ def leave_stamp(method: Method) -> None:
     _stamps[method] = method._state.plan.gradient_stamp()
 
 
+def has_stamp(method: Method) -> bool:
+    """Whether the gradients of `method` are as they were when it left a stamp."""
+    return _stamps.get(method) == method._state.plan.gradient_stamp()
+
+
 def mark_clipped(method: Method) -> None:
     """The factors that `method` has kept are those of the gradients as they are now."""
     _register()
     _clipped[method] = Clipped(method._state.params)
-    if method in _stamps:
-        leave_stamp(method)
 
 
 def forget_clipped(method: Method) -> None:
