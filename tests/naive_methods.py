@@ -191,16 +191,17 @@ class NaiveReleasedRWalk(NaiveRWalk):
         for i, new in enumerate(self.now()):
             distance = self.fisher[i] * (new - self.start[i]) ** 2
             self.task_score[i] += self.fall[i].clamp(min=0) / (distance + self.eps)
-            mean = self.squares[i] / self.interval
-            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * mean
+            # The squares of the whole task so far, not those of the interval.
+            added = self.squares[i] / self.interval
+            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * added
         self.drop_interval()
 
     def drop_interval(self):
-        self.fall, self.squares = self.zeros(), self.zeros()
-        self.start, self.steps = self.now(), 0
+        self.fall, self.start, self.steps = self.zeros(), self.now(), 0
 
     def end_task(self, batches):  # noqa: ARG002
         self.drop_interval()
+        self.squares = self.zeros()
         if self.score is None:
             self.score = self.task_score
         else:

@@ -30,10 +30,12 @@ class RWalk(Method):
 
     variant="released" follows the formulas of the code that the authors released, which differ:
 
-    - F is averaged over intervals: with M the mean of g^2 over the steps of an interval, at its end
-      F = (1 - decay) * F + decay * M, so that `decay` is the weight of what is new;
-    - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval's mean;
-    - what a task's last interval lacks of `interval` steps drops it, score and mean alike;
+    - F is averaged over intervals: with S the sum of g^2 over all steps since the task began, at
+      the end of each F = (1 - decay) * F + decay * S / interval, `decay` being the weight of what
+      is new. S is not begun again with each interval, so that F weighs all steps of a task about
+      alike instead of the last `interval` of them alone;
+    - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval;
+    - a task's last interval is dropped, score and squares alike, if it lacks steps;
     - score = (2 - mix) * score + mix * the task's score, the task's own at the first task;
     - F and score are each scaled to [0, 1] by (x - min) / (max - min).
 
@@ -45,7 +47,7 @@ class RWalk(Method):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        decay: weight of the old Fisher average, in [0, 1); "released": of the new interval's.
+        decay: weight of the old Fisher average, in [0, 1); "released": of the new squares.
         interval: steps between two entries of the score, >= 1.
         eps: damping of the score, > 0.
         mix: weight of the new task's score, in [0, 1].
@@ -64,7 +66,7 @@ class RWalk(Method):
         "score",
         "interval_start",
     )
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
+    counter_names: tuple[str, ...] = ("tasks", "interval_steps")
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}
@@ -82,8 +84,9 @@ class RWalk(Method):
     ) -> None:
         self.variant = self._choice("variant", variant)
         if variant == "released":
-            # "fisher" is the mean of the interval so far: the weight of a step changes with each.
+            # "fisher" is the mean of the task so far: the weight of a step changes with each.
             self.state_names = (*self.state_names, "running_fisher")
+            self.counter_names = (*self.counter_names, "task_steps")
             self.fused_state = None
         super().__init__(model, strength=strength)
         self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
@@ -91,6 +94,7 @@ class RWalk(Method):
         self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
         self.interval_steps = 0  # since the interval began
+        self.task_steps = 0  # since the task began
 
     def update(self) -> None:
         """Follow a step: after `optimizer.step()`, before `zero_grad()`.
@@ -101,7 +105,7 @@ class RWalk(Method):
         super().update()
         decay = self.decay
         if self.variant == "released":
-            decay = self.interval_steps / (self.interval_steps + 1)
+            decay = self.task_steps / (self.task_steps + 1)
         try:
             self._state.plan.riemannian_walk_step_(self._strength, decay, *self._take_scales())
         except (TypeError, ValueError) as error:
@@ -111,6 +115,7 @@ class RWalk(Method):
     def after_step(self) -> None:
         """Count the step, and close the interval with its last one."""
         self.interval_steps += 1
+        self.task_steps += 1
         if self.interval_steps >= self.interval:
             self._close_interval()
 
@@ -120,7 +125,8 @@ class RWalk(Method):
 
     def _close_interval(self) -> None:
         if self.variant == "released":
-            close_interval(self._state, self.decay, self.eps)
+            intervals = self.task_steps / self.interval
+            close_interval(self._state, self.decay, intervals, self.eps)
         else:
             self._state.plan.accumulate_riemannian_walk_score_(self.eps)
         self.interval_steps = 0
@@ -140,3 +146,4 @@ class RWalk(Method):
         # The path is empty since its interval was closed; the walk goes on from where it is now.
         self._state.restart("previous")
         self._state.restart("interval_start")
+        self.task_steps = 0

@@ -16,21 +16,24 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def close_interval(state: ParameterState, decay: float, eps: float) -> None:
-    """The interval's entry of the score, by the old Fisher average, which then takes its mean."""
+def close_interval(state: ParameterState, decay: float, intervals: float, eps: float) -> None:
+    """The interval's entry of the score, by the old Fisher average, which then takes the squares.
+
+    "fisher" holds their mean since the task began, `intervals` is how many intervals that was.
+    """
     lists = state.lists
     # The op halves it.
     twice = torch._foreach_mul(lists["running_fisher"], 2.0)
     ops.accumulate_riemannian_walk_score_(
         lists["task_score"], lists["path"], lists["interval_start"], twice, state.params, eps
     )
-    torch._foreach_lerp_(lists["running_fisher"], lists["fisher"], decay)
-    torch._foreach_zero_(lists["fisher"])
+    torch._foreach_mul_(lists["running_fisher"], 1 - decay)
+    torch._foreach_add_(lists["running_fisher"], lists["fisher"], alpha=decay * intervals)
 
 
 @torch.no_grad()
 def drop_interval(state: ParameterState) -> None:
-    """Forget what an interval has so far."""
+    """Forget what a task's last interval has so far, and the task's squares."""
     torch._foreach_zero_(state.lists["path"])
     torch._foreach_zero_(state.lists["fisher"])
 
