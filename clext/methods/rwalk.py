@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from clext.methods.base import Method
-from clext.methods.rwalk_released import close_interval, consolidate, drop_interval
+from clext.methods.rwalk_formulas import FORMULAS
 from clext.options import integer, number
 from clext.state import COPIES_OF_PARAMETERS
 
@@ -83,11 +83,8 @@ class RWalk(Method):
         variant: str = "paper",
     ) -> None:
         self.variant = self._choice("variant", variant)
-        if variant == "released":
-            # "fisher" is the mean of the task so far: the weight of a step changes with each.
-            self.state_names = (*self.state_names, "running_fisher")
-            self.counter_names = (*self.counter_names, "task_steps")
-            self.fused_state = None
+        self._formulas = FORMULAS[self.variant]
+        self._formulas.declare(self)
         super().__init__(model, strength=strength)
         self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
         self.interval = integer(self.name, "interval", interval, minimum=1)
@@ -103,9 +100,7 @@ class RWalk(Method):
         no other trace; what was finite of it is averaged into Fisher.
         """
         super().update()
-        decay = self.decay
-        if self.variant == "released":
-            decay = self.task_steps / (self.task_steps + 1)
+        decay = self._formulas.step_decay(self)
         try:
             self._state.plan.riemannian_walk_step_(self._strength, decay, *self._take_scales())
         except (TypeError, ValueError) as error:
@@ -117,33 +112,19 @@ class RWalk(Method):
         self.interval_steps += 1
         self.task_steps += 1
         if self.interval_steps >= self.interval:
-            self._close_interval()
+            self._formulas.close_interval(self)
+            self.interval_steps = 0
 
     def step_options(self) -> dict[str, float]:
         """Numbers that the optimizer's pass needs."""
         return {"strength": self._strength, "decay": self.decay}
 
-    def _close_interval(self) -> None:
-        if self.variant == "released":
-            intervals = self.task_steps / self.interval
-            close_interval(self._state, self.decay, intervals, self.eps)
-        else:
-            self._state.plan.accumulate_riemannian_walk_score_(self.eps)
-        self.interval_steps = 0
-
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))
-        if self.variant == "released":
-            drop_interval(self._state)
-            self.interval_steps = 0
-        elif self.interval_steps > 0:
-            self._close_interval()
+        self._formulas.close_last_interval(self)
+        self.interval_steps = self.task_steps = 0
         self._warn_if_zero("task_score")
-        if self.variant == "released":
-            consolidate(self._state, self.mix, is_first=self.tasks == 0)
-        else:
-            self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
+        self._formulas.consolidate(self)
         # The path is empty since its interval was closed; the walk goes on from where it is now.
         self._state.restart("previous")
         self._state.restart("interval_start")
-        self.task_steps = 0
