@@ -35,7 +35,8 @@ class RWalk(Method):
       is new. S is not begun again with each interval, so that F weighs all steps of a task about
       alike instead of the last `interval` of them alone;
     - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval;
-    - a task's last interval is dropped, score and squares alike, if it lacks steps;
+    - a task's first interval is a step shorter, and its last one is dropped, score and squares
+      alike, if it lacks steps;
     - score = (2 - mix) * score + mix * the task's score, the task's own at the first task;
     - F and score are each scaled to [0, 1] by (x - min) / (max - min).
 
@@ -90,7 +91,9 @@ class RWalk(Method):
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
-        self.interval_steps = 0  # since the interval began
+        self.interval_steps = (
+            self._formulas.head_start
+        )  # since the interval began, head start included
         self.task_steps = 0  # since the task began
 
     def update(self) -> None:
@@ -122,7 +125,7 @@ class RWalk(Method):
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))
         self._formulas.close_last_interval(self)
-        self.interval_steps = self.task_steps = 0
+        self.interval_steps, self.task_steps = self._formulas.head_start, 0
         self._warn_if_zero("task_score")
         self._formulas.consolidate(self)
         # The path is empty since its interval was closed; the walk goes on from where it is now.

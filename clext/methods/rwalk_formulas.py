@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class PaperFormulas:
     """Those that the fused ops have."""
 
+    head_start = 0  # steps that a task's first interval lacks
+
     def declare(self, walk: RWalk) -> None:
         """Name what is kept beside the state of these formulas, before it is made."""
 
@@ -41,6 +43,8 @@ class PaperFormulas:
 
 class ReleasedFormulas(PaperFormulas):
     """Those of the released code: "fisher" is the mean of the squares since the task began."""
+
+    head_start = 1  # there an interval ends ahead of the step that would complete it
 
     def declare(self, walk: RWalk) -> None:
         """A Fisher average beside the squares, and how many squares these are."""
