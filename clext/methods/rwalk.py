@@ -91,9 +91,7 @@ class RWalk(Method):
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
-        self.interval_steps = (
-            self._formulas.head_start
-        )  # since the interval began, head start included
+        self.interval_steps = self._formulas.head_start  # since the interval began
         self.task_steps = 0  # since the task began
 
     def update(self) -> None:
