@@ -21,7 +21,7 @@ class RunningFisherEWC(Method):
 
     name: ClassVar[str] = "running_fisher_ewc"
     state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "squares", "running")
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "steps")
+    counter_names: tuple[str, ...] = ("tasks", "steps")
 
     def __init__(
         self, model: nn.Module, *, strength: float | None = None, interval: int = 10

@@ -183,24 +183,26 @@ class NaiveReleasedRWalk(NaiveRWalk):
         for i, (g, new) in enumerate(zip(self.grads, self.now(), strict=True)):
             self.fall[i] -= g * (new - self.old[i])
             self.squares[i] += g**2
-        self.steps += 1
-        if self.steps == self.interval:
+        self.steps += 1  # of the task
+        # Looked at before the next step, by that step's number.
+        if (self.steps + 1) % self.interval == 0:
             self.close_interval()
 
     def close_interval(self):
         for i, new in enumerate(self.now()):
             distance = self.fisher[i] * (new - self.start[i]) ** 2
             self.task_score[i] += self.fall[i].clamp(min=0) / (distance + self.eps)
-            mean = self.squares[i] / self.interval
-            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * mean
+            # The squares of the whole task so far, not those of the interval.
+            added = self.squares[i] / self.interval
+            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * added
         self.drop_interval()
 
     def drop_interval(self):
-        self.fall, self.squares = self.zeros(), self.zeros()
-        self.start, self.steps = self.now(), 0
+        self.fall, self.start = self.zeros(), self.now()
 
     def end_task(self, batches):  # noqa: ARG002
         self.drop_interval()
+        self.squares, self.steps = self.zeros(), 0
         if self.score is None:
             self.score = self.task_score
         else:
@@ -236,7 +238,7 @@ CASES = {
         RWalk,
         NaiveReleasedRWalk,
         1.0,
-        {"variant": "released", "interval": 4, "eps": 1e-2, "decay": 0.8, "mix": 0.3},
+        {"variant": "released", "interval": 5, "eps": 1e-2, "decay": 0.8, "mix": 0.3},
     ),
     "scp": (SCP, NaiveSCP, 5.0, {}),
 }

@@ -190,7 +190,7 @@ def test_a_released_task_shorter_than_an_interval_has_no_score(device):
     method = RWalk(model, variant="released", interval=100)
     with pytest.warns(UserWarning, match="rwalk saw no step of this task"):
         train_tasks(model, method, tasks=1)
-    assert method.interval_steps == 0
+    assert (method.interval_steps, method.task_steps) == (1, 0)
     for entry in method.importance.values():
         assert entry.eq(0).all()
     for key in ("path", "fisher", "running_fisher"):
@@ -201,7 +201,7 @@ def test_a_released_task_shorter_than_an_interval_has_no_score(device):
 def test_the_state_of_another_variant_is_refused(saved, loaded):
     state = RWalk(make_model(), variant=saved).state_dict()
     method = RWalk(make_model(), variant=loaded)
-    words = "missing running_fisher" if loaded == "released" else "unexpected running_fisher"
+    words = "missing task_steps" if loaded == "released" else "unexpected task_steps"
     with pytest.raises(ValueError, match=words):
         method.load_state_dict(state)
 

@@ -43,7 +43,7 @@ class EWC(Method):
 
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "constant")
+    counter_names: tuple[str, ...] = ("tasks", "constant")
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "fisher": FISHER_KINDS,

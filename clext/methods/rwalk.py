@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from clext.methods.base import Method
-from clext.methods.rwalk_released import close_interval, consolidate, drop_interval
+from clext.methods.rwalk_formulas import FORMULAS
 from clext.options import integer, number
 from clext.state import COPIES_OF_PARAMETERS
 
@@ -30,10 +30,13 @@ class RWalk(Method):
 
     variant="released" follows the formulas of the code that the authors released, which differ:
 
-    - F is averaged over intervals: with M the mean of g^2 over the steps of an interval, at its end
-      F = (1 - decay) * F + decay * M, so that `decay` is the weight of what is new;
-    - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval's mean;
-    - what a task's last interval lacks of `interval` steps drops it, score and mean alike;
+    - F is averaged over intervals: with S the sum of g^2 over all steps since the task began, at
+      the end of each F = (1 - decay) * F + decay * S / interval, `decay` being the weight of what
+      is new. S is not begun again with each interval, so that F weighs all steps of a task about
+      alike instead of the last `interval` of them alone;
+    - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval;
+    - a task's first interval is a step shorter, and its last one is dropped, score and squares
+      alike, if it lacks steps;
     - score = (2 - mix) * score + mix * the task's score, the task's own at the first task;
     - F and score are each scaled to [0, 1] by (x - min) / (max - min).
 
@@ -45,7 +48,7 @@ class RWalk(Method):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        decay: weight of the old Fisher average, in [0, 1); "released": of the new interval's.
+        decay: weight of the old Fisher average, in [0, 1); "released": of the new squares.
         interval: steps between two entries of the score, >= 1.
         eps: damping of the score, > 0.
         mix: weight of the new task's score, in [0, 1].
@@ -64,7 +67,7 @@ class RWalk(Method):
         "score",
         "interval_start",
     )
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks", "interval_steps")
+    counter_names: tuple[str, ...] = ("tasks", "interval_steps")
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}
@@ -81,16 +84,15 @@ class RWalk(Method):
         variant: str = "paper",
     ) -> None:
         self.variant = self._choice("variant", variant)
-        if variant == "released":
-            # "fisher" is the mean of the interval so far: the weight of a step changes with each.
-            self.state_names = (*self.state_names, "running_fisher")
-            self.fused_state = None
+        self._formulas = FORMULAS[self.variant]
+        self._formulas.declare(self)
         super().__init__(model, strength=strength)
         self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
-        self.interval_steps = 0  # since the interval began
+        self.interval_steps = self._formulas.head_start  # since the interval began
+        self.task_steps = 0  # since the task began
 
     def update(self) -> None:
         """Follow a step: after `optimizer.step()`, before `zero_grad()`.
@@ -99,9 +101,7 @@ class RWalk(Method):
         no other trace; what was finite of it is averaged into Fisher.
         """
         super().update()
-        decay = self.decay
-        if self.variant == "released":
-            decay = self.interval_steps / (self.interval_steps + 1)
+        decay = self._formulas.step_decay(self)
         try:
             self._state.plan.riemannian_walk_step_(self._strength, decay, *self._take_scales())
         except (TypeError, ValueError) as error:
@@ -111,32 +111,21 @@ class RWalk(Method):
     def after_step(self) -> None:
         """Count the step, and close the interval with its last one."""
         self.interval_steps += 1
+        self.task_steps += 1
         if self.interval_steps >= self.interval:
-            self._close_interval()
+            self._formulas.close_interval(self)
+            self.interval_steps = 0
 
     def step_options(self) -> dict[str, float]:
         """Numbers that the optimizer's pass needs."""
         return {"strength": self._strength, "decay": self.decay}
 
-    def _close_interval(self) -> None:
-        if self.variant == "released":
-            close_interval(self._state, self.decay, self.eps)
-        else:
-            self._state.plan.accumulate_riemannian_walk_score_(self.eps)
-        self.interval_steps = 0
-
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))
-        if self.variant == "released":
-            drop_interval(self._state)
-            self.interval_steps = 0
-        elif self.interval_steps > 0:
-            self._close_interval()
+        self._formulas.close_last_interval(self)
+        self.interval_steps, self.task_steps = self._formulas.head_start, 0
         self._warn_if_zero("task_score")
-        if self.variant == "released":
-            consolidate(self._state, self.mix, is_first=self.tasks == 0)
-        else:
-            self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
+        self._formulas.consolidate(self)
         # The path is empty since its interval was closed; the walk goes on from where it is now.
         self._state.restart("previous")
         self._state.restart("interval_start")

@@ -34,7 +34,7 @@ class Stateful:
     # Whether there is anything to weigh: a penalty, or a loss on what was learned before.
     has_strength: ClassVar[bool] = True
     state_names: tuple[str, ...] = ("anchor", "importance")
-    counter_names: ClassVar[tuple[str, ...]] = ("tasks",)
+    counter_names: tuple[str, ...] = ("tasks",)
     separate_state: ClassVar[tuple[str, ...]] = ()
     # What is kept beside `state_names` -> bytes, in the letters of `clext.description`.
     memory: ClassVar[dict[str, str]] = {}
