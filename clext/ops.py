@@ -133,6 +133,12 @@ def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, sc
     _ops.sliced_importance_.default(acc, jacobian, slices, scale)
 
 
+def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -> Tensor:
+    """Sum over samples of the square (or absolute value) of features[s, g] @ grads[s, g]^T."""
+    op = _ops.per_sample_sum.default
+    return cast("Tensor", op(features, grads, absolute=absolute))
+
+
 def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
     """Products of all pairs of K past gradients and the current one, summed over all tensors.
 

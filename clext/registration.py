@@ -7,6 +7,7 @@ everything.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from clext import reference
 from clext.ops import quadratic_penalty_backward
 from clext.reference.arithmetic import total, wide
+from clext.reference.per_sample import check_per_sample
 from clext.tensor_lists import TensorList, widest
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _REFERENCES: dict[str, Callable[..., object]] = {
         reference.accumulate_square_,
         reference.accumulate_abs_,
         reference.sliced_importance_,
+        reference.per_sample_sum,
         reference.gradient_gram,
         reference.project_gradient_,
         reference.consolidate_importance_,
@@ -93,6 +96,12 @@ def _fake_gram(rows: TensorList, grads: TensorList) -> Tensor:
     return grads[0].new_empty((count, count), dtype=torch.float64)
 
 
+def _fake_per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -> Tensor:  # noqa: ARG001
+    check_per_sample(features, grads)
+    inputs = math.prod(features.shape[2 : features.dim() - grads.dim() + 3])
+    return grads.new_empty(grads.shape[1], inputs, grads.shape[2])
+
+
 # The only ops with a formula for autograd, at the end of this file.
 _DIFFERENTIABLE = ("quadratic_penalty", "quadratic_penalty_backward")
 
@@ -102,6 +111,7 @@ _FAKES: dict[str, Callable[..., object]] = {
         torch.empty_like(entry) for entry in params
     ],
     "add_quadratic_penalty_grad_": lambda _grads, params, *_others: _fake_sum(params),
+    "per_sample_sum": _fake_per_sample_sum,
     "gradient_gram": _fake_gram,
     "consolidate_all_anchors_": lambda importances, *_others: _fake_sum(importances),
     "sgd_step_": lambda params, *_others, **_options: _fake_sum(params),

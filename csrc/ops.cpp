@@ -264,6 +264,7 @@ TORCH_LIBRARY(clext, m) {
   m.def("accumulate_abs_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
   m.def("sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
         tags);
+  m.def("per_sample_sum(Tensor features, Tensor grads, *, bool absolute=False) -> Tensor", tags);
   m.def("gradient_gram(Tensor[] rows, Tensor[] grads) -> Tensor", tags);
   m.def("project_gradient_(Tensor(a!)[] grads, Tensor[] rows, Tensor weights) -> ()", tags);
   m.def(
@@ -326,7 +327,11 @@ void register_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(clext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(clext, CPU, m) {
+  register_kernels(m);
+  // On a GPU the matrix products of torch's own library serve best, as the reference takes them.
+  m.impl("per_sample_sum", TORCH_FN(clext::per_sample_sum));
+}
 
 #if defined(CLEXT_WITH_CUDA)
 TORCH_LIBRARY_IMPL(clext, CUDA, m) { register_kernels(m); }

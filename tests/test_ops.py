@@ -42,7 +42,8 @@ def schemas() -> dict[str, torch.FunctionSchema]:
 
 
 def test_every_op_has_an_entry_a_wrapper_and_a_reference():
-    names = {op.name for op in OPS}
+    # The only op that does not take lists has tests of its own.
+    names = {op.name for op in OPS} | {"per_sample_sum"}
     assert names == set(schemas())
     assert all(hasattr(ops, name) and hasattr(reference, name) for name in names)
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext import ops
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -81,6 +83,15 @@ class LayerRule:
         raise NotImplementedError
 
 
+def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Function) -> None:
+    """Add the sum over samples of function(sum over rows of grads times features) to `acc`.
+
+    As in `ops.per_sample_sum`, for a weight of [groups * outputs, *inputs].
+    """
+    sums = ops.per_sample_sum(features, grads, absolute=function is torch.abs)
+    acc.add_(sums.transpose(1, 2).reshape(acc.shape))
+
+
 def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
     """Add the sum over samples of function(sum over uses of gradient) to `acc`."""
     samples = len(uses[0][-1])
@@ -115,12 +126,16 @@ class _Linear(LayerRule):
 
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
-        if not self.separable(features.shape[1]):
-            super().add_(acc, name, features, g, function)
-        elif name == "bias":
+        separable = self.separable(features.shape[1])
+        if separable and name == "bias":
             acc.add_(function(g).sum((0, 1)))
-        else:
+        elif separable:
             acc.addmm_(function(g).squeeze(1).T, function(features).squeeze(1))
+        elif name == "bias" or function is itself:
+            super().add_(acc, name, features, g, function)
+        else:
+            inputs, outputs = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (features, g))
+            add_products_(acc, inputs, outputs, function)
 
     gives_rows = True
 
@@ -174,6 +189,14 @@ class _Conv(LayerRule):
         # The larger matrix first, which is faster for few channels.
         product = torch.bmm(windows, by_channel.transpose(1, 2))
         return product.transpose(1, 2).reshape(len(g), *weight.shape)
+
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
+        if name == "bias" or function is itself:
+            super().add_(acc, name, features, g, function)
+        else:
+            # [samples, groups, channels of the group, rows, *outputs]
+            by_group = g.unflatten(2, (self.layer.groups, -1)).movedim(1, 3)
+            add_products_(acc, features, by_group, function)
 
 
 class _Embedding(LayerRule):

@@ -25,6 +25,7 @@ from clext.reference.penalty import (
     quadratic_penalty,
     quadratic_penalty_backward,
 )
+from clext.reference.per_sample import per_sample_sum
 from clext.reference.plan import ReferencePlan
 from clext.reference.projection import gradient_gram, project_gradient_
 
@@ -41,6 +42,7 @@ __all__ = [
     "consolidate_path_integral_",
     "consolidate_riemannian_walk_",
     "gradient_gram",
+    "per_sample_sum",
     "project_gradient_",
     "quadratic_penalty",
     "quadratic_penalty_backward",

@@ -70,6 +70,13 @@ CLEXT_HOST_DEVICE Pack<T, Bytes> operator*(T a, const Pack<T, Bytes>& b) {
 }
 
 template <class T, int64_t Bytes>
+CLEXT_HOST_DEVICE Pack<T, Bytes> absolute(const Pack<T, Bytes>& a) {
+  Pack<T, Bytes> result;
+  result.vector = a.vector < T(0) ? -a.vector : a.vector;
+  return result;
+}
+
+template <class T, int64_t Bytes>
 CLEXT_HOST_DEVICE Pack<T, Bytes> positive_part(const Pack<T, Bytes>& a) {
   Pack<T, Bytes> result;
   result.vector = a.vector < T(0) ? typename Pack<T, Bytes>::Vector{} : a.vector;

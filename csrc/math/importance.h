@@ -14,7 +14,7 @@ struct AccumulateSquare {
   double scale;
 
   template <class A>
-  CLEXT_HOST_DEVICE void operator()(A& acc, A grad) const {
+  CLEXT_HOST_DEVICE void operator()(A& acc, const A& grad) const {
     acc += A(scale) * grad * grad;
   }
 };
@@ -26,7 +26,7 @@ struct AccumulateAbs {
   double scale;
 
   template <class A>
-  CLEXT_HOST_DEVICE void operator()(A& acc, A grad) const {
+  CLEXT_HOST_DEVICE void operator()(A& acc, const A& grad) const {
     acc += A(scale) * absolute(grad);
   }
 };
