@@ -13,6 +13,7 @@ from clext.options import choice, integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from clext.methods.stateful import Commit
 
@@ -62,6 +63,10 @@ class Memory:
     def labels(self) -> Tensor | None:
         """Their labels, int64 [size]."""
         return None if self._buffers is None else self._buffers[1][: self.size]
+
+    def unless_it_fails(self) -> AbstractContextManager[None]:
+        """If what is done inside fails, nothing was drawn there."""
+        return self._random.unless_it_fails()
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw inputs [count, ...] and labels [count] on the device, where `size` is not 0.

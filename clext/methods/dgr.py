@@ -143,11 +143,12 @@ class DGR(Rehearsal):
         if self._teacher is None or self._previous is None:
             self._train_generator(inputs)
             return current
-        random = self._sampling.on(inputs.device)
-        replayed = sample_like(self.name, self._previous, inputs, random)
-        self._train_generator(inputs, replayed)
+        with self._sampling.unless_it_fails():
+            random = self._sampling.on(inputs.device)
+            replayed = sample_like(self.name, self._previous, inputs, random)
+            self._train_generator(inputs, replayed)
         with self.outputs.full():
-            logits, teacher = self.model(replayed), self._teacher(replayed)
+            logits, teacher = self.outputs.logits(replayed), self._teacher(replayed)
         losses = [
             self._replayed_loss(logits[:, now], teacher[:, then])
             for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])

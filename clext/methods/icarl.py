@@ -156,15 +156,17 @@ class ICaRL(Unpenalised):
             old[block.start : block.stop] = False
         return old
 
+    def _has_global_labels(self, batch: Examples) -> bool:
+        return len(batch) > 2
+
     def _loss(self, *batch: Tensor) -> Tensor:
         """As `loss`; a batch of what `begin_task` returned, or inputs and local labels."""
         inputs, labels, *rest = batch
         with self.outputs.full():
-            logits = self.model(inputs)
+            logits = self.outputs.logits(inputs, labels)
         if rest:
             targets = rest[0]
         else:
-            self.outputs.check_labels(labels)
             labels = labels + self.outputs.start
             targets = self._targets(inputs, labels, self._width(logits.shape[1]))
         width = targets.shape[1]

@@ -56,6 +56,9 @@ class Joint(Unpenalised):
         self._examples[self.tasks] = new
         return joined
 
+    def _has_global_labels(self, batch: Examples) -> bool:  # noqa: ARG002
+        return True
+
     def _loss(self, *batch: Tensor) -> Tensor:
         if self.tasks not in self._examples:
             raise RuntimeError(

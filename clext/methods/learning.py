@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext.methods.batch import checked_batch
 from clext.methods.stateful import Stateful
 from clext.outputs import Outputs
 
@@ -84,11 +85,21 @@ class Learning(Stateful):
         """The loss of a batch without the penalty (0-dim, differentiable).
 
         Args:
-            *batch: inputs and labels, or the same rows of all that `begin_task` returned.
+            *batch: inputs [N, ...] and integer labels [N], or the same rows of all that
+                `begin_task` returned.
+
+        Raises:
+            TypeError: that is not what was given.
+            ValueError: the batch is empty, its entries have not one row for each example, or the
+                model returns no logits [N, outputs]; on the CPU also for labels that are no
+                outputs. The method is as it was before.
         """
         learner = self._learner
+        batch = checked_batch(batch)
+        learner.outputs.check_labels(batch[1], local=not learner._has_global_labels(batch))
+        value = learner._loss(*batch)
         learner._has_made_loss = True
-        return learner._loss(*batch)
+        return value
 
     def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
         """A score for each example and active output, [N, outputs]; the largest is the class.
@@ -122,11 +133,17 @@ class Learning(Stateful):
         """
         return examples
 
+    def _has_global_labels(self, batch: Examples) -> bool:  # noqa: ARG002
+        """Whether the labels of a batch for `_loss` count from the model's first output."""
+        return False
+
     def _loss(self, *batch: Tensor) -> Tensor:
-        """As `loss`. By default the cross entropy of the model's outputs."""
+        """As `loss`, of a batch that was checked. By default the cross entropy of the outputs.
+
+        Must leave the method as it was if it fails.
+        """
         inputs, labels = batch
-        self.outputs.check_labels(labels)
-        return F.cross_entropy(self.model(inputs), labels)
+        return F.cross_entropy(self.outputs.logits(inputs, labels), labels)
 
     def _predict(self, inputs: Tensor) -> Tensor:
         scores: Tensor = self.model(inputs)

@@ -72,13 +72,13 @@ class Replay(Rehearsal):
         inputs, labels = batch
         if self._memory.size == 0:
             return super()._loss(inputs, labels)
-        self.outputs.check_labels(labels)
-        old, old_labels = self._memory.sample(self.batch or len(inputs))
-        losses = self.outputs.cross_entropy(
-            torch.cat([inputs, old]),
-            torch.cat([labels + self.outputs.start, old_labels]),
-            reduction="none",
-        )
+        with self._memory.unless_it_fails():
+            old, old_labels = self._memory.sample(self.batch or len(inputs))
+            losses = self.outputs.cross_entropy(
+                torch.cat([inputs, old]),
+                torch.cat([labels + self.outputs.start, old_labels]),
+                reduction="none",
+            )
         return self._balanced(losses[: len(inputs)].mean(), losses[len(inputs) :].mean())
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
