@@ -14,6 +14,7 @@ from clext import ops
 from clext.methods import watch
 from clext.methods.clipping import check_clipping, clip_grads_
 from clext.methods.learning import Learning
+from clext.methods.omissions import End, keep_end, warn_of_omissions
 from clext.methods.stateful import option_names
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Method(Learning):
         method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
         step: clip with the method's `clip_grad_norm_`, not with torch's.
         """
+        self._was_used = True
         state = self._state
         lists = [state.params, state.lists["anchor"], state.lists["importance"]]
         if not all(entry.requires_grad for entry in state.params):
@@ -133,6 +135,7 @@ class Method(Learning):
                 changed after this call (for methods with a path integral).
         """
         self._refuse_if_attached("add_penalty_grad_")
+        self._was_used = True
         self._forget_old_scales()
         try:
             value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
@@ -193,6 +196,7 @@ class Method(Learning):
     def update(self) -> None:
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
         self._refuse_if_attached("update")
+        self._was_used = True
 
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task: importance and anchor for the tasks to come.
@@ -207,16 +211,17 @@ class Method(Learning):
                 (see `refresh_parameters`), or what the steps have left is not finite; nothing is
                 changed.
         """
+        self.refresh_parameters()
+        end = End(self, dataloader)
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        self.refresh_parameters()
         commit = self._learner._prepare_end(dataloader)
-        self._warn_if_loss_unused()
+        warn_of_omissions(self, end)
         self._end_task(dataloader)
         commit()
         for part in self.parts:
             part.tasks += 1
-            part._has_made_loss = False
+        keep_end(self, end)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -41,7 +40,9 @@ class Learning(Stateful):
         super().__init__(model, strength=strength)
         self.outputs = Outputs(model)
         self._rehearsal: Learning | None = None
-        self._has_made_loss = False  # since the last task ended
+        # Since the last task ended.
+        self._was_used = False
+        self._has_made_loss = False
 
     # ------------------------------------------------------------------ in the loop
 
@@ -72,6 +73,7 @@ class Learning(Stateful):
             ValueError: block or active is no such range, or the examples are not what the method
                 can work on; nothing is changed.
         """
+        self._was_used = True
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
         self.outputs.begin_task(block, active, ended=self.tasks)
         try:
@@ -170,17 +172,6 @@ class Learning(Stateful):
 
     def _move_extra_state(self, device: torch.device) -> None:
         """Move what is kept beside the parameters."""
-
-    def _warn_if_loss_unused(self) -> None:
-        """Say so if a later task ends that was learned by another loss: nothing would be kept."""
-        learner = self._learner
-        if learner.keeps_by_loss and learner.tasks > 0 and not learner._has_made_loss:
-            warnings.warn(
-                f"clext: loss() of this {self.label} was not called in this task, so "
-                f"{learner.name} kept nothing of the tasks before; train on loss(x, y) of the "
-                "method, in place of a loss of your own",
-                stacklevel=3,
-            )
 
     # ------------------------------------------------------------------ combinations
 
@@ -300,7 +291,7 @@ class Learning(Stateful):
             for part in commits:
                 part()
             self.outputs.blocks = blocks
-            self._has_made_loss = True  # for all that is known
+            self._was_used = self._has_made_loss = True  # for all that is known
 
         return commit
 
