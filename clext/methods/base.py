@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ _FUSED_STATES = (
     ("anchor", "importance", "path"),
     ("anchor", "importance", "path", "fisher"),
 )
-_REPLACED_BY_A_STEP = ("penalty", "add_penalty_grad_", "update")
+_PULLS = ("penalty", "add_penalty_grad_")
+_REPLACED_BY_A_STEP = (*_PULLS, "update")
 
 
 class Method(Learning):
@@ -78,6 +79,9 @@ class Method(Learning):
     """
 
     fused_state: tuple[str, ...] | None = None
+    # Whether a penalty or a change of the gradient keeps what was learned before, and nothing else
+    # does. A subclass with a `penalty` or `add_penalty_grad_` of its own has to say so again.
+    keeps_by_pull: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  (whatever other bases take)
         super().__init_subclass__(**options)
@@ -85,10 +89,13 @@ class Method(Learning):
         owner = next(base for base in cls.__mro__ if "fused_state" in base.__dict__)
         if any(getattr(cls, name) is not getattr(owner, name) for name in _REPLACED_BY_A_STEP):
             cls.fused_state = None
+        owner = next(base for base in cls.__mro__ if "keeps_by_pull" in base.__dict__)
+        if any(getattr(cls, name) is not getattr(owner, name) for name in _PULLS):
+            cls.keeps_by_pull = False  # for all that is known: it need not call the base's
         # A penalty of its own has a gradient of its own, whoever defined the fused one.
         definitions = (
             next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
-            for name in ("penalty", "add_penalty_grad_")
+            for name in _PULLS
         )
         if next(definitions) < next(definitions) and cls.fused_state is None:
             cls.add_penalty_grad_ = Method._add_penalty_grad_by_autograd_  # type: ignore[method-assign]
@@ -108,7 +115,7 @@ class Method(Learning):
         method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
         step: clip with the method's `clip_grad_norm_`, not with torch's.
         """
-        self._was_used = True
+        self._note_pull()
         state = self._state
         lists = [state.params, state.lists["anchor"], state.lists["importance"]]
         if not all(entry.requires_grad for entry in state.params):
@@ -135,7 +142,7 @@ class Method(Learning):
                 changed after this call (for methods with a path integral).
         """
         self._refuse_if_attached("add_penalty_grad_")
-        self._was_used = True
+        self._note_pull()
         self._forget_old_scales()
         try:
             value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
@@ -225,6 +232,22 @@ class Method(Learning):
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError
+
+    def _note_pull(self) -> None:
+        """The parameters were pulled to the anchor, or their gradients changed."""
+        self._was_used = self._has_pulled = True
+        if (
+            not torch.compiler.is_compiling()
+            and self._state.params[0].is_cuda
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            self._is_held_unseen = True
+
+    def _has_something_to_hold(self) -> bool:
+        """Whether the past tasks have left anything that a pull would hold."""
+        return self.strength > 0 and any(
+            bool(entry.any()) for entry in self._state.lists["importance"]
+        )
 
     def _warn_if_zero(self, key: str) -> None:
         """Say so if a task ends without a trace of its steps: nothing would be protected."""

@@ -36,6 +36,7 @@ class Episodic(Unpenalised):
     says in `_weights` how much of each is added, from the matrix of all products.
     """
 
+    keeps_by_pull: ClassVar[bool] = True
     memory: ClassVar[dict[str, str]] = {"examples": "T*min(M, N)*(4*X + 8)"}
 
     def __init__(
@@ -58,6 +59,7 @@ class Episodic(Unpenalised):
 
         Call it after the last backward pass (and after `scaler.unscale_`), before any clipping.
         """
+        self._note_pull()
         if self._sizes:
             try:
                 self._project_()
@@ -82,6 +84,9 @@ class Episodic(Unpenalised):
         weights = self._weights(gradient_gram(rows, grads))
         if weights is not None:
             project_gradient_(grads, rows, weights)
+
+    def _has_something_to_hold(self) -> bool:
+        return bool(self._sizes)
 
     def _row_count(self) -> int:
         """How many gradients of the past a step makes."""

@@ -43,6 +43,7 @@ class Learning(Stateful):
         # Since the last task ended.
         self._was_used = False
         self._has_made_loss = False
+        self._has_pulled = False
 
     # ------------------------------------------------------------------ in the loop
 
@@ -291,7 +292,8 @@ class Learning(Stateful):
             for part in commits:
                 part()
             self.outputs.blocks = blocks
-            self._was_used = self._has_made_loss = True  # for all that is known
+            # For all that is known.
+            self._was_used = self._has_made_loss = self._has_pulled = True
 
         return commit
 

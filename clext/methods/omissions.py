@@ -54,7 +54,7 @@ def keep_end(method: Method, end: End) -> None:
     """The task has ended; a new one begins, in which nothing was called yet."""
     _ends[method] = end
     for part in method.parts:
-        part._was_used = part._has_made_loss = False
+        part._was_used = part._has_made_loss = part._has_pulled = False
 
 
 def _omissions(method: Method, end: End) -> list[str]:
@@ -66,13 +66,30 @@ def _omissions(method: Method, end: End) -> list[str]:
             "already: since then no parameter has changed and the data is the same; call it once "
             "for each task, or the task counts twice"
         ]
+    found = []
     if learner.keeps_by_loss and learner.tasks > 0 and not learner._has_made_loss:
-        return [
+        found.append(
             f"loss() of this {method.label} was not called in this task, so {learner.name} kept "
             "nothing of the tasks before; train on loss(x, y) of the method, in place of a loss "
             "of your own"
-        ]
-    return []
+        )
+    if last is not None and end.moved_since(last) and _was_let_go(method):
+        found.append(
+            f"nothing of this {method.name} was in the steps of this task, so they went on as "
+            "without it: give it to an optimizer of clext.optim, or call add_penalty_grad_() "
+            "before optimizer.step()"
+            + (", or add penalty() to the loss" if method.state_names else "")
+        )
+    return found
+
+
+def _was_let_go(method: Method) -> bool:
+    """Whether past tasks left something to hold, and nothing of the method held it."""
+    return (
+        method.keeps_by_pull
+        and not (method._has_pulled or method._is_held_unseen)
+        and method._has_something_to_hold()
+    )
 
 
 def _references(dataloader: object) -> tuple[weakref.ref[object], ...] | None:
