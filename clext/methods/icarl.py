@@ -27,7 +27,7 @@ from clext.module_mode import module_mode
 from clext.options import integer, softening
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from clext.importance.evaluation import Batches
     from clext.methods.learning import Examples
@@ -67,8 +67,8 @@ class ICaRL(Unpenalised):
             1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
-        ValueError: an option is out of range; or, at the beginning of a task, the budget is smaller
-            than the number of classes.
+        ValueError: an option is out of range; or, at the beginning of a task (in `clext.train`
+            before the first one), the budget is smaller than the number of classes.
     """
 
     name: ClassVar[str] = "icarl"
@@ -108,9 +108,10 @@ class ICaRL(Unpenalised):
 
     # ------------------------------------------------------------------ learning
 
-    def check_outputs(self, outputs: int) -> None:
-        """ValueError if the budget has not one exemplar for each class."""
-        exemplars_per_set(self.name, {}, range(outputs), self.budget)
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if the budget has not one exemplar for each class of each of these tasks."""
+        coming = [label for classes in tasks for label in classes]
+        exemplars_per_set(self.name, self._sets, coming, self.budget)
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         blocks = self.outputs.blocks

@@ -13,7 +13,7 @@ from clext.methods.stateful import Stateful
 from clext.outputs import Outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from clext.importance.evaluation import Batches
     from clext.methods.stateful import Commit
@@ -126,8 +126,11 @@ class Learning(Stateful):
 
     # ------------------------------------------------------------------ for subclasses
 
-    def check_outputs(self, outputs: int) -> None:
-        """ValueError if the method, as it was made, cannot learn so many outputs in all."""
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if the method, as it is, cannot learn tasks with these classes.
+
+        The classes of each task to come, which count from the model's first output.
+        """
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         """As `begin_task`; the outputs are selected already. Must leave all as it was if it fails.
