@@ -64,6 +64,11 @@ class Memory:
         """Their labels, int64 [size]."""
         return None if self._buffers is None else self._buffers[1][: self.size]
 
+    def check_shape(self, inputs: Tensor) -> None:
+        """ValueError if inputs of a batch do not go together with those that are kept."""
+        if self.inputs is not None:
+            check_alike(self.owner, inputs, self.inputs, "in the memory", types=False)
+
     def unless_it_fails(self) -> AbstractContextManager[None]:
         """If what is done inside fails, nothing was drawn there."""
         return self._random.unless_it_fails()
