@@ -512,3 +512,21 @@ def test_a_batch_that_the_model_does_not_take_makes_no_generator():
     (inputs, labels), _, _ = make_task(0, "domain")
     method.loss(inputs, labels)
     assert method.generator.shape == (FEATURES,)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_values_are_looked_at_in_each_step_where_that_is_free_and_else_once_a_task(
+    own_loop, device, monkeypatch
+):
+    looked = []
+
+    def check(*_, values, **__):
+        looked.append(values)
+
+    monkeypatch.setattr("clext.methods.dgr.check_inputs", check)
+    method = DGR(make_model().to(device), **SMALL)
+    for number in range(2):
+        looked.clear()
+        train_task(method, number, "domain", own_loop=own_loop)
+        steps = len(rows()) + (not own_loop)
+        assert looked == ([True] * steps if device == "cpu" else [True] + [False] * (steps - 1))
