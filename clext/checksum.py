@@ -24,11 +24,13 @@ def checksums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """
     factors: dict[torch.device, Tensor] = {}
     sums = []
-    for tensor in tensors:
+    known = list(tensors)
+    places = min(_BLOCK, max((2 * entry.numel() for entry in known), default=0))
+    for tensor in known:
         values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         bits = values.detach().view(_BITS[values.element_size()]).reshape(-1)
         if bits.device not in factors:
-            factors[bits.device] = _factors(bits.device)
+            factors[bits.device] = _factors(places, bits.device)
         sums += [
             (block.to(torch.int64) * factors[bits.device][: len(block)]).sum()
             for block in bits.split(_BLOCK)
@@ -36,9 +38,8 @@ def checksums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(torch.stack([entry.to(sums[0].device) for entry in sums]).tolist()) if sums else ()
 
 
-def _factors(device: torch.device) -> Tensor:
+def _factors(places: int, device: torch.device) -> Tensor:
     """Odd int64 numbers, one for each place in a block, that seem random."""
-    places = torch.arange(_BLOCK, device=device)
-    mixed = (places + 1) * 0x1E3779B97F4A7C15
+    mixed = (torch.arange(places, device=device) + 1) * 0x1E3779B97F4A7C15
     mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
     return (mixed ^ (mixed >> 32)) | 1

@@ -206,6 +206,8 @@ def compare(
     specs = _checked_specs(methods, model, options or {})
     folder = None if out is None else writable_folder(out, "compare: out")
     chosen = chosen_scenario(settings)
+    for spec in specs.values():
+        spec.check(chosen)
     comparison = Comparison({})
     for name, spec in specs.items():
 

@@ -95,21 +95,34 @@ def check_generator(owner: str, generator: object) -> nn.Module:
     return generator
 
 
-def check_inputs(owner: str, inputs: Tensor) -> None:
-    """ValueError unless `inputs` are what a `VAE` can learn. Waits for the device."""
+def check_inputs(owner: str, inputs: Tensor, *, bounded: bool, values: bool) -> None:
+    """ValueError unless `inputs` are what a generator can learn.
+
+    Args:
+        owner: whose inputs they are, for messages.
+        inputs: of a batch, or of a whole task.
+        bounded: whether they have to be in [0, 1], as for a `VAE`; else finite.
+        values: whether to look at the numbers, which waits for the device.
+    """
     remedy = "scale them, or pass a generator of your own"
-    if not inputs.is_floating_point():
+    if bounded and not inputs.is_floating_point():
         raise ValueError(
             f"{owner}: inputs are {inputs.dtype}, and the variational auto-encoder expects numbers "
             f"in [0, 1]; {remedy}"
         )
-    if inputs.numel():
-        least, most = (value.item() for value in inputs.aminmax())
-        if not (least >= 0 and most <= 1):
-            raise ValueError(
-                f"{owner}: inputs lie between {least:g} and {most:g}, and the variational "
-                f"auto-encoder expects numbers in [0, 1]; {remedy}"
-            )
+    if not values or not inputs.numel() or not inputs.is_floating_point():
+        return
+    least, most = torch.stack(inputs.detach().aminmax()).tolist()
+    if bounded and not (least >= 0 and most <= 1):
+        raise ValueError(
+            f"{owner}: inputs lie between {least:g} and {most:g}, and the variational "
+            f"auto-encoder expects numbers in [0, 1]; {remedy}"
+        )
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise ValueError(
+            f"{owner}: inputs hold NaN or infinity, which the generator would learn; leave these "
+            "examples out, or replace their values"
+        )
 
 
 def sample_like(

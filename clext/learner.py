@@ -29,8 +29,11 @@ class LearnerSpec:
     strength: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """ValueError if the method, its options or the model are wrong; nothing is built."""
+    def check(self, scenario: Scenario | None = None) -> None:
+        """ValueError if the method, its options or the model are wrong; nothing is built.
+
+        And with a scenario, if the method cannot learn all of its tasks.
+        """
         # The methods know their own options, so let one check them, on a stand-in for the model
         # (nn.Linear would draw its weights from the global random state).
         stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
@@ -38,7 +41,11 @@ class LearnerSpec:
         if self.model is not None:
             _check_model(self.model)
             model = self.model if isinstance(self.method, Method) else model
-        make_method(self.method, model, strength=self.strength, **self.options)
+        made = make_method(self.method, model, strength=self.strength, **self.options)
+        if scenario is not None:
+            classes = [task.classes for task in scenario.tasks]
+            for part in made.parts:
+                part.check_classes(classes)
 
     def build(self, scenario: Scenario, device: torch.device, seed: int) -> Method:
         """The method on its model, on `device`. A model of our own takes the global random state.
@@ -52,16 +59,13 @@ class LearnerSpec:
         model.to(device)
         _check_forward(model, scenario, device)
         if isinstance(self.method, Method):
-            _check_outputs(self.method, scenario)
             return self.method.to(device)
         kinds = [METHODS[name] for name in part_names(self.method)]
         seeded = any("seed" in option_names(kind) for kind in kinds)
         own_seed = {"seed": seed} if seeded else {}
-        method = make_method(
+        return make_method(
             self.method, model, strength=self.strength, **{**own_seed, **self.options}
         )
-        _check_outputs(method, scenario)
-        return method
 
 
 def describe_learner(method: Method) -> dict[str, Any]:
@@ -78,11 +82,6 @@ def describe_learner(method: Method) -> dict[str, Any]:
         "model": _describe_model(model),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-
-
-def _check_outputs(method: Method, scenario: Scenario) -> None:
-    for part in method.parts:
-        part.check_outputs(scenario.num_outputs)
 
 
 def _options(part: Learning) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clext.options import choice, integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from clext.methods.stateful import Commit
 
@@ -62,6 +63,15 @@ class Memory:
     def labels(self) -> Tensor | None:
         """Their labels, int64 [size]."""
         return None if self._buffers is None else self._buffers[1][: self.size]
+
+    def check_shape(self, inputs: Tensor) -> None:
+        """ValueError if inputs of a batch do not go together with those that are kept."""
+        if self.inputs is not None:
+            check_alike(self.owner, inputs, self.inputs, "in the memory", types=False)
+
+    def unless_it_fails(self) -> AbstractContextManager[None]:
+        """If what is done inside fails, nothing was drawn there."""
+        return self._random.unless_it_fails()
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw inputs [count, ...] and labels [count] on the device, where `size` is not 0.

@@ -111,19 +111,58 @@ class Outputs:
             # A method that is gone leaves the model as it was.
             self._remove = weakref.finalize(self, hook.remove)
 
-    def check_labels(self, labels: Tensor) -> None:
-        """ValueError for local labels outside the active outputs; on the CPU, where it is cheap.
+    def logits(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the model returns for `inputs`: logits [N, outputs], of the active outputs alone.
+
+        Inside `full` of all.
+
+        Args:
+            inputs: of the model, N examples.
+            labels: of the examples. Where all outputs are active it shows only now whether they are
+                among these; on the CPU, where it is cheap, that is looked at.
+
+        Raises:
+            ValueError: the model returns something else, or has not so many outputs.
+        """
+        logits: Tensor = self._model(inputs)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"loss: the model returned {got} for {len(inputs)} examples, expected logits "
+                f"[{len(inputs)}, outputs]; make the method of a module that returns these alone"
+            )
+        if labels is not None and self.active is None and _can_look_at(labels):
+            low, high = _lowest_and_highest(labels)
+            if high >= logits.shape[1]:
+                raise ValueError(
+                    f"loss: labels reach from {low} to {high}, expected 0 to "
+                    f"{logits.shape[1] - 1}: the model has {logits.shape[1]} outputs"
+                )
+        return logits
+
+    def check_labels(self, labels: Tensor, *, local: bool = True) -> None:
+        """ValueError for labels outside the active outputs; on the CPU, where it is cheap.
 
         On other devices torch's own loss stops the run.
+
+        Args:
+            labels: of a batch that is not empty.
+            local: they count from the first active output; else from the model's first.
         """
-        if self.active is None or not labels.is_cpu or labels.numel() == 0:
+        if not _can_look_at(labels):
             return
-        low, high = (int(entry) for entry in labels.aminmax())
-        if low < 0 or high >= len(self.active):
-            raise ValueError(
-                f"loss: labels reach from {low} to {high}, expected 0 to {len(self.active) - 1}: "
-                f"they count from the first active output, {self.active.start}"
-            )
+        low, high = _lowest_and_highest(labels)
+        if self.active is None:
+            expected, end = "none below 0", None
+        elif local:
+            end = len(self.active)
+            counted = f"they count from the first active output, {self.start}"
+            expected = f"0 to {end - 1}: {counted}"
+        else:
+            end = max(self.active.stop, self.seen or 0)
+            expected = f"0 to {end - 1}: they count from the model's first output"
+        if low < 0 or (end is not None and high >= end):
+            raise ValueError(f"loss: labels reach from {low} to {high}, expected {expected}")
 
     @contextmanager
     def selected(self, active: range | None) -> Iterator[None]:
@@ -157,9 +196,9 @@ class Outputs:
         """
         if not self.apart:
             local = labels - self.start
-            return F.cross_entropy(self._model(inputs), local, reduction=reduction)
+            return F.cross_entropy(self.logits(inputs, local), local, reduction=reduction)
         with self.full():
-            logits = self._model(inputs)
+            logits = self.logits(inputs)
         rivals = self.competing(logits.shape[1], logits.device).index_select(0, labels)
         rivalling = logits.masked_fill(~rivals, -torch.inf)
         return F.cross_entropy(rivalling, labels, reduction=reduction)
@@ -214,6 +253,16 @@ class _Narrow:
 
     def __reduce__(self) -> tuple[type[_Narrow], tuple[None]]:
         return _Narrow, (None,)
+
+
+def _can_look_at(labels: Tensor) -> bool:
+    """Without waiting for a device, and not while a graph is made for values to come."""
+    return labels.is_cpu and not torch.compiler.is_compiling()
+
+
+def _lowest_and_highest(labels: Tensor) -> tuple[int, int]:
+    low, high = labels.aminmax()
+    return int(low), int(high)
 
 
 def _check_range(name: str, given: object) -> None:

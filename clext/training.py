@@ -144,6 +144,7 @@ def train(
     spec.check()
     folder = None if out is None else writable_folder(out, "train: out")
     chosen = chosen_scenario(settings)
+    spec.check(chosen)
 
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)

@@ -460,3 +460,73 @@ def test_a_later_task_of_another_shape_is_refused():
     inputs = torch.rand(4, FEATURES + 1, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"shape \[4, 6\], expected \['N', 5\]"):
         method.begin_task((inputs, torch.zeros(4).long()))
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y: (x / 0, y), "inputs (lie between .*inf|hold NaN)"),
+        (
+            lambda x, y: (x.index_fill(0, torch.tensor([2]), torch.nan), y),
+            "inputs (lie between nan|hold NaN)",
+        ),
+        (lambda x, y: (x[:, :4], y), r"inputs have shape \[6, 4\], expected \['N', 5\], which"),
+        (lambda x, y: (x, y + 7), "labels reach from 7 to 8, expected 0 to 5"),
+    ],
+)
+def test_a_batch_in_the_middle_of_a_task_is_refused_before_anything_moves(
+    spoil, message, own, ended
+):
+    method = DGR(make_model(), generator=Blur() if own else None, **SMALL)
+    if ended:
+        train_task(method, 0, "domain")
+    (inputs, labels), _, _ = make_task(ended, "domain")
+    method.loss(inputs[:6], labels[:6])
+    before, random = method.state_dict(), torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        method.loss(*spoil(inputs[:6], labels[:6]))
+    assert_same_state(method.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_inputs_that_are_not_scaled_any_more_are_refused_in_a_later_task(began):
+    method = DGR(make_model(), **SMALL)
+    train_task(method, 0, "domain")
+    (inputs, labels), _, _ = make_task(1, "domain")
+    if began:
+        method.begin_task((inputs, labels))
+    before = method.state_dict()
+    with pytest.raises(ValueError, match=r"^dgr: inputs lie between .* numbers in \[0, 1\]; scale"):
+        method.loss(inputs * 255, labels)
+    assert_same_state(method.state_dict(), before)
+
+
+def test_a_batch_that_the_model_does_not_take_makes_no_generator():
+    method = DGR(make_model(), **SMALL)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        method.loss(torch.rand(6, FEATURES + 1, dtype=torch.float64), torch.zeros(6).long())
+    assert method.generator is None
+    (inputs, labels), _, _ = make_task(0, "domain")
+    method.loss(inputs, labels)
+    assert method.generator.shape == (FEATURES,)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_values_are_looked_at_in_each_step_where_that_is_free_and_else_once_a_task(
+    own_loop, device, monkeypatch
+):
+    looked = []
+
+    def check(*_, values, **__):
+        looked.append(values)
+
+    monkeypatch.setattr("clext.methods.dgr.check_inputs", check)
+    method = DGR(make_model().to(device), **SMALL)
+    for number in range(2):
+        looked.clear()
+        train_task(method, number, "domain", own_loop=own_loop)
+        steps = len(rows()) + (not own_loop)
+        assert looked == ([True] * steps if device == "cpu" else [True] + [False] * (steps - 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from quick_runs import SPLIT, learn_all_digits, learn_beside_ewc_in_bf16, small
+from quick_runs import SPLIT, learn_all_digits, learn_beside_ewc_in_bf16, same, small, weights
 from rehearsal_tasks import (
     BAD_EXAMPLES,
     INPUTS,
@@ -110,6 +110,49 @@ def test_a_budget_below_the_number_of_classes_is_refused_when_the_task_begins():
     run_task(again, "domain", 0)
     with pytest.raises(ValueError, match="of the 2 classes in up to 2 tasks; .*budget=4"):
         begin(again, "domain", 1)
+
+
+@pytest.mark.parametrize("given", ["icarl", "ewc+icarl", None])
+@pytest.mark.parametrize(
+    ("incremental", "budget", "message"),
+    [
+        ("domain", 9, "the 5 classes in up to 2 tasks; make the method with budget=10 or more"),
+        ("class", 9, "the 10 classes; make the method with budget=10 or more"),
+        ("task", 9, "the 10 classes; make the method with budget=10 or more"),
+    ],
+)
+def test_a_budget_too_small_for_the_last_task_is_refused_before_any_is_learned(
+    incremental, budget, message, given
+):
+    model = small()
+    before = weights(model)
+    method, options = given, {"model": model, "budget": budget}
+    if given is None:
+        method, options = ICaRL(model, budget=budget), {}
+    with pytest.raises(ValueError, match=f"^icarl: a budget of 9 is too small .* {message}"):
+        clext.train(method, **options, **{**SPLIT, "incremental": incremental, "epochs": 1})
+    assert same(before, weights(model))
+
+
+def test_a_comparison_with_a_budget_too_small_is_refused_before_any_method_has_run():
+    started = []
+    model = small()
+    model.register_forward_hook(lambda *_: started.append(1))
+    with pytest.raises(ValueError, match="icarl: a budget of 9 is too small"):
+        clext.compare(["baseline", "icarl"], model=model, options={"icarl": {"budget": 9}}, **SPLIT)
+    assert not started
+
+
+def test_the_budget_counts_classes_that_are_there_and_exemplars_of_before():
+    """Labels 0 and 4 make five outputs; a method that has learned tasks keeps their exemplars."""
+    x = torch.rand(8, 64)
+    y = torch.tensor([0, 4] * 4)
+    scenario = clext.Scenario.from_datasets([((x, y), (x, y))] * 2, incremental="domain")
+    method = ICaRL(small(), budget=5)
+    options = {"scenario": scenario, "epochs": 1, "progress": False}
+    clext.train(method, **options)
+    with pytest.raises(ValueError, match="the 2 classes in up to 4 tasks; .*budget=8"):
+        clext.train(method, **options)
 
 
 @pytest.mark.parametrize(("data", "message"), BAD_EXAMPLES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from clext import ops
 from clext.methods import watch
 from clext.methods.clipping import check_clipping, clip_grads_
 from clext.methods.learning import Learning
+from clext.methods.omissions import End, keep_end, warn_of_omissions
 from clext.methods.stateful import option_names
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ _FUSED_STATES = (
     ("anchor", "importance", "path"),
     ("anchor", "importance", "path", "fisher"),
 )
-_REPLACED_BY_A_STEP = ("penalty", "add_penalty_grad_", "update")
+_PULLS = ("penalty", "add_penalty_grad_")
+_REPLACED_BY_A_STEP = (*_PULLS, "update")
 
 
 class Method(Learning):
@@ -77,6 +79,9 @@ class Method(Learning):
     """
 
     fused_state: tuple[str, ...] | None = None
+    # Whether a penalty or a change of the gradient keeps what was learned before, and nothing else
+    # does. A subclass with a `penalty` or `add_penalty_grad_` of its own has to say so again.
+    keeps_by_pull: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  (whatever other bases take)
         super().__init_subclass__(**options)
@@ -84,10 +89,13 @@ class Method(Learning):
         owner = next(base for base in cls.__mro__ if "fused_state" in base.__dict__)
         if any(getattr(cls, name) is not getattr(owner, name) for name in _REPLACED_BY_A_STEP):
             cls.fused_state = None
+        owner = next(base for base in cls.__mro__ if "keeps_by_pull" in base.__dict__)
+        if any(getattr(cls, name) is not getattr(owner, name) for name in _PULLS):
+            cls.keeps_by_pull = False  # for all that is known: it need not call the base's
         # A penalty of its own has a gradient of its own, whoever defined the fused one.
         definitions = (
             next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
-            for name in ("penalty", "add_penalty_grad_")
+            for name in _PULLS
         )
         if next(definitions) < next(definitions) and cls.fused_state is None:
             cls.add_penalty_grad_ = Method._add_penalty_grad_by_autograd_  # type: ignore[method-assign]
@@ -107,6 +115,7 @@ class Method(Learning):
         method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
         step: clip with the method's `clip_grad_norm_`, not with torch's.
         """
+        self._note_pull()
         state = self._state
         lists = [state.params, state.lists["anchor"], state.lists["importance"]]
         if not all(entry.requires_grad for entry in state.params):
@@ -133,6 +142,7 @@ class Method(Learning):
                 changed after this call (for methods with a path integral).
         """
         self._refuse_if_attached("add_penalty_grad_")
+        self._note_pull()
         self._forget_old_scales()
         try:
             value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
@@ -193,6 +203,7 @@ class Method(Learning):
     def update(self) -> None:
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
         self._refuse_if_attached("update")
+        self._was_used = True
 
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task: importance and anchor for the tasks to come.
@@ -207,19 +218,36 @@ class Method(Learning):
                 (see `refresh_parameters`), or what the steps have left is not finite; nothing is
                 changed.
         """
+        self.refresh_parameters()
+        end = End(self, dataloader)
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        self.refresh_parameters()
         commit = self._learner._prepare_end(dataloader)
-        self._warn_if_loss_unused()
+        warn_of_omissions(self, end)
         self._end_task(dataloader)
         commit()
         for part in self.parts:
             part.tasks += 1
-            part._has_made_loss = False
+        keep_end(self, end)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         raise NotImplementedError
+
+    def _note_pull(self) -> None:
+        """The parameters were pulled to the anchor, or their gradients changed."""
+        self._was_used = self._has_pulled = True
+        if (
+            not torch.compiler.is_compiling()
+            and self._state.params[0].is_cuda
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            self._is_held_unseen = True
+
+    def _has_something_to_hold(self) -> bool:
+        """Whether the past tasks have left anything that a pull would hold."""
+        return self.strength > 0 and any(
+            bool(entry.any()) for entry in self._state.lists["importance"]
+        )
 
     def _warn_if_zero(self, key: str) -> None:
         """Say so if a task ends without a trace of its steps: nothing would be protected."""

@@ -48,7 +48,9 @@ class DGR(Rehearsal):
 
     The generator takes a step of its own Adam in each `loss` that is made with gradients enabled:
     on the batch and on the same generated inputs, with the same balance. It is no part of the
-    model, so a regulariser beside it does not know it.
+    model, so a regulariser beside it does not know it. A batch that it cannot learn is refused
+    before: by its shape and type, and by its values, at which other devices than the CPU, where it
+    would have to be waited for, look once in a task.
 
     Memory: a copy of the model, the generator with two averages for Adam, and a copy of it, however
     many tasks.
@@ -117,28 +119,36 @@ class DGR(Rehearsal):
         self._optimizer: Adam | None = None  # of the generator, once it is in use
         self._teacher: Snapshot | None = None  # model and generator at the end of the last task
         self._previous: nn.Module | None = None
+        self._shape: Sequence[int] | None = None  # of an input; not known after a load
+        self._looked_at: int | None = None  # the task of which the values were looked at
 
     # ------------------------------------------------------------------ learning
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
-        if examples is not None and not self._take_up_generator(examples[0]):
-            self._check_inputs(examples[0])
-            if self._previous is not None:
+        if examples is not None:
+            self._check_inputs(examples[0], values=True)
+            if not self._take_up_generator(examples[0]) and self._previous is not None:
                 self._try(self._previous, examples[0])
+            self._looked_at = self.tasks
         return examples
 
     def _loss(self, *batch: Tensor) -> Tensor:
         inputs, labels = batch
+        # To look at the values on another device would wait for it: there once in a task.
+        self._check_inputs(inputs, values=inputs.is_cpu or self._looked_at != self.tasks)
+        # First of all that can fail: a batch that the model does not take has taught nothing.
+        current = super()._loss(inputs, labels)
         self._take_up_generator(inputs)
+        self._looked_at = self.tasks
         if self._teacher is None or self._previous is None:
             self._train_generator(inputs)
-            return super()._loss(inputs, labels)
-        random = self._sampling.on(inputs.device)
-        replayed = sample_like(self.name, self._previous, inputs, random)
-        self._train_generator(inputs, replayed)
-        current = super()._loss(inputs, labels)
+            return current
+        with self._sampling.unless_it_fails():
+            random = self._sampling.on(inputs.device)
+            replayed = sample_like(self.name, self._previous, inputs, random)
+            self._train_generator(inputs, replayed)
         with self.outputs.full():
-            logits, teacher = self.model(replayed), self._teacher(replayed)
+            logits, teacher = self.outputs.logits(replayed), self._teacher(replayed)
         losses = [
             self._replayed_loss(logits[:, now], teacher[:, then])
             for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])
@@ -188,13 +198,13 @@ class DGR(Rehearsal):
         """
         if self._optimizer is not None:
             return False
-        self._check_inputs(inputs)
         generator = self.generator
         if generator is None:
             generator = self._new_generator(inputs.shape[1:])
         generator.to(inputs.device)
         self._try(generator, inputs)
         self.generator, self._optimizer = generator, self._new_optimizer(generator)
+        self._shape = inputs.shape[1:]
         return True
 
     def _try(self, generator: nn.Module, inputs: Tensor) -> None:
@@ -215,14 +225,16 @@ class DGR(Rehearsal):
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return generator.to(parameter.device, dtype)
 
-    def _check_inputs(self, inputs: Tensor) -> None:
-        if self.generator is None or isinstance(self.generator, VAE):
-            check_inputs(self.name, inputs)
-        if isinstance(self.generator, VAE) and inputs.shape[1:] != self.generator.shape:
+    def _check_inputs(self, inputs: Tensor, *, values: bool) -> None:
+        """ValueError unless the generator can learn them; `values` looks at the numbers too."""
+        own = self.generator is not None and not isinstance(self.generator, VAE)
+        shape = self.generator.shape if isinstance(self.generator, VAE) else self._shape
+        if shape is not None and inputs.shape[1:] != shape:
             raise ValueError(
                 f"{self.name}: inputs have shape {list(inputs.shape)}, expected "
-                f"{['N', *self.generator.shape]}, which the generator makes"
+                f"{['N', *shape]}, which the generator makes"
             )
+        check_inputs(self.name, inputs, bounded=not own, values=values)
 
     def _new_optimizer(self, generator: nn.Module) -> Adam:
         from clext.optim import Adam  # which needs the base of this module
@@ -276,6 +288,7 @@ class DGR(Rehearsal):
             generator.to(device).load_state_dict(extra["generator"])
             self.generator, self._optimizer, self._sampling = generator, optimizer, sampling
             self._teacher, self._previous = teacher, previous
+            self._shape = self._looked_at = None
 
         return commit
 
@@ -297,7 +310,7 @@ class DGR(Rehearsal):
         if self._makes_generator:
             self.generator = None
         self._sampling, self._optimizer = Sampling(self.seed), None
-        self._teacher = self._previous = None
+        self._teacher = self._previous = self._shape = self._looked_at = None
 
     def _move_extra_state(self, device: torch.device) -> None:
         for module in (self.generator, self._previous):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clext.examples import check_alike, read_examples
+from clext.examples import check_alike, check_loaded, read_examples
 from clext.methods.sampling import Sampling
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import buffers_kept
@@ -36,6 +36,7 @@ class Episodic(Unpenalised):
     says in `_weights` how much of each is added, from the matrix of all products.
     """
 
+    keeps_by_pull: ClassVar[bool] = True
     memory: ClassVar[dict[str, str]] = {"examples": "T*min(M, N)*(4*X + 8)"}
 
     def __init__(
@@ -58,6 +59,7 @@ class Episodic(Unpenalised):
 
         Call it after the last backward pass (and after `scaler.unscale_`), before any clipping.
         """
+        self._note_pull()
         if self._sizes:
             try:
                 self._project_()
@@ -82,6 +84,9 @@ class Episodic(Unpenalised):
         weights = self._weights(gradient_gram(rows, grads))
         if weights is not None:
             project_gradient_(grads, rows, weights)
+
+    def _has_something_to_hold(self) -> bool:
+        return bool(self._sizes)
 
     def _row_count(self) -> int:
         """How many gradients of the past a step makes."""
@@ -160,8 +165,11 @@ class Episodic(Unpenalised):
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         device = self._state.params[0].device
         inputs, labels, sizes = _checked_memory(self.name, extra)
-        owner = f"{self.name}: state_dict['extra']['random']"
-        sampling = Sampling.load(owner, self.seed, extra.get("random", {}), device)
+        owner = f"{self.name}: state_dict['extra']"
+        random = extra.get("random", {})
+        sampling = Sampling.load(f"{owner}['random']", self.seed, random, device)
+        if inputs is not None:
+            check_loaded(f"{owner}['inputs']", self, inputs)
 
         def commit() -> None:
             self._inputs = None if inputs is None else inputs.to(device, copy=True)

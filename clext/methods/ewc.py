@@ -44,6 +44,7 @@ class EWC(Method):
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
     counter_names: tuple[str, ...] = ("tasks", "constant")
+    keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "fisher": FISHER_KINDS,

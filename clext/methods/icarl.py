@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.checksum import checksums
-from clext.examples import check_alike, check_examples, count_outputs, read_examples
+from clext.examples import (
+    check_alike,
+    check_examples,
+    check_loaded,
+    count_outputs,
+    read_examples,
+)
 from clext.exemplars import (
     Sets,
     checked_sets,
@@ -27,7 +33,7 @@ from clext.module_mode import module_mode
 from clext.options import integer, softening
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from clext.importance.evaluation import Batches
     from clext.methods.learning import Examples
@@ -67,8 +73,8 @@ class ICaRL(Unpenalised):
             1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
-        ValueError: an option is out of range; or, at the beginning of a task, the budget is smaller
-            than the number of classes.
+        ValueError: an option is out of range; or, at the beginning of a task (in `clext.train`
+            before the first one), the budget is smaller than the number of classes.
     """
 
     name: ClassVar[str] = "icarl"
@@ -108,9 +114,10 @@ class ICaRL(Unpenalised):
 
     # ------------------------------------------------------------------ learning
 
-    def check_outputs(self, outputs: int) -> None:
-        """ValueError if the budget has not one exemplar for each class."""
-        exemplars_per_set(self.name, {}, range(outputs), self.budget)
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if the budget has not one exemplar for each class of each of these tasks."""
+        coming = [label for classes in tasks for label in classes]
+        exemplars_per_set(self.name, self._sets, coming, self.budget)
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         blocks = self.outputs.blocks
@@ -156,15 +163,17 @@ class ICaRL(Unpenalised):
             old[block.start : block.stop] = False
         return old
 
+    def _has_global_labels(self, batch: Examples) -> bool:
+        return len(batch) > 2
+
     def _loss(self, *batch: Tensor) -> Tensor:
         """As `loss`; a batch of what `begin_task` returned, or inputs and local labels."""
         inputs, labels, *rest = batch
         with self.outputs.full():
-            logits = self.model(inputs)
+            logits = self.outputs.logits(inputs, labels)
         if rest:
             targets = rest[0]
         else:
-            self.outputs.check_labels(labels)
             labels = labels + self.outputs.start
             targets = self._targets(inputs, labels, self._width(logits.shape[1]))
         width = targets.shape[1]
@@ -278,6 +287,8 @@ class ICaRL(Unpenalised):
                 f"{owner} holds {', '.join(extra) or 'nothing'}, expected exemplars and previous"
             )
         given = checked_sets(f"{owner}['exemplars']", extra["exemplars"], self.budget)
+        if (exemplars := joined(given)) is not None:
+            check_loaded(f"{owner}['exemplars']", self, exemplars[0])
         device = self._state.params[0].device
         sets = map_sets(given, lambda entry: entry.to(device, copy=True))
         previous: Snapshot | None = None

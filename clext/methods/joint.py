@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.examples import check_alike, check_examples
+from clext.examples import check_alike, check_examples, check_loaded
 from clext.methods.unpenalised import Unpenalised
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Joint(Unpenalised):
         self._examples[self.tasks] = new
         return joined
 
+    def _has_global_labels(self, batch: Examples) -> bool:  # noqa: ARG002
+        return True
+
     def _loss(self, *batch: Tensor) -> Tensor:
         if self.tasks not in self._examples:
             raise RuntimeError(
@@ -71,7 +74,10 @@ class Joint(Unpenalised):
 
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         device = self._state.params[0].device
-        loaded = _checked_examples(f"{self.name}: state_dict['extra']", extra)
+        owner = f"{self.name}: state_dict['extra']"
+        loaded = _checked_examples(owner, extra)
+        for inputs, _ in list(loaded.values())[:1]:
+            check_loaded(f"{owner}['examples']", self, inputs)
 
         def commit() -> None:
             self._examples = {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext.methods.batch import checked_batch
 from clext.methods.stateful import Stateful
 from clext.outputs import Outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from clext.importance.evaluation import Batches
     from clext.methods.stateful import Commit
@@ -40,7 +40,10 @@ class Learning(Stateful):
         super().__init__(model, strength=strength)
         self.outputs = Outputs(model)
         self._rehearsal: Learning | None = None
-        self._has_made_loss = False  # since the last task ended
+        # Since the last task ended.
+        self._was_used = False
+        self._has_made_loss = False
+        self._has_pulled = False
 
     # ------------------------------------------------------------------ in the loop
 
@@ -71,6 +74,7 @@ class Learning(Stateful):
             ValueError: block or active is no such range, or the examples are not what the method
                 can work on; nothing is changed.
         """
+        self._was_used = True
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
         self.outputs.begin_task(block, active, ended=self.tasks)
         try:
@@ -84,11 +88,21 @@ class Learning(Stateful):
         """The loss of a batch without the penalty (0-dim, differentiable).
 
         Args:
-            *batch: inputs and labels, or the same rows of all that `begin_task` returned.
+            *batch: inputs [N, ...] and integer labels [N], or the same rows of all that
+                `begin_task` returned.
+
+        Raises:
+            TypeError: that is not what was given.
+            ValueError: the batch is empty, its entries have not one row for each example, or the
+                model returns no logits [N, outputs]; on the CPU also for labels that are no
+                outputs. The method is as it was before.
         """
         learner = self._learner
+        batch = checked_batch(batch)
+        learner.outputs.check_labels(batch[1], local=not learner._has_global_labels(batch))
+        value = learner._loss(*batch)
         learner._has_made_loss = True
-        return learner._loss(*batch)
+        return value
 
     def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
         """A score for each example and active output, [N, outputs]; the largest is the class.
@@ -112,8 +126,11 @@ class Learning(Stateful):
 
     # ------------------------------------------------------------------ for subclasses
 
-    def check_outputs(self, outputs: int) -> None:
-        """ValueError if the method, as it was made, cannot learn so many outputs in all."""
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if the method, as it is, cannot learn tasks with these classes.
+
+        The classes of each task to come, which count from the model's first output.
+        """
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         """As `begin_task`; the outputs are selected already. Must leave all as it was if it fails.
@@ -122,11 +139,17 @@ class Learning(Stateful):
         """
         return examples
 
+    def _has_global_labels(self, batch: Examples) -> bool:  # noqa: ARG002
+        """Whether the labels of a batch for `_loss` count from the model's first output."""
+        return False
+
     def _loss(self, *batch: Tensor) -> Tensor:
-        """As `loss`. By default the cross entropy of the model's outputs."""
+        """As `loss`, of a batch that was checked. By default the cross entropy of the outputs.
+
+        Must leave the method as it was if it fails.
+        """
         inputs, labels = batch
-        self.outputs.check_labels(labels)
-        return F.cross_entropy(self.model(inputs), labels)
+        return F.cross_entropy(self.outputs.logits(inputs, labels), labels)
 
     def _predict(self, inputs: Tensor) -> Tensor:
         scores: Tensor = self.model(inputs)
@@ -153,17 +176,6 @@ class Learning(Stateful):
 
     def _move_extra_state(self, device: torch.device) -> None:
         """Move what is kept beside the parameters."""
-
-    def _warn_if_loss_unused(self) -> None:
-        """Say so if a later task ends that was learned by another loss: nothing would be kept."""
-        learner = self._learner
-        if learner.keeps_by_loss and learner.tasks > 0 and not learner._has_made_loss:
-            warnings.warn(
-                f"clext: loss() of this {self.label} was not called in this task, so "
-                f"{learner.name} kept nothing of the tasks before; train on loss(x, y) of the "
-                "method, in place of a loss of your own",
-                stacklevel=3,
-            )
 
     # ------------------------------------------------------------------ combinations
 
@@ -283,7 +295,8 @@ class Learning(Stateful):
             for part in commits:
                 part()
             self.outputs.blocks = blocks
-            self._has_made_loss = True  # for all that is known
+            # For all that is known.
+            self._was_used = self._has_made_loss = self._has_pulled = True
 
         return commit
 

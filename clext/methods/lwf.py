@@ -78,9 +78,8 @@ class LwF(Rehearsal):
         if self._teacher is None:
             return super()._loss(*batch)
         inputs, labels, *recorded = batch
-        self.outputs.check_labels(labels)
         with self.outputs.full():
-            logits = self.model(inputs)
+            logits = self.outputs.logits(inputs, labels)
             teacher = recorded[0] if recorded else self._teacher(inputs)
         active = self.outputs.active
         own = logits if active is None else logits[:, active.start : active.stop]

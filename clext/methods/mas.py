@@ -31,6 +31,7 @@ class MAS(Method):
 
     name: ClassVar[str] = "mas"
     default_strength: ClassVar[float] = 0.05
+    keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"estimator": MAS_ESTIMATORS}
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from clext.examples import read_examples
+from clext.examples import check_loaded, read_examples
 from clext.memory import POLICIES, Memory
 from clext.methods.rehearsal import Rehearsal
 from clext.options import integer
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from clext.importance.evaluation import Batches
+    from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
 
 
@@ -68,17 +69,23 @@ class Replay(Rehearsal):
         self.budget, self.policy = self._memory.budget, self._memory.policy
         self.seed = self._memory.seed
 
+    def _begin_task(self, examples: Examples | None) -> Examples | None:
+        if examples is not None:
+            self._memory.check_shape(examples[0])
+        return examples
+
     def _loss(self, *batch: Tensor) -> Tensor:
         inputs, labels = batch
         if self._memory.size == 0:
             return super()._loss(inputs, labels)
-        self.outputs.check_labels(labels)
-        old, old_labels = self._memory.sample(self.batch or len(inputs))
-        losses = self.outputs.cross_entropy(
-            torch.cat([inputs, old]),
-            torch.cat([labels + self.outputs.start, old_labels]),
-            reduction="none",
-        )
+        self._memory.check_shape(inputs)
+        with self._memory.unless_it_fails():
+            old, old_labels = self._memory.sample(self.batch or len(inputs))
+            losses = self.outputs.cross_entropy(
+                torch.cat([inputs, old]),
+                torch.cat([labels + self.outputs.start, old_labels]),
+                reduction="none",
+            )
         return self._balanced(losses[: len(inputs)].mean(), losses[len(inputs) :].mean())
 
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
@@ -93,7 +100,11 @@ class Replay(Rehearsal):
                 f"{self.name}: state_dict['extra'] holds {', '.join(extra) or 'nothing'}, expected "
                 "memory"
             )
-        return self._memory.prepare_load(extra["memory"], self._state.params[0].device)
+        commit = self._memory.prepare_load(extra["memory"], self._state.params[0].device)
+        if extra["memory"]:
+            owner = f"{self.name}: the memory of a state_dict"
+            check_loaded(owner, self, extra["memory"]["inputs"])
+        return commit
 
     def _move_extra_state(self, device: torch.device) -> None:
         self._memory.move(device)

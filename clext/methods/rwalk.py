@@ -68,6 +68,7 @@ class RWalk(Method):
         "interval_start",
     )
     counter_names: tuple[str, ...] = ("tasks", "interval_steps")
+    keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}

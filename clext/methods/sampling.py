@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Sampling:
@@ -26,6 +31,19 @@ class Sampling:
             seed = self._seed if generator is None else _seed_of(generator.get_state())
             generator = self._generator = torch.Generator(device).manual_seed(seed)
         return generator
+
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """If what is done inside fails, nothing was drawn there."""
+        before = self._generator
+        state = None if before is None else before.get_state()
+        try:
+            yield
+        except BaseException:
+            if before is not None and state is not None:
+                before.set_state(state)
+            self._generator = before
+            raise
 
     def state_dict(self) -> dict[str, object]:
         """The state of the generator, and on what kind of device it is; {} if none was needed."""

@@ -29,6 +29,7 @@ class SCP(Method):
 
     name: ClassVar[str] = "scp"
     default_strength: ClassVar[float] = 100.0
+    keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(

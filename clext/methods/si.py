@@ -31,6 +31,7 @@ class SI(Method):
     name: ClassVar[str] = "si"
     default_strength: ClassVar[float] = 20.0
     state_names: tuple[str, ...] = ("anchor", "importance", "path", "previous")
+    keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 

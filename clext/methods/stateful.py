@@ -46,6 +46,9 @@ class Stateful:
         self.strength = self.default_strength if strength is None else strength
         self.tasks = 0  # ended so far
         self._attached = False  # to an optimizer, whose steps do the work
+        # By the replays of a CUDA graph, or a penalty of the user's own of these views, for all
+        # that is known.
+        self._is_held_unseen = False
         self._state = ParameterState(trainable_parameters(model), self.state_names)
 
     def _choice(self, option: str, value: object) -> str:
@@ -69,11 +72,13 @@ class Stateful:
     @property
     def importance(self) -> dict[str, Tensor]:
         """Importance of each parameter by name: views of the method's own state."""
+        self._is_held_unseen = True
         return self._state.view("importance")
 
     @property
     def anchor(self) -> dict[str, Tensor]:
         """What the parameters are pulled to, by name: views of the method's own state."""
+        self._is_held_unseen = True
         return self._state.view("anchor")
 
     def refresh_parameters(self) -> None:

@@ -23,6 +23,7 @@ class Unpenalised(Method):
 
     def penalty(self) -> Tensor:
         """Zero (0-dim)."""
+        self._was_used = True
         return torch.zeros((), device=self._state.params[0].device)
 
     def add_penalty_grad_(self) -> Tensor:

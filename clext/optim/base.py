@@ -184,6 +184,7 @@ class FusedOptimizer(Optimizer):
         clear_grad = flag(type(self).__name__, "clear_grad", clear_grad)
         numbers = {"strength": 0.0, "decay": 0.0}
         if method is not None:
+            method._note_pull()
             numbers |= method.step_options()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         task_scale = None if method is None else method.take_task_scale()
@@ -221,6 +222,7 @@ class FusedOptimizer(Optimizer):
                 "unscaled before; grad_scale is not expected"
             )
         self._check_options()
+        method._note_pull()
         value = method.add_penalty_grad_()
         if not isinstance(value, Tensor):
             raise TypeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,14 @@ class Task:
         train, test = len(self.stored_train.labels), len(self.stored_test.labels)
         outputs = f"outputs {self.outputs.start} to {self.outputs.stop - 1}"
         return f"Task {self.name!r}: {train} training and {test} test examples, {outputs}"
+
+    @property
+    def classes(self) -> Collection[int]:
+        """Its classes by their outputs; all of these where only the transform could tell which."""
+        if self.transform is as_it_is:
+            found: list[int] = self.stored_train.labels.unique().tolist()
+            return found
+        return self.outputs
 
     def train(self) -> Split:
         """Training examples: inputs [N, ...] and global labels [N] int64."""

@@ -1,0 +1,70 @@
+"""What `loss` is given, looked at before a method draws, learns or changes anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def checked_batch(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch with int64 labels; what it takes to know that waits for no device.
+
+    Raises:
+        TypeError: there are no inputs and labels, or something is no tensor.
+        ValueError: nothing is in the batch, or something has not one row for each example.
+    """
+    if len(batch) < 2:
+        raise TypeError(f"loss: got {len(batch)} arguments, expected inputs and labels: loss(x, y)")
+    inputs, labels, *more = batch
+    if not isinstance(inputs, Tensor) or inputs.dim() == 0:
+        raise TypeError(
+            f"loss: inputs x are {_described(inputs)}, expected a tensor with a row for each "
+            "example; for a model with other inputs make the method of a module that takes one "
+            "tensor apart for it"
+        )
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"loss: labels y are {_described(labels)}, expected a tensor of {len(inputs)} "
+            "integers; call torch.as_tensor(y)"
+        )
+    if len(inputs) == 0:
+        raise ValueError(
+            f"loss: inputs x are {_described(inputs)}, expected at least one example; leave "
+            "empty batches out"
+        )
+    if not _is_integer(labels) or labels.dim() != 1 or len(labels) != len(inputs):
+        raise ValueError(
+            f"loss: labels y are {_described(labels)}, expected integers [{len(inputs)}], a class "
+            f"for each of the inputs x; {_remedy(inputs, labels)}"
+        )
+    for place, entry in enumerate(more, start=3):
+        if not isinstance(entry, Tensor) or entry.dim() == 0 or len(entry) != len(inputs):
+            raise ValueError(
+                f"loss: argument {place} is {_described(entry)}, expected {len(inputs)} rows as "
+                "the inputs x have; take the same rows of all that begin_task returned"
+            )
+    return inputs, labels.long(), *more
+
+
+def _is_integer(labels: Tensor) -> bool:
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _described(entry: object) -> str:
+    if not isinstance(entry, Tensor):
+        return f"of type {type(entry).__name__}"
+    return f"{entry.dtype} {list(entry.shape)}"
+
+
+def _remedy(inputs: Tensor, labels: Tensor) -> str:
+    """How to get labels out of what was given."""
+    columns = labels.shape[1] if labels.dim() == 2 else 0
+    seem_swapped = inputs.dim() == 1 and not inputs.is_floating_point()
+    if seem_swapped and (columns > 1 or labels.dim() > 2 or labels.is_floating_point()):
+        return "it seems that they are swapped: call loss(x, y)"
+    if labels.dim() not in (1, 2) or len(labels) != len(inputs):
+        return "take inputs and labels of the same examples"
+    if columns > 1:
+        return "if they are a column for each class, pass y.argmax(dim=1)"
+    squeezed = "y.squeeze(1)" if columns else "y"
+    return f"pass {squeezed}" if _is_integer(labels) else f"pass {squeezed}.long()"
