@@ -209,11 +209,14 @@ class Method(Learning):
         """
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        self.refresh_parameters()
-        commit = self._learner._prepare_end(dataloader)
-        self._warn_if_loss_unused()
-        self._end_task(dataloader)
-        commit()
+        grad = torch.is_grad_enabled()
+        # Later tasks learn from what is kept, and no graph takes tensors made in inference mode.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            self.refresh_parameters()
+            commit = self._learner._prepare_end(dataloader)
+            self._warn_if_loss_unused()
+            self._end_task(dataloader)
+            commit()
         for part in self.parts:
             part.tasks += 1
             part._has_made_loss = False
