@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
 
 import pytest
@@ -94,6 +95,17 @@ class TestNames:
 
 
 class TestCombining:
+    @pytest.mark.parametrize("given", ["replay", clext.Replay, None])
+    def test_with_what_is_no_method(self, given):
+        message = r"^ewc: combine expects a method .* combine\(clext.Replay\(model\)\), got .+$"
+        with pytest.raises(ValueError, match=message):
+            clext.EWC(model()).combine(given)
+
+    def test_both_parts_are_shown(self):
+        one = model()
+        method = clext.EWC(one, gamma=0.5).combine(clext.Replay(one, budget=7))
+        assert re.fullmatch(r"EWC\(.*gamma=0.5.*\) \+ Replay\(.*budget=7.*\)", repr(method))
+
     def test_of_two_models(self):
         with pytest.raises(ValueError, match="replay was made for another model"):
             clext.EWC(model()).combine(clext.Replay(model()))
