@@ -311,6 +311,11 @@ class TestFiles:
         with pytest.raises(FileNotFoundError, match="expected a comparison"):
             Comparison.load(tmp_path / "nowhere")
 
+    def test_what_is_no_path(self):
+        for use in (result().save, Result.load, result().plot):
+            with pytest.raises(ValueError, match="must be a path, such as 'runs/ewc', got 5$"):
+                use(5)
+
     def test_a_file_in_place_of_the_folder(self, tmp_path):
         (tmp_path / "file").write_text("mine")
         with pytest.raises(OSError, match="is a file, not a folder"):
