@@ -59,7 +59,7 @@ class TestNames:
             ("si.xi", "unknown part of ewc.replay in option 'si.xi'"),
             ("replay.gamma", "unknown option of replay 'gamma'"),
             ("replay.budgt", "unknown option of replay 'budgt'; did you mean 'budget'"),
-            ("gama", "unknown option of ewc.replay 'gama'; did you mean 'gamma'"),
+            ("gama", "unknown option, neither of train nor of ewc.replay: 'gama';.*mean 'gamma'"),
         ],
     )
     def test_an_option_of_no_part(self, option, message):
@@ -77,7 +77,11 @@ class TestNames:
             ("replay+lwf", "replay does not combine with lwf|lwf does not combine with replay"),
             ("ewc+ewc", "ewc does not combine with ewc"),
             ("ewc+replai", "unknown method 'replai'.*'replay'"),
-            ("ewc+", "unknown method ''"),
+            ("ewc+", "method: a name is missing in 'ewc.'; expected one,"),
+            (["ewc", ""], "a name is missing in .*'ewc.replay'$"),
+            ("", "method: a name is missing in ''"),
+            ("ewc, replay", "unknown method 'ewc, replay'; to combine the two write 'ewc.replay'$"),
+            ("ewc replai", "unknown method 'ewc replai'; did you mean 'replay'"),
             (["ewc", "replay", "lwf"], "expected one name or two to combine, got 3"),
             ([], "expected one name or two to combine, got 0"),
             ([3], "unknown method 3"),
