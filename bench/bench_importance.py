@@ -233,13 +233,7 @@ def measure(
 ) -> Stopwatch:
     """All `runs` in turns."""
     watch = Stopwatch(device)
-    turns = list(runs)
-
-    def everyone() -> None:
-        turns.append(turns.pop(0))
-        for name in turns:
-            watch.time(name, runs[name][0])
-
+    everyone = watch.round_of({name: function for name, (function, _) in runs.items()})
     benchmark.pedantic(runs["clext"][0], setup=everyone, rounds=ROUNDS or 9)
     return watch
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -135,7 +135,7 @@ class Comparison:
 
 
 def compare(
-    methods: str | Sequence[str] | None = None,
+    methods: str | Sequence[str | Sequence[str]] | None = None,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     dataset: str = "auto",
@@ -160,8 +160,9 @@ def compare(
     the others go on.
 
     Args:
-        methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay"); by default the
-            six that only protect: baseline, ewc, mas, si, rwalk, scp.
+        methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay", or a list of the
+            two in the list); by default the six that only protect: baseline, ewc, mas, si, rwalk,
+            scp.
         options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
             `{"ewc+replay": {"replay.strength": 3.0}}`.
         dataset: as in `clext.train`, like all that follow.
@@ -226,33 +227,60 @@ def compare(
 
 
 def _checked_specs(
-    methods: str | Sequence[str] | None,
+    methods: str | Sequence[str | Sequence[str]] | None,
     model: nn.Module | None,
     options: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, LearnerSpec]:
-    names = [methods] if isinstance(methods, str) else methods
-    names = DEFAULT_METHODS if names is None else names
-    if not names:
+    names = _checked_names(methods)
+    for label, given in options.items():
+        if label not in names:
+            raise unknown_name("method in options", label, names)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"compare: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
+                f"{given!r}"
+            )
+    specs = {}
+    for label, parts in names.items():
+        of_method = dict(options.get(label, {}))
+        specs[label] = LearnerSpec(parts, model, of_method.pop("strength", None), of_method)
+        specs[label].check()
+    return specs
+
+
+def _checked_names(
+    methods: str | Sequence[str | Sequence[str]] | None,
+) -> dict[str, list[str]]:
+    """The parts of each method by its label; ValueError for what is none."""
+    if isinstance(methods, str):
+        if "," in methods:
+            raise ValueError(
+                f"compare: expected a list of names, got {methods!r}; write "
+                f"{[name.strip() for name in methods.split(',')]}"
+            )
+        methods = [methods]
+    if methods is not None and not isinstance(methods, Iterable):
+        raise ValueError(
+            f"compare: methods must be a list of names, such as ['ewc', 'si'], got {methods!r}"
+        )
+    given = DEFAULT_METHODS if methods is None else methods
+    if not given:
         raise ValueError(
             f"compare: expected at least one method, got none; choose from {[*METHODS]}"
         )
-    for name in options:
-        if name not in names:
-            raise unknown_name("method in options", name, names)
-    specs = {}
-    for name in names:
-        if not isinstance(name, str):
+    names: dict[str, list[str]] = {}
+    for entry in given:
+        if not isinstance(entry, str | Sequence):
             raise ValueError(
-                f"compare: methods must be names of clext.METHODS, got {type(name).__name__}; "
+                f"compare: methods must be names of clext.METHODS, got {type(entry).__name__}; "
                 "pass the settings of a method in options"
             )
-        part_names(name)
-        if name in specs:
-            raise ValueError(f"compare: method {name!r} is given twice; name each method once")
-        given = dict(options.get(name, {}))
-        specs[name] = LearnerSpec(name, model, given.pop("strength", None), given)
-        specs[name].check()
-    return specs
+        parts = part_names(entry)
+        label = entry if isinstance(entry, str) else "+".join(parts)
+        if label in names:
+            raise ValueError(f"compare: method {label!r} is given twice; name each method once")
+        names[label] = parts
+    return names
 
 
 def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:

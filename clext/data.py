@@ -28,6 +28,7 @@ from clext.idx import (
 from clext.options import unknown_name
 from clext.progress import say
 from clext.seeding import generator
+from clext.storage import as_path
 
 __all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Split", "load_dataset", "whereabouts"]
 
@@ -200,7 +201,7 @@ def cache_folder() -> Path:
 
 def _search(data_dir: str | os.PathLike[str] | None) -> _Search:
     if data_dir is not None:
-        root = Path(data_dir).expanduser()
+        root = as_path(data_dir, "data_dir")
         return _Search([(root, "data_dir")])
     roots = [(cache_folder(), "the cache folder")]
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)

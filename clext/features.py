@@ -22,10 +22,16 @@ class Features:
         method: of whose model.
         layer: the layer's name in the model; None: the nn.Linear that makes the model's outputs,
             which is looked for when features are first asked for.
+
+    Raises:
+        ValueError: the model has layers, and none of that name.
     """
 
     def __init__(self, method: Learning, layer: str | None) -> None:
         self._method, self._layer = method, layer
+        # Options are also checked on a stand-in for the model, which has no layers.
+        if layer is not None and any(True for _ in method.model.children()):
+            self._named(layer)
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, size] and all logits [N, outputs] of `inputs`, in the model's mode.
@@ -35,15 +41,7 @@ class Features:
         """
         if self._layer is None:
             self._layer = self._head(inputs[:2])
-        model, owner = self._method.model, self._method.name
-        try:
-            layer = model.get_submodule(self._layer)
-        except AttributeError:
-            names = [name for name, _ in model.named_modules() if name]
-            raise ValueError(
-                f"{owner}: the model has no layer '{self._layer}'; features must be one of "
-                f"{', '.join(names) or 'its layers, and it has none'}"
-            ) from None
+        model, owner, layer = self._method.model, self._method.name, self._named(self._layer)
         seen: list[object] = []
         hook = layer.register_forward_pre_hook(lambda _layer, args: seen.extend(args[:1]))
         try:
@@ -59,6 +57,18 @@ class Features:
                 "expected a tensor with a row for each; name another layer with features="
             )
         return found.flatten(1) if found.dim() > 1 else found.unsqueeze(1), logits
+
+    def _named(self, name: str) -> nn.Module:
+        """The layer of that name; ValueError if there is none."""
+        model = self._method.model
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            names = [known for known, _ in model.named_modules() if known]
+            raise ValueError(
+                f"{self._method.name}: the model has no layer '{name}'; features must be one of "
+                f"{', '.join(names) or 'its layers, and it has none'}"
+            ) from None
 
     @torch.no_grad()
     def _head(self, inputs: Tensor) -> str:

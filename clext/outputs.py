@@ -224,13 +224,20 @@ class Outputs:
         active = self.active
         if self._is_full or active is None:
             return None
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < active.stop:
+        self.check_logits(logits)
+        return logits[:, active.start : active.stop]
+
+    def check_logits(self, logits: object) -> None:
+        """ValueError if what the model returned in full has not all the active outputs."""
+        active = self.active
+        if active is not None and (
+            not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < active.stop
+        ):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"begin_task: outputs {active.start} to {active.stop - 1} are active, so the model "
                 f"must return logits [N, >= {active.stop}], got {got}"
             )
-        return logits[:, active.start : active.stop]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self._model, "active": self.active, "blocks": self.blocks}

@@ -6,11 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from clext.storage import as_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def plot_curves(
 def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
     """Save it at `path`, if that is given, in a folder that is made if need be."""
     if path is not None:
-        file = Path(path).expanduser()
+        file = as_path(path, "plot: path")
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
 

@@ -110,6 +110,9 @@ class Result:
     def intransigence(self, joint: Result) -> metrics.Vector:
         """What a joint run does better on each task just after learning it (Chaudhry et al. 2018).
 
+        Seeds may differ, so that one joint run can serve several: another seed draws other weights
+        and permutations, and tasks that are as hard. With one seed for both the chance is less.
+
         Args:
             joint: the result of method "joint" on the same tasks.
 

@@ -14,6 +14,7 @@ from clext._version import __version__
 from clext.data import check_dataset
 from clext.options import choice, integer, number
 from clext.scenarios import Scenario, check_scenario
+from clext.storage import as_path
 
 _OWNER = "train"
 _DEFAULT_TASKS = 5
@@ -65,6 +66,8 @@ class Settings:
             incremental, tasks = scenario.incremental, len(scenario.tasks)
         else:
             check_dataset(dataset)
+            if data_dir is not None:
+                as_path(data_dir, f"{_OWNER}: data_dir")
             incremental = "domain" if incremental is None else incremental
             check_scenario(scenario, incremental)
             tasks = _DEFAULT_TASKS if tasks is None else tasks

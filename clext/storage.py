@@ -15,12 +15,21 @@ from typing import Any
 FORMAT = 1
 
 
+def as_path(path: str | os.PathLike[str], argument: str) -> Path:
+    """`path` with ~ as the home folder; ValueError if it is no path."""
+    try:
+        return Path(path).expanduser()
+    except TypeError:
+        raise ValueError(f"{argument} must be a path, such as 'runs/ewc', got {path!r}") from None
+
+
 def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:
     """`path` as a folder, made if need be, in which a file could be written just now.
 
-    Raises OSError in one sentence: better before hours of work than after.
+    Raises OSError in one sentence, better before hours of work than after, and ValueError if it is
+    no path.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path, argument)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -62,7 +71,7 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
 
     Raises FileNotFoundError or ValueError in one sentence that names the file.
     """
-    file = Path(path).expanduser()
+    file = as_path(path, "load: the file")
     if file.is_dir():
         file = file / file_name
     if not file.is_file():

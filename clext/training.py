@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import time
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from clext.data import Batches, Split, load_dataset
 from clext.evaluation import Examiner, Trace
 from clext.learner import LearnerSpec, describe_learner, input_dtype
-from clext.methods import Method
+from clext.methods import METHODS, Method, part_names
+from clext.methods.base import option_names
 from clext.methods.learning import Examples
 from clext.module_mode import module_mode
 from clext.optim import Adam
+from clext.options import unknown_name
 from clext.parameters import trainable_parameters
 from clext.progress import Progress
 from clext.result import Result
@@ -140,6 +143,7 @@ def train(
         data_dir=data_dir,
         progress=progress,
     )
+    _check_option_names(method, method_options)
     spec = LearnerSpec(method, model, strength, method_options)
     spec.check()
     folder = None if out is None else writable_folder(out, "train: out")
@@ -150,6 +154,24 @@ def train(
         return None if folder is None else result.save(folder, picture=result.complete)
 
     return run(spec, chosen, settings, save)
+
+
+def _check_option_names(method: str | Sequence[str] | Method, options: dict[str, object]) -> None:
+    """ValueError for an option that neither `train` nor the method has."""
+    if isinstance(method, Method):
+        label, kinds = method.label, [type(part) for part in method.parts]
+    else:
+        names = part_names(method)
+        label, kinds = "+".join(names), [METHODS[name] for name in names]
+    own = inspect.signature(train).parameters.values()
+    valid = [entry.name for entry in own if entry.kind is entry.KEYWORD_ONLY]
+    valid += [name for kind in kinds for name in option_names(kind)]
+    for option in options:
+        # That of a part is the method's to check.
+        if "." not in option and option not in valid:
+            raise unknown_name(
+                f"option, neither of train nor of {label}:", option, dict.fromkeys(valid)
+            )
 
 
 def chosen_scenario(settings: Settings) -> Scenario:

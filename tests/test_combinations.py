@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
 
 import pytest
@@ -58,7 +59,7 @@ class TestNames:
             ("si.xi", "unknown part of ewc.replay in option 'si.xi'"),
             ("replay.gamma", "unknown option of replay 'gamma'"),
             ("replay.budgt", "unknown option of replay 'budgt'; did you mean 'budget'"),
-            ("gama", "unknown option of ewc.replay 'gama'; did you mean 'gamma'"),
+            ("gama", "unknown option, neither of train nor of ewc.replay: 'gama';.*mean 'gamma'"),
         ],
     )
     def test_an_option_of_no_part(self, option, message):
@@ -76,7 +77,11 @@ class TestNames:
             ("replay+lwf", "replay does not combine with lwf|lwf does not combine with replay"),
             ("ewc+ewc", "ewc does not combine with ewc"),
             ("ewc+replai", "unknown method 'replai'.*'replay'"),
-            ("ewc+", "unknown method ''"),
+            ("ewc+", "method: a name is missing in 'ewc.'; expected one,"),
+            (["ewc", ""], "a name is missing in .*'ewc.replay'$"),
+            ("", "method: a name is missing in ''"),
+            ("ewc, replay", "unknown method 'ewc, replay'; to combine the two write 'ewc.replay'$"),
+            ("ewc replai", "unknown method 'ewc replai'; did you mean 'replay'"),
             (["ewc", "replay", "lwf"], "expected one name or two to combine, got 3"),
             ([], "expected one name or two to combine, got 0"),
             ([3], "unknown method 3"),
@@ -94,6 +99,17 @@ class TestNames:
 
 
 class TestCombining:
+    @pytest.mark.parametrize("given", ["replay", clext.Replay, None])
+    def test_with_what_is_no_method(self, given):
+        message = r"^ewc: combine expects a method .* combine\(clext.Replay\(model\)\), got .+$"
+        with pytest.raises(ValueError, match=message):
+            clext.EWC(model()).combine(given)
+
+    def test_both_parts_are_shown(self):
+        one = model()
+        method = clext.EWC(one, gamma=0.5).combine(clext.Replay(one, budget=7))
+        assert re.fullmatch(r"EWC\(.*gamma=0.5.*\) \+ Replay\(.*budget=7.*\)", repr(method))
+
     def test_of_two_models(self):
         with pytest.raises(ValueError, match="replay was made for another model"):
             clext.EWC(model()).combine(clext.Replay(model()))

@@ -45,6 +45,17 @@ class TestCompare:
         assert comparison["ewc"].config["method_options"]["gamma"] == 0.5
         assert comparison["si"].config["method_options"] == {"xi": 0.3}
 
+    def test_two_names_in_a_list_are_combined(self):
+        comparison = clext.compare(
+            [["ewc", "replay"], "baseline"],
+            model=small(),
+            options={"ewc+replay": {"budget": 7}},
+            **{**QUICK, "epochs": 1},
+        )
+        assert list(comparison.results) == ["ewc+replay", "baseline"]
+        assert comparison["ewc+replay"].label == "ewc+replay"
+        assert comparison["ewc+replay"].config["method_options"]["replay"]["budget"] == 7
+
     def test_a_method_that_diverges_does_not_stop_the_others(self, tmp_path):
         with pytest.warns(UserWarning, match=r"si: the loss became nan at task 1"):
             comparison = clext.compare(
@@ -70,6 +81,14 @@ class TestCompare:
             ({"methods": ["si"], "options": {"ewc": {}}}, "unknown method in options 'ewc'"),
             ({"methods": ["si"], "options": {"si": {"xii": 1}}}, "'xii'.*'xi'"),
             ({"methods": ["si"], "tasks": 0}, "tasks must be"),
+            ({"methods": 3}, r"methods must be a list of names, such as \['ewc', 'si'\], got 3$"),
+            ({"methods": clext.EWC}, "methods must be a list of names, .* got <class '.*EWC'>$"),
+            ({"methods": [clext.EWC]}, "methods must be names of clext.METHODS"),
+            ({"methods": "ewc, si"}, r"list of names, got 'ewc, si'; write \['ewc', 'si'\]$"),
+            ({"methods": [["ewc", "si"]]}, "ewc does not combine with si"),
+            ({"methods": [["ewc", "lwf"], "ewc+lwf"]}, "'ewc.lwf' is given twice"),
+            ({"methods": "si", "options": {"si": 3}}, r"options of 'si' must be a dict, .* got 3$"),
+            ({"methods": "si", "out": 5}, "^compare: out must be a path, .* got 5$"),
         ],
     )
     def test_bad_input_before_any_work(self, arguments, message, monkeypatch):

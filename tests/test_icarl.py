@@ -277,6 +277,13 @@ def test_the_layer_of_the_features_can_be_named(layer):
     torch.testing.assert_close(method.predict(inputs)[:, 1], -(hidden - mean).norm(dim=1))
 
 
+def test_a_layer_that_the_model_has_not_is_refused_at_once():
+    with pytest.raises(
+        ValueError, match="icarl: the model has no layer 'tail'; features must be one of body, head"
+    ):
+        ICaRL(Cosine(), features="tail")
+
+
 @pytest.mark.parametrize(
     ("features", "message"),
     [
@@ -286,7 +293,9 @@ def test_the_layer_of_the_features_can_be_named(layer):
 )
 def test_a_layer_that_cannot_be_found_is_said_and_nothing_changes(features, message):
     model = Cosine().double()
+    model.tail = nn.Identity()
     method = ICaRL(model, features=features)
+    del model.tail
     before = method.state_dict()
     with pytest.raises(ValueError, match=f"icarl: {message}"):
         method.consolidate(own_batches(method, "domain", 0))

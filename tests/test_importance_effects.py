@@ -120,6 +120,7 @@ Y = torch.zeros(2, dtype=torch.int64)
         ([], "the data of the task is empty"),
         ([(X[:0], Y[:0])], "the data of the task is empty"),
         ([X], r"batch 0 is a Tensor, expected a pair \(x, y\)"),
+        ((X, Y), r"expected a pair \(x, y\); where there is a single batch, pass \[\(x, y\)\]$"),
         ([(X, Y), (X, Y, Y)], "batch 1 is a tuple of 3 entries"),
         ([(X, [0, 1])], "y of batch 0 is list, expected a tensor"),
         ([(X, Y[:1])], "batch 0 has 2 inputs but 1 labels"),
@@ -149,6 +150,18 @@ def test_unlabelled_data_is_enough_where_labels_play_no_part(fast_model, estimat
     for bad in ([{}], [()], [("x", "y")], 3):
         with pytest.raises(ValueError, match=r"x of batch 0 is (dict|tuple|str)|batches x or"):
             function(fast_model, params, bad, **options)
+
+
+@pytest.mark.parametrize("estimate", ["mas per_sample", "scp exact"])
+@pytest.mark.parametrize("batches", [X, (X, Y), [X, Y]], ids=["tensor", "pair", "list"])
+def test_one_batch_is_not_taken_for_several(batches, estimate):
+    """Its rows, or its inputs and its labels, would be."""
+    function, options = ESTIMATES[estimate]
+    model = Residual().double()
+    message = r"the data of the task is one .*expected an iterable of batches; .*pass \[\(x, y\)\]$"
+    with pytest.raises(ValueError, match=message):
+        function(model, params_of(model), batches, **options)
+    function(model, params_of(model), [X, X], **options)
 
 
 @pytest.mark.parametrize(

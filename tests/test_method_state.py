@@ -117,6 +117,14 @@ def test_state_that_does_not_fit_is_refused_and_changes_nothing(path, value, mes
     assert_same_state(method.state_dict(), before)
 
 
+@pytest.mark.parametrize("given", [None, [], "rwalk.pt"])
+def test_what_is_no_state_is_refused(given):
+    method = EWC(make_model())
+    got = type(given).__name__
+    with pytest.raises(ValueError, match=f"^ewc: state_dict is {got}, expected a dict as state_di"):
+        method.load_state_dict(given)
+
+
 COUNTERS = [
     *[("tasks", value) for value in ("abc", [1], -3, 2.7, 10**30, True, float("nan"))],
     *[("interval_steps", value) for value in ("abc", [1], -3, 2.7, 10**30)],

@@ -154,6 +154,25 @@ def test_failed_consolidation_changes_nothing(kind, data):
     assert_same_state(method.state_dict(), before)
 
 
+def test_a_task_may_end_in_inference_mode(kind, device):
+    """What is kept can still be learned from, and is the same."""
+    states = []
+    for mode in (False, True):
+        model = make_model(torch.float32).to(device)
+        method = kind(model)
+        for number in range(2):
+            batches = make_task(number, torch.float32, device)
+            examples = tuple(torch.cat(entries) for entries in zip(*batches, strict=True))
+            data = method.begin_task((examples[0].sigmoid(), examples[1]))
+            method.loss(*(entry[:4] for entry in data)).backward()
+            method.add_penalty_grad_()
+            model.zero_grad()
+            with torch.inference_mode(mode):
+                method.consolidate([(examples[0].sigmoid(), examples[1])])
+        states.append(method.state_dict())
+    assert_same_state(*states)
+
+
 @pytest.mark.parametrize("failing", [False, True], ids=["normal", "exception"])
 def test_consolidation_leaves_modes_and_batch_statistics_alone(kind, device, failing):
     model = nn.Sequential(

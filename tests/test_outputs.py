@@ -208,6 +208,13 @@ class TestMethods:
         with pytest.raises(ValueError, match=r"logits \[N, >= 8\], got \[9, 6\]"):
             model(examples())
 
+    @pytest.mark.parametrize("name", clext.METHODS)
+    def test_the_first_loss_says_which_outputs_the_model_has_not(self, name, model):
+        method = clext.METHODS[name](model)
+        data = (examples().sigmoid(), torch.ones(9, dtype=torch.int64))
+        with pytest.raises(ValueError, match=r"^begin_task: outputs 0 to 7 .*\[N, >= 8\], got \["):
+            method.loss(*method.begin_task(data, block=range(6, 8), active=range(8)))
+
     def test_heads_are_said_from_the_first_task_on(self, model):
         method = clext.Baseline(model)
         method.consolidate()

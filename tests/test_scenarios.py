@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset as TorchDataset
@@ -225,13 +226,14 @@ class TestOwnDataSets:
             ([3], "task 1 must be a pair .* got int"),
             ([(own_pair(0, 1)[0],) * 3], "task 1 must be a pair .* got 3 values"),
             ([own_pair(0, 1), ("x", "y")], "task 2, training data must be .* got str"),
+            ([((np.zeros((2, 3)), np.zeros(2)),) * 2], "got ndarray as inputs; .*torch.as_tensor$"),
             ([((torch.rand(0, 3), torch.zeros(0).long()),) * 2], "training data has no examples"),
             ([((torch.rand(2, 3), torch.rand(2)),) * 2], "labels are torch.float32"),
             ([((torch.rand(2, 3), torch.zeros(3).long()),) * 2], r"labels have shape \[3\]"),
             ([((torch.full((2, 3), math.nan), torch.zeros(2).long()),) * 2], "NaN or infinity"),
             (
                 [own_pair(0, 1), own_pair(0, 1, shape=(4,))],
-                r"task 2, training data: examples have shape \[4\], expected \[3\]",
+                r"task 2, training data: examples have shape \[4\], expected \[3\] .*; bring them",
             ),
             (
                 [(own_pair(0, 1)[0], own_pair(0, 5)[0])],

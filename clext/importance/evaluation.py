@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     # Of (x, y), or where labels play no part x, (x,) or (x, y): checked as they are read.
     Batches = Iterable[Any]
 
+_ONE_BATCH = "where there is a single batch, pass [(x, y)]"
+
 
 @contextmanager
 def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterator[None]:
@@ -136,8 +138,10 @@ def read_batches(
     for index, batch in _numbered(owner, batches, "(x, y) batches"):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             size = f" of {len(batch)} entries" if isinstance(batch, tuple | list) else ""
+            remedy = f"; {_ONE_BATCH}" if isinstance(batch, Tensor) else ""
             raise ValueError(
                 f"{owner}: batch {index} is a {type(batch).__name__}{size}, expected a pair (x, y)"
+                f"{remedy}"
             )
         x, y = (_tensor(owner, name, index, entry) for name, entry in zip("xy", batch, strict=True))
         if len(x) != len(y):
@@ -153,6 +157,11 @@ def read_batches(
 
 def read_inputs(owner: str, batches: Batches | None, device: torch.device) -> Iterator[Tensor]:
     """The inputs on `device` of batches x, (x,) or (x, y), of which y may be anything."""
+    if isinstance(batches, Tensor) or _is_pair(batches):
+        got = "one tensor" if isinstance(batches, Tensor) else "one pair (x, y)"
+        raise ValueError(
+            f"{owner}: the data of the task is {got}, expected an iterable of batches; {_ONE_BATCH}"
+        )
     samples = 0
     for index, batch in _numbered(owner, batches, "batches x or (x, y)"):
         first = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -161,6 +170,20 @@ def read_inputs(owner: str, batches: Batches | None, device: torch.device) -> It
         if len(x) > 0:
             yield _ordinary(x).to(device)
     _check_count(owner, samples)
+
+
+def _is_pair(batches: object) -> bool:
+    """Whether they are the inputs and labels of one batch, not two batches of inputs."""
+    if not isinstance(batches, tuple | list) or len(batches) != 2:
+        return False
+    x, y = batches
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and y.dim() == 1
+        and x.shape[:1] == y.shape
+        and (x.dim() > 1 or x.dtype != y.dtype)
+    )
 
 
 def _numbered(owner: str, batches: object, expected: str) -> Iterator[tuple[int, Any]]:

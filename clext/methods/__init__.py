@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ METHODS: dict[str, type[Method]] = {
 def part_names(method: str | Sequence[str]) -> list[str]:
     """The names in "ewc", "ewc+replay" or ["ewc", "replay"].
 
-    ValueError for an unknown one (with the nearest valid name), or for more than two.
+    ValueError for an unknown one (with the nearest valid name), a missing one, or more than two.
     """
     if isinstance(method, type) or not isinstance(method, str | Iterable):
         got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
@@ -68,8 +69,18 @@ def part_names(method: str | Sequence[str]) -> list[str]:
         )
     names: list[str] = method.split("+") if isinstance(method, str) else list(method)
     names = [name.strip() if isinstance(name, str) else name for name in names]
+    if "" in names:
+        raise ValueError(
+            f"method: a name is missing in {method!r}; expected one, such as 'ewc', or two to "
+            "combine, such as 'ewc+replay'"
+        )
     for name in names:
         if not isinstance(name, str) or name not in METHODS:
+            words = re.findall(r"\w+", str(name))
+            if len(words) == 2 and set(words) <= METHODS.keys():
+                raise ValueError(
+                    f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
+                )
             raise unknown_name("method", name, METHODS)
     if not 1 <= len(names) <= 2:
         raise ValueError(f"method: expected one name or two to combine, got {len(names)}: {names}")

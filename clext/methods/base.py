@@ -218,14 +218,19 @@ class Method(Learning):
                 (see `refresh_parameters`), or what the steps have left is not finite; nothing is
                 changed.
         """
-        self.refresh_parameters()
-        end = End(self, dataloader)
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
-            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
-        commit = self._learner._prepare_end(dataloader)
-        warn_of_omissions(self, end)
-        self._end_task(dataloader)
-        commit()
+            batches: Batches | None = [_copied(batch) for batch in dataloader]  # it is read twice
+        else:
+            batches = dataloader
+        grad = torch.is_grad_enabled()
+        # Later tasks learn from what is kept, and no graph takes tensors made in inference mode.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            self.refresh_parameters()
+            end = End(self, dataloader)
+            commit = self._learner._prepare_end(batches)
+            warn_of_omissions(self, end)
+            self._end_task(batches)
+            commit()
         for part in self.parts:
             part.tasks += 1
         keep_end(self, end)

@@ -73,8 +73,9 @@ class ICaRL(Unpenalised):
             1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
 
     Raises:
-        ValueError: an option is out of range; or, at the beginning of a task (in `clext.train`
-            before the first one), the budget is smaller than the number of classes.
+        ValueError: an option is out of range, or the model has no layer of that name; or, at the
+            beginning of a task (in `clext.train` before the first one), the budget is smaller than
+            the number of classes.
     """
 
     name: ClassVar[str] = "icarl"
@@ -171,6 +172,7 @@ class ICaRL(Unpenalised):
         inputs, labels, *rest = batch
         with self.outputs.full():
             logits = self.outputs.logits(inputs, labels)
+        self.outputs.check_logits(logits)
         if rest:
             targets = rest[0]
         else:

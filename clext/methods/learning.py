@@ -189,6 +189,9 @@ class Learning(Stateful):
         """The methods of a combination: this one and its rehearsal; else this one."""
         return (self,) if self._rehearsal is None else (self, self._rehearsal)
 
+    def __repr__(self) -> str:
+        return " + ".join(super(Learning, part).__repr__() for part in self.parts)
+
     @classmethod
     def learns_otherwise(cls) -> bool:
         """Whether this method has a beginning of tasks, a loss or a prediction of its own."""
@@ -204,9 +207,15 @@ class Learning(Stateful):
             rehearsal: a method of the same model that works by its loss: replay, LwF, DGR, ...
 
         Raises:
-            ValueError: the two are of different models, or both or neither of them work by their
-                loss, or one is combined already; nothing is changed.
+            ValueError: it is no method, the two are of different models, or both or neither of
+                them work by their loss, or one is combined already; nothing is changed.
         """
+        if not isinstance(rehearsal, Learning):
+            raise ValueError(
+                f"{self.name}: combine expects a method made for the same model, such as "
+                "combine(clext.Replay(model)), got "
+                f"{rehearsal if isinstance(rehearsal, str | type) else type(rehearsal)!r}"
+            )
         for part in (self, rehearsal):
             if part._rehearsal is not None:
                 raise ValueError(f"{part.label}: is a combination already; two methods can combine")

@@ -1,7 +1,7 @@
 """What a training loop has left out, where it shows at the end of a task.
 
 A warning that is wrong once is not read again, so nothing is said where another loop could have
-meant it: only what was called, which values the parameters have and which data was given count.
+meant it: only what was called, whether parameters were written and which data was given count.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import weakref
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from clext.checksum import checksums
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clext.methods.base import Method
 
 # Of the task that ended last. Not in the method itself: a copy of it, or a pickle, knows of no end.
@@ -21,7 +21,7 @@ _ends: WeakKeyDictionary[Method, End] = WeakKeyDictionary()
 
 
 class End:
-    """The end of a task: the parameters' values, and the data that was given.
+    """The end of a task: the parameters as they are, and the data that was given.
 
     Args:
         method: ends it.
@@ -29,12 +29,13 @@ class End:
     """
 
     def __init__(self, method: Method, dataloader: object) -> None:
-        self._values = checksums(method._state.params)
+        # Reading the values would take a pass over the whole model.
+        self._writes = [(entry.data_ptr(), _writes(entry)) for entry in method._state.params]
         self._data = _references(dataloader)
 
     def moved_since(self, last: End) -> bool:
-        """Whether a parameter has changed."""
-        return self._values != last._values
+        """Whether a parameter was written since, but for writes to its `.data`."""
+        return self._writes != last._writes
 
     def has_data_of(self, last: End) -> bool:
         """Whether the same data was given, or none both times."""
@@ -63,7 +64,7 @@ def _omissions(method: Method, end: End) -> list[str]:
     if last is not None and not used and not end.moved_since(last) and end.has_data_of(last):
         return [
             f"consolidate() of this {method.label} ends the task that the last call has ended "
-            "already: since then no parameter has changed and the data is the same; call it once "
+            "already: since then no parameter was written and the data is the same; call it once "
             "for each task, or the task counts twice"
         ]
     found = []
@@ -90,6 +91,11 @@ def _was_let_go(method: Method) -> bool:
         and not (method._has_pulled or method._is_held_unseen)
         and method._has_something_to_hold()
     )
+
+
+def _writes(parameter: Tensor) -> int:
+    """How often it was written; torch does not count for tensors made in inference mode."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _references(dataloader: object) -> tuple[weakref.ref[object], ...] | None:

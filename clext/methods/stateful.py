@@ -253,9 +253,13 @@ def _checked_state(method: Stateful, state_dict: Mapping[str, Any]) -> list[tupl
 
 
 def _check_keys(label: str, given: object, expected: tuple[str, ...] | list[str]) -> None:
-    got = set(given) if isinstance(given, dict) else set()
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{label} is {type(given).__name__}, expected a dict as state_dict() makes it"
+        )
+    got = set(given)
     missing, unexpected = sorted(set(expected) - got), sorted(got - set(expected), key=str)
-    if not isinstance(given, dict) or missing or unexpected:
+    if missing or unexpected:
         raise ValueError(
             f"{label} does not fit: missing {', '.join(missing) or 'nothing'}, "
             f"unexpected {', '.join(map(str, unexpected)) or 'nothing'}"

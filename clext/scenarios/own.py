@@ -39,7 +39,8 @@ def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
                 raise ValueError(
                     f"{_OWNER}: task {number}, {what} data: examples have shape "
                     f"{list(given.inputs.shape[1:])}, expected {list(expected.shape[1:])} as in "
-                    "the first task"
+                    "the first task; bring them to one shape, images by "
+                    "torch.nn.functional.interpolate"
                 )
             if given.inputs.dtype != expected.dtype:
                 raise ValueError(
@@ -97,9 +98,12 @@ def _read(given: object, what: str) -> Split:
     elif isinstance(given, TorchDataset):
         inputs, labels = _read_dataset(given, what)
     else:
+        got = type(given).__name__
+        if isinstance(given, tuple | list) and len(given) == 2:
+            got = f"{type(given[0]).__name__} as inputs; make tensors of arrays by torch.as_tensor"
         raise ValueError(
             f"{what} must be a pair of tensors (inputs, labels) or a torch.utils.data.Dataset, got "
-            f"{type(given).__name__}"
+            f"{got}"
         )
     try:
         labels = torch.as_tensor(labels)
