@@ -8,6 +8,7 @@ their time is scaled up. BackPACK and CurvLinOps take part where they are instal
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -163,6 +164,8 @@ def test_importance(model: str, estimate: str, device: str, benchmark: Any, caps
     runs: dict[str, tuple[Callable[[], object], float]] = {
         "backward": (problem.plain, 1.0),
         "clext": (lambda: problem.clext(problem.batches), 1.0),
+        # In which it finds out which rows belong to which sample, and checks each parameter.
+        "first batch": (lambda: problem.clext(one), 1 / case.batches),
         "loop": (lambda: problem.loop(few), LOOPED / (case.batch * case.batches)),
     }
     skipped = {}
@@ -247,6 +250,13 @@ def summary(
         name: round(watch.ratio(name, "backward") * runs["backward"][1] / share, 3)
         for name, (_, share) in runs.items()
     }
+    if "first batch" in runs:
+        first = runs["first batch"][1]
+        seconds = (watch.seconds[name] for name in ("clext", "first batch", "backward"))
+        later = (
+            (every - one) / (1 - first) / plain for every, one, plain in zip(*seconds, strict=True)
+        )
+        ratios["later batches"] = round(median(later), 3)
     return {
         "ms": {name: round(1e3 * s, 2) for name, s in medians.items()},
         "against_backward": ratios,

@@ -234,11 +234,12 @@ def importance_table() -> str:
             e["model"],
             e["estimate"],
             f"{e['ms']['backward']:.0f}",
-            times(ratios["clext"], 2),
+            *(times(ratios.get(name), 2) for name in ("clext", "first batch", "later batches")),
             *(times(ratios.get(name)) for name in others),
         ]
 
-    head = ["model", "estimate", "forward + backward, ms", "clext", *others]
+    timed = ["clext", "of these the first batch", "a later batch"]
+    head = ["model", "estimate", "forward + backward, ms", *timed, *others]
     return by_device(newest(read_lines("importance"), "model", "estimate"), head, row)
 
 
