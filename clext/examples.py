@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.importance.evaluation import check_labels, read_batches
-from clext.module_mode import buffers_kept, module_mode
-from clext.seeding import isolated_rng
+from clext.module_mode import module_mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,35 +57,6 @@ def check_alike(
             f"{owner}: inputs are {inputs.dtype} {list(inputs.shape[1:])} each, expected "
             f"{known.dtype} {list(known.shape[1:])} as those {where}"
         )
-
-
-def check_loaded(owner: str, method: Learning, inputs: Tensor) -> None:
-    """ValueError unless the model of `method` takes inputs that a state has kept: one is tried.
-
-    Nothing is left of that: modes, buffers and random state are as before. `owner` is the part of
-    the state, for messages.
-    """
-    weight = next(method.model.parameters())
-    dtype = weight.dtype if inputs.is_floating_point() else inputs.dtype
-    # Twice: a norm over the batch does not take one alone.
-    example = torch.cat([inputs[:1]] * 2).to(weight.device, dtype)
-    try:
-        with (
-            isolated_rng(0, weight.device),
-            buffers_kept(method.model),
-            module_mode(method.model, training=False),
-            method.outputs.full(),
-            torch.no_grad(),
-        ):
-            method.model(example)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{owner} holds inputs {inputs.dtype} {list(inputs.shape[1:])} each, which this model "
-            f"does not take ({reason}); load the state of a method whose model has the same inputs"
-        ) from error
 
 
 def count_outputs(method: Learning, inputs: Tensor) -> int:

@@ -131,8 +131,8 @@ class Outputs:
                 f"loss: the model returned {got} for {len(inputs)} examples, expected logits "
                 f"[{len(inputs)}, outputs]; make the method of a module that returns these alone"
             )
-        if labels is not None and self.active is None and _can_look_at(labels):
-            low, high = _lowest_and_highest(labels)
+        if labels is not None and self.active is None and (reach := _reach(labels)):
+            low, high = reach
             if high >= logits.shape[1]:
                 raise ValueError(
                     f"loss: labels reach from {low} to {high}, expected 0 to "
@@ -149,9 +149,10 @@ class Outputs:
             labels: of a batch that is not empty.
             local: they count from the first active output; else from the model's first.
         """
-        if not _can_look_at(labels):
+        reach = _reach(labels)
+        if reach is None:
             return
-        low, high = _lowest_and_highest(labels)
+        low, high = reach
         if self.active is None:
             expected, end = "none below 0", None
         elif local:
@@ -262,14 +263,18 @@ class _Narrow:
         return _Narrow, (None,)
 
 
-def _can_look_at(labels: Tensor) -> bool:
-    """Without waiting for a device, and not while a graph is made for values to come."""
-    return labels.is_cpu and not torch.compiler.is_compiling()
+def _reach(labels: Tensor) -> tuple[int, int] | None:
+    """The lowest and the highest; None where a device had to be waited for, or there are none yet.
 
-
-def _lowest_and_highest(labels: Tensor) -> tuple[int, int]:
+    There are none while a graph is traced, inside `torch.vmap`, or in a tensor that is not real.
+    """
+    if not labels.is_cpu or torch.compiler.is_compiling():
+        return None
     low, high = labels.aminmax()
-    return int(low), int(high)
+    try:
+        return int(low), int(high)
+    except RuntimeError:
+        return None
 
 
 def _check_range(name: str, given: object) -> None:

@@ -1,4 +1,4 @@
-"""A state whose kept examples do not go through the model is refused when it is loaded."""
+"""Kept examples that were loaded, and the batches that come after them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from toy_training import assert_same_state
 
 import clext
 from clext.methods import make_method
-
-KEEPING = ["replay", "gem", "agem", "joint", "icarl"]
 
 
 class Noisy(nn.Module):
@@ -39,46 +37,6 @@ def learned(name, model, shape):
     method.loss(*began)
     method.consolidate([examples])
     return method
-
-
-@pytest.mark.parametrize("name", [*KEEPING, "ewc+replay"])
-def test_rows_that_the_model_does_not_take_are_refused(name):
-    """The parameters of the states are those of the method's own model, the rows are not."""
-    state = learned(name, perceptron(6), (2, 3)).state_dict()
-    other = learned(name, perceptron(5), (5,)).state_dict()
-    if "+" in name:
-        other["rehearsal"]["extra"] = state["rehearsal"]["extra"] | {}
-    else:
-        other["extra"] = {**state["extra"]}
-        if name == "icarl":
-            other["extra"]["previous"] = None
-    for own in (make_method(name, perceptron(5)), learned(name, perceptron(5), (5,))):
-        before, random = own.state_dict(), torch.get_rng_state()
-        message = (
-            r"holds inputs torch.float32 \[2, 3\] each, which this model does not take \(.*mat1"
-        )
-        with pytest.raises(ValueError, match=message) as caught:
-            own.load_state_dict(other)
-        assert "\n" not in str(caught.value)
-        assert_same_state(own.state_dict(), before)
-        assert torch.equal(torch.get_rng_state(), random)
-
-
-@pytest.mark.parametrize("name", KEEPING)
-def test_to_try_a_row_leaves_nothing_behind(name):
-    torch.manual_seed(0)
-    method = learned(name, Noisy(), (1, 6, 6))
-    own = make_method(name, Noisy())
-    own.model.load_state_dict(method.model.state_dict())
-    own.model.norm.eval()
-    before = {key: value.clone() for key, value in own.model.state_dict().items()}
-    random = torch.get_rng_state()
-    own.load_state_dict(method.state_dict())
-    assert torch.equal(torch.get_rng_state(), random)
-    assert_same_state(own.model.state_dict(), before)
-    assert own.model.training
-    assert not own.model.norm.training
-    assert_same_state(own.state_dict(), method.state_dict())
 
 
 def test_rows_of_another_precision_than_the_model_are_taken():

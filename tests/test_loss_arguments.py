@@ -162,3 +162,21 @@ def test_a_method_with_rows_of_its_own_gets_them():
     inputs, labels, weights = begin(method, 0, "domain")
     expected = 0.5 * F.cross_entropy(method.model(inputs), labels)
     torch.testing.assert_close(method.loss(inputs, labels, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32], ids=str)
+def test_labels_of_any_integer_type_serve_loss_and_consolidate(dtype):
+    for name in ("ewc", "replay", "gem"):
+        method = make_method(name, make_model())
+        inputs, labels = torch.rand(N, FEATURES).double(), torch.zeros(N).to(dtype)
+        method.loss(inputs, labels)
+        method.consolidate([(inputs, labels)])
+
+
+def test_labels_without_values_are_not_looked_at():
+    method = clext.EWC(make_model())
+    inputs, labels = torch.rand(N, FEATURES).double(), torch.arange(N) % 2
+    singly = torch.vmap(lambda x, y: method.loss(x[None], y[None]))(inputs, labels)
+    assert torch.allclose(singly.mean(), method.loss(inputs, labels))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(method.loss)(inputs, labels)
+    assert torch.allclose(traced(inputs, labels), method.loss(inputs, labels))

@@ -70,7 +70,7 @@ class TestTheSameEndAgain:
             lambda method: method.penalty(),
             lambda method: method.add_penalty_grad_(),
             lambda method: method.update(),
-            lambda method: nn.init.zeros_(method.model[0].bias),
+            lambda method: method.model[0].bias.data.add_(1e-4),
             lambda method: method.load_state_dict(method.state_dict()),
         ],
     )
@@ -88,6 +88,14 @@ class TestTheSameEndAgain:
         optimizer.step()
         assert said(lambda: method.consolidate(task)) == []
 
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_is_another_one_after_a_step_of_torchs_optimizers(self, fused):
+        method, task = clext.Baseline(make_model()), [data()]
+        optimizer = torch.optim.AdamW(method.model.parameters(), fused=fused)
+        for _ in range(3):
+            step(method, optimizer=optimizer)
+            assert said(lambda: method.consolidate(task)) == []
+
     def test_of_a_model_that_has_learned_several_tasks_is_none(self):
         """Importances of each of them, without a step in between."""
         x, y = data()
@@ -96,6 +104,7 @@ class TestTheSameEndAgain:
             [[data(0)], [data(1)]],
             [[(x, y)], [(x, (y + 1) % 3)]],
             [iter([(x, y)]), iter([(x, y)])],
+            [[(x, y), data(2)], [(x, y), data(3)]],
         ):
             method = clext.EWC(make_model())
             assert said(lambda m=method, t=tasks: [m.consolidate(entry) for entry in t]) == []
@@ -184,6 +193,31 @@ class TestAPullThatWasLeftOut:
     def test_is_not_missed_while_nothing_moves(self):
         method = clext.EWC(make_model())
         assert said(lambda: [method.consolidate([data(k)]) for k in range(3)]) == []
+
+    def test_is_not_missed_where_only_new_parameters_move(self):
+        method, batch = clext.EWC(make_model()), data()
+        method.model[0].requires_grad_(False)
+        importance = dict(method.importance)
+        method.consolidate([batch])
+        assert not any(importance[name].any() for name in ("0.weight", "0.bias"))
+        with torch.no_grad():
+            method.model[0].weight += 1
+        assert said(lambda: method.consolidate([data(1)])) == []
+
+    @pytest.mark.parametrize("name", ["replay", "lwf", "icarl"])
+    def test_of_the_loss_is_not_missed_while_nothing_moves(self, name):
+        method = make_method(name, make_model())
+        assert said(lambda: [method.consolidate([data(k)]) for k in range(3)]) == []
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_is_noticed_with_torchs_fused_optimizers(self, fused):
+        method = clext.EWC(make_model())
+        optimizer = torch.optim.SGD(method.model.parameters(), lr=0.1, fused=fused)
+        step(method, optimizer=optimizer)
+        method.consolidate([data()])
+        step(method, optimizer=optimizer)
+        with pytest.warns(UserWarning, match=LET_GO):
+            method.consolidate([data(1)])
 
     def test_may_be_a_penalty_of_ones_own(self):
         method = clext.EWC(make_model())

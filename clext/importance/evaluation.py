@@ -245,13 +245,14 @@ def check_labels(owner: str, labels: Tensor, classes: int) -> Tensor:
             f"{owner}: labels have shape {list(labels.shape)}, expected [{labels.shape[0]}] "
             "(one class per sample)"
         )
+    labels = labels.long()  # torch has no minimum for all types of integers
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= classes:
         raise ValueError(
             f"{owner}: labels reach from {lowest} to {highest}, expected classes in "
             f"[0, {classes - 1}] (the model has {classes} outputs)"
         )
-    return labels.long()
+    return labels
 
 
 def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> dict[int, Tensor]:

@@ -248,11 +248,11 @@ class Method(Learning):
         ):
             self._is_held_unseen = True
 
-    def _has_something_to_hold(self) -> bool:
-        """Whether the past tasks have left anything that a pull would hold."""
-        return self.strength > 0 and any(
-            bool(entry.any()) for entry in self._state.lists["importance"]
-        )
+    def _held(self) -> list[bool]:
+        """Whether the past tasks have left anything in each parameter that a pull would hold."""
+        return [
+            self.strength > 0 and bool(entry.any()) for entry in self._state.lists["importance"]
+        ]
 
     def _warn_if_zero(self, key: str) -> None:
         """Say so if a task ends without a trace of its steps: nothing would be protected."""

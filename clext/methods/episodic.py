@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clext.examples import check_alike, check_loaded, read_examples
+from clext.examples import check_alike, read_examples
 from clext.methods.sampling import Sampling
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import buffers_kept
@@ -85,8 +85,8 @@ class Episodic(Unpenalised):
         if weights is not None:
             project_gradient_(grads, rows, weights)
 
-    def _has_something_to_hold(self) -> bool:
-        return bool(self._sizes)
+    def _held(self) -> list[bool]:
+        return [bool(self._sizes)] * len(self._state.params)
 
     def _row_count(self) -> int:
         """How many gradients of the past a step makes."""
@@ -165,11 +165,8 @@ class Episodic(Unpenalised):
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         device = self._state.params[0].device
         inputs, labels, sizes = _checked_memory(self.name, extra)
-        owner = f"{self.name}: state_dict['extra']"
-        random = extra.get("random", {})
-        sampling = Sampling.load(f"{owner}['random']", self.seed, random, device)
-        if inputs is not None:
-            check_loaded(f"{owner}['inputs']", self, inputs)
+        owner = f"{self.name}: state_dict['extra']['random']"
+        sampling = Sampling.load(owner, self.seed, extra.get("random", {}), device)
 
         def commit() -> None:
             self._inputs = None if inputs is None else inputs.to(device, copy=True)

@@ -12,7 +12,6 @@ from clext.checksum import checksums
 from clext.examples import (
     check_alike,
     check_examples,
-    check_loaded,
     count_outputs,
     read_examples,
 )
@@ -289,8 +288,6 @@ class ICaRL(Unpenalised):
                 f"{owner} holds {', '.join(extra) or 'nothing'}, expected exemplars and previous"
             )
         given = checked_sets(f"{owner}['exemplars']", extra["exemplars"], self.budget)
-        if (exemplars := joined(given)) is not None:
-            check_loaded(f"{owner}['exemplars']", self, exemplars[0])
         device = self._state.params[0].device
         sets = map_sets(given, lambda entry: entry.to(device, copy=True))
         previous: Snapshot | None = None

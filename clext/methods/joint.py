@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.examples import check_alike, check_examples, check_loaded
+from clext.examples import check_alike, check_examples
 from clext.methods.unpenalised import Unpenalised
 
 if TYPE_CHECKING:
@@ -74,10 +74,7 @@ class Joint(Unpenalised):
 
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         device = self._state.params[0].device
-        owner = f"{self.name}: state_dict['extra']"
-        loaded = _checked_examples(owner, extra)
-        for inputs, _ in list(loaded.values())[:1]:
-            check_loaded(f"{owner}['examples']", self, inputs)
+        loaded = _checked_examples(f"{self.name}: state_dict['extra']", extra)
 
         def commit() -> None:
             self._examples = {

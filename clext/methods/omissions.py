@@ -1,20 +1,27 @@
 """What a training loop has left out, where it shows at the end of a task.
 
 A warning that is wrong once is not read again, so nothing is said where another loop could have
-meant it: only what was called, whether parameters were written and which data was given count.
+meant it: only what was called, whether parameters have changed and which data was given count.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from itertools import repeat
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import torch
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
     from clext.methods.base import Method
+
+_SAMPLES = 256  # of a parameter
 
 # Of the task that ended last. Not in the method itself: a copy of it, or a pickle, knows of no end.
 _ends: WeakKeyDictionary[Method, End] = WeakKeyDictionary()
@@ -29,13 +36,16 @@ class End:
     """
 
     def __init__(self, method: Method, dataloader: object) -> None:
-        # Reading the values would take a pass over the whole model.
-        self._writes = [(entry.data_ptr(), _writes(entry)) for entry in method._state.params]
+        # Not the count of writes, which torch's fused optimizers do not keep.
+        self._samples = [_sample(entry) for entry in method._state.params]
         self._data = _references(dataloader)
 
-    def moved_since(self, last: End) -> bool:
-        """Whether a parameter was written since, but for writes to its `.data`."""
-        return self._writes != last._writes
+    def moved_since(self, last: End, counts: Iterable[bool] = repeat(True)) -> bool:
+        """Whether a parameter that counts has changed."""
+        if len(self._samples) != len(last._samples):
+            return True
+        pairs = zip(self._samples, last._samples, counts, strict=False)
+        return any(counted and not _same(mine, other) for mine, other, counted in pairs)
 
     def has_data_of(self, last: End) -> bool:
         """Whether the same data was given, or none both times."""
@@ -64,17 +74,18 @@ def _omissions(method: Method, end: End) -> list[str]:
     if last is not None and not used and not end.moved_since(last) and end.has_data_of(last):
         return [
             f"consolidate() of this {method.label} ends the task that the last call has ended "
-            "already: since then no parameter was written and the data is the same; call it once "
+            "already: since then no parameter has changed and the data is the same; call it once "
             "for each task, or the task counts twice"
         ]
     found = []
-    if learner.keeps_by_loss and learner.tasks > 0 and not learner._has_made_loss:
+    moved = last is not None and end.moved_since(last)
+    if learner.keeps_by_loss and moved and not learner._has_made_loss:
         found.append(
             f"loss() of this {method.label} was not called in this task, so {learner.name} kept "
             "nothing of the tasks before; train on loss(x, y) of the method, in place of a loss "
             "of your own"
         )
-    if last is not None and end.moved_since(last) and _was_let_go(method):
+    if last is not None and _was_let_go(method, end, last):
         found.append(
             f"nothing of this {method.name} was in the steps of this task, so they went on as "
             "without it: give it to an optimizer of clext.optim, or call add_penalty_grad_() "
@@ -84,31 +95,40 @@ def _omissions(method: Method, end: End) -> list[str]:
     return found
 
 
-def _was_let_go(method: Method) -> bool:
-    """Whether past tasks left something to hold, and nothing of the method held it."""
+def _was_let_go(method: Method, end: End, last: End) -> bool:
+    """Whether what past tasks left to hold has moved, and nothing of the method held it."""
     return (
         method.keeps_by_pull
         and not (method._has_pulled or method._is_held_unseen)
-        and method._has_something_to_hold()
+        and end.moved_since(last, method._held())
     )
 
 
-def _writes(parameter: Tensor) -> int:
-    """How often it was written; torch does not count for tensors made in inference mode."""
-    return 0 if parameter.is_inference() else parameter._version
+def _sample(parameter: Tensor) -> Tensor:
+    """Some of its numbers: a step changes them all, and to read all would take long."""
+    flat = parameter.detach().as_strided((parameter.numel(),), (1,))
+    return flat[:: max(1, len(flat) // _SAMPLES)].clone()
+
+
+def _same(mine: Tensor, other: Tensor) -> bool:
+    alike = (mine.shape, mine.dtype, mine.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(mine, other)
 
 
 def _references(dataloader: object) -> tuple[weakref.ref[object], ...] | None:
-    """To the loader, or to what is in the first batch of a list; None where that cannot be."""
+    """To the loader, or to what is in a list of batches; None where that cannot be."""
     if dataloader is None:
         return ()
-    # A list cannot be referred to, and to keep it would keep the data in memory.
-    entries: object = dataloader
-    while isinstance(entries, list | tuple) and entries and isinstance(entries[0], list | tuple):
-        entries = entries[0]
-    if not isinstance(entries, list | tuple):
-        entries = (entries,)
     try:
-        return tuple(weakref.ref(entry) for entry in entries)
+        return tuple(weakref.ref(entry) for entry in _entries(dataloader))
     except TypeError:
         return None
+
+
+def _entries(data: object) -> Iterator[object]:
+    """What is in a list of batches: it cannot be referred to itself, and must not be kept."""
+    if isinstance(data, list | tuple):
+        for entry in data:
+            yield from _entries(entry)
+    else:
+        yield data
