@@ -237,14 +237,24 @@ class TestALossOfOnesOwn:
 
     MESSAGE = "^clext: loss.. of this .* was not called in this task, so .* kept nothing"
 
+    @staticmethod
+    def learn(method):
+        """A step by a loss of one's own."""
+        inputs, labels = batches(1)[0]
+        nn.functional.cross_entropy(method.model(inputs), labels).backward()
+        torch.optim.SGD(method.model.parameters(), lr=0.1).step()
+        method.model.zero_grad()
+
     @pytest.mark.parametrize("name", ["lwf", "replay", "dgr", "icarl", "si+replay"])
     @pytest.mark.filterwarnings("ignore:clext. si saw no step")
     def test_is_noticed_from_the_second_task_on(self, name):
         method = make_method(name, model())
         method.consolidate(batches(0))  # nothing was learned before
         for _ in range(2):
+            self.learn(method)
             with pytest.warns(UserWarning, match=self.MESSAGE):
                 method.consolidate(batches(1))
+        self.learn(method)
         method.loss(*batches(2)[0])
         with warnings.catch_warnings():
             warnings.filterwarnings("error", self.MESSAGE)
@@ -271,6 +281,7 @@ class TestALossOfOnesOwn:
     def test_nothing_is_changed_where_warnings_are_errors(self):
         method = make_method("ewc+replay", model())
         method.consolidate(batches(0))
+        self.learn(method)
         before = method.state_dict()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
