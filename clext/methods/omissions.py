@@ -71,21 +71,21 @@ def keep_end(method: Method, end: End) -> None:
 def _omissions(method: Method, end: End) -> list[str]:
     last, learner = _ends.get(method), method._learner
     used = any(part._was_used or part._has_made_loss for part in method.parts)
-    if last is not None and not used and not end.moved_since(last) and end.has_data_of(last):
+    moved = last is not None and end.moved_since(last)
+    if last is not None and not (used or moved) and end.has_data_of(last):
         return [
             f"consolidate() of this {method.label} ends the task that the last call has ended "
             "already: since then no parameter has changed and the data is the same; call it once "
             "for each task, or the task counts twice"
         ]
     found = []
-    moved = last is not None and end.moved_since(last)
     if learner.keeps_by_loss and moved and not learner._has_made_loss:
         found.append(
             f"loss() of this {method.label} was not called in this task, so {learner.name} kept "
             "nothing of the tasks before; train on loss(x, y) of the method, in place of a loss "
             "of your own"
         )
-    if last is not None and _was_let_go(method, end, last):
+    if last is not None and moved and _was_let_go(method, end, last):
         found.append(
             f"nothing of this {method.name} was in the steps of this task, so they went on as "
             "without it: give it to an optimizer of clext.optim, or call add_penalty_grad_() "
