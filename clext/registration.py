@@ -7,7 +7,6 @@ everything.
 from __future__ import annotations
 
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from clext import reference
 from clext.ops import quadratic_penalty_backward
 from clext.reference.arithmetic import total, wide
-from clext.reference.per_sample import check_per_sample
+from clext.reference.per_sample import sums_shape
 from clext.tensor_lists import TensorList, widest
 
 if TYPE_CHECKING:
@@ -97,9 +96,7 @@ def _fake_gram(rows: TensorList, grads: TensorList) -> Tensor:
 
 
 def _fake_per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -> Tensor:  # noqa: ARG001
-    check_per_sample(features, grads)
-    inputs = math.prod(features.shape[2 : features.dim() - grads.dim() + 3])
-    return grads.new_empty(grads.shape[1], inputs, grads.shape[2])
+    return grads.new_empty(sums_shape(features, grads))
 
 
 # The only ops with a formula for autograd, at the end of this file.

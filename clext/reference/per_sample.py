@@ -19,9 +19,8 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -
     *inputs, *rows], with any strides (a view of overlapping windows, say); `grads`: [samples,
     groups, outputs, *rows]; both float32 or float64. Returns [groups, inputs, outputs].
     """
-    check_per_sample(features, grads)
-    (samples, groups, outputs), rows = grads.shape[:3], math.prod(grads.shape[3:])
-    inputs = math.prod(features.shape[2 : features.dim() - grads.dim() + 3])
+    groups, inputs, outputs = sums_shape(features, grads)
+    samples, rows = len(grads), math.prod(grads.shape[3:])
     sums = grads.new_zeros(groups, inputs, outputs)
     elements = groups * ((inputs + outputs) * rows + 2 * inputs * outputs)
     size = max(1, _CHUNK_BYTES // max(1, elements * grads.element_size()))
@@ -34,8 +33,11 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -
     return sums
 
 
-def check_per_sample(features: Tensor, grads: Tensor) -> None:
-    """ValueError or TypeError unless they are as `per_sample_sum` needs them."""
+def sums_shape(features: Tensor, grads: Tensor) -> tuple[int, int, int]:
+    """Groups, inputs and outputs of what `per_sample_sum` returns.
+
+    ValueError or TypeError unless its arguments are as it needs them.
+    """
     if grads.dim() < 3:
         raise ValueError(
             f"per_sample_sum: grads has shape {list(grads.shape)}, expected [samples, groups, "
@@ -68,3 +70,4 @@ def check_per_sample(features: Tensor, grads: Tensor) -> None:
             "groups, *inputs, *rows] with the samples, groups and rows of grads, which has shape "
             f"{list(grads.shape)}"
         )
+    return grads.shape[1], math.prod(features.shape[2:at]), grads.shape[2]
