@@ -54,6 +54,20 @@ inline InstructionSet instruction_set() {
   return detected;
 }
 
+// Of one kernel, compiled for each set, the one for this processor.
+template <class Kernel>
+Kernel for_instruction_set(Kernel baseline, Kernel avx2, Kernel avx512) {
+  switch (instruction_set()) {
+    case InstructionSet::Avx512:
+      return avx512;
+    case InstructionSet::Avx2:
+      return avx2;
+    case InstructionSet::Baseline:
+      break;
+  }
+  return baseline;
+}
+
 inline const char* instruction_set_name() {
   switch (instruction_set()) {
     case InstructionSet::Avx512:

@@ -207,16 +207,11 @@ CLEXT_TARGET_AVX512 void apply_chunks_avx512(const TensorLists& lists, const Op&
 template <class Op, class T>
 auto select_apply_chunks() {
 #if defined(CLEXT_X86_DISPATCH)
-  switch (instruction_set()) {
-    case InstructionSet::Avx512:
-      return &apply_chunks_avx512<Op, T>;
-    case InstructionSet::Avx2:
-      return &apply_chunks_avx2<Op, T>;
-    case InstructionSet::Baseline:
-      break;
-  }
-#endif
+  return for_instruction_set(&apply_chunks_baseline<Op, T>, &apply_chunks_avx2<Op, T>,
+                             &apply_chunks_avx512<Op, T>);
+#else
   return &apply_chunks_baseline<Op, T>;
+#endif
 }
 
 template <class Op, class T>

@@ -188,16 +188,11 @@ CLEXT_TARGET_AVX512 void add_tiles_avx512(const ProductSums<Op, A>& work, int64_
 template <class Op, class A>
 auto select_add_tiles() {
 #if defined(CLEXT_X86_DISPATCH)
-  switch (instruction_set()) {
-    case InstructionSet::Avx512:
-      return &add_tiles_avx512<Op, A>;
-    case InstructionSet::Avx2:
-      return &add_tiles_avx2<Op, A>;
-    case InstructionSet::Baseline:
-      break;
-  }
-#endif
+  return for_instruction_set(&add_tiles_baseline<Op, A>, &add_tiles_avx2<Op, A>,
+                             &add_tiles_avx512<Op, A>);
+#else
   return &add_tiles_baseline<Op, A>;
+#endif
 }
 
 // run(part) for each part, by as many threads.
