@@ -82,6 +82,28 @@ def recurrent_over_batch(m, x):
     return m.a(x).tanh().cumsum(0)
 
 
+def in_parts(m, x):
+    return torch.cat([m.a(part) for part in x.split(20)]).tanh()
+
+
+def samples_second(m, x):
+    """Of as many tokens as samples are probed."""
+    tokens = x.repeat(16, 1, 1)
+    tokens = tokens * torch.linspace(0.5, 2, 16).to(x)[:, None, None]
+    return m.a(tokens).tanh().sum(0)
+
+
+def more_for_many(m, x):
+    """What a few samples show is not what many do, and sizes tell."""
+    rows = m.a(x if len(x) <= 16 else torch.cat([x.flip(0), x]))
+    return rows[: len(x)].flip(0) if len(x) > 16 else rows
+
+
+def only_whole(m, x):
+    """For one size of batch, and single samples."""
+    return m.a(x).view(40 if len(x) > 1 else 1, 6).tanh()
+
+
 MODELS = {
     "held in a list": lambda: Model(lambda m, x: F.linear(m.scale(m.a(x)), m.held[0])),
     "held by a closure": closed_over,
@@ -92,24 +114,29 @@ MODELS = {
     "sorted": lambda: Model(sorted_rows),
     "causal over the batch": lambda: Model(recurrent_over_batch),
     "mixed, far from zero": lambda: Model(lambda m, x: m.a(x) + 1e9 + 1e-2 * x.cumsum(0)),
+    "in parts": lambda: Model(in_parts),
+    "samples in the second dimension": lambda: Model(samples_second),
+    "another way for many": lambda: Model(more_for_many),
     "changes its input": lambda: Model(lambda m, x: m.a(x.sub_(0.5)).tanh()),
     "changes its input, slow": lambda: Model(lambda m, x: m.scale(m.a(x.mul_(2)))),
 }
 
 
-def ordered_batches():
+def ordered_batches(sizes):
     """Samples of which the first four are ascending and negative in the first entry."""
-    (x, y), *others = make_batches((9, 9, 5))
+    (x, y), *others = make_batches(sizes)
     x[:4, 0] = torch.tensor([-4.0, -3.5, -3.0, -2.5])
-    x[4:, 0] = torch.tensor([2.0, 1.0, 3.0, 1.5, 0.5])
+    x[4:9, 0] = torch.tensor([2.0, 1.0, 3.0, 1.5, 0.5])
     return [(x, y), *others]
 
 
+# Of large batches a part is probed.
+@pytest.mark.parametrize("sizes", [(9, 9, 5), (40, 40, 33)])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_no_hook_sees_counts(name):
+def test_what_no_hook_sees_counts(name, sizes):
     torch.manual_seed(0)
     model = MODELS[name]().double()
-    params, batches = params_of(model), ordered_batches()
+    params, batches = params_of(model), ordered_batches(sizes)
     copies = [(x.clone(), y) for x, y in batches]
     for estimate, oracle in (
         (fisher_information, fisher_oracle),
@@ -122,6 +149,23 @@ def test_what_no_hook_sees_counts(name):
         expected = oracle(Sparing(model), params, batches)
         rtol = 1e-5 if name == "mixed, far from zero" else 1e-9
         assert_close(got, expected, rtol=rtol)
+
+
+def test_a_model_for_one_size_of_batch():
+    torch.manual_seed(0)
+    model = Model(only_whole).double()
+    params, batches = params_of(model), make_batches((40,))
+    assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
+
+
+def test_a_part_of_a_large_batch_is_probed():
+    """Besides it, all samples run twice: to be measured, and to see that they do not mix."""
+    ran = []
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    params, batches = params_of(model), make_batches((100, 100), dtype=torch.float32)
+    fisher_information(model, params, batches)
+    assert sum(ran) == 2 * 100 + 16 + 100
 
 
 def test_rows_that_the_data_arranges_are_looked_at_in_every_batch():

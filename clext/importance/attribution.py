@@ -34,6 +34,7 @@ _SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _SEED = 0
 
 _FEW = 16  # samples whose features are copied at once
+_PROBED = 16  # samples that are probed for all of a batch, where only their number differs
 
 
 class BoundCall:
@@ -47,8 +48,7 @@ class BoundCall:
     @property
     def separable(self) -> bool:
         """Whether a function of the gradient is the gradient of the functions."""
-        leading = self.call.inputs.shape[: self.call.inputs.dim() - self.call.row_dims[0]]
-        return self.call.rule.separable(math.prod(leading) // self._samples)
+        return self.call.rule.separable(math.prod(self.call.leading) // self._samples)
 
     def features(self) -> Tensor:
         """What the output gradient is multiplied with, [samples, rows, ...]; see `release`."""
@@ -104,8 +104,9 @@ class Attributions:
     Two passes are of one kind if they call the same layers in the same order with the same sizes.
     The first one is probed: its rows are matched to samples by which samples move them, and the
     gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
-    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, or
-    a sample has several rows in one dimension), every pass is probed.
+    sees are noticed. A pass of a few of its samples is probed in its place if the layers see the
+    same but for the number of samples. Where the data may arrange the rows (as many samples once
+    had other sizes, or a sample has several rows in one dimension), every pass is probed, whole.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
@@ -124,14 +125,16 @@ class Attributions:
             kind: object = (1, len(x), *(call.rule for call in calls))
             fresh = False
         else:
-            sizes = [call.inputs.shape[: -call.row_dims[0] or None] for call in calls]
+            sizes = [call.leading for call in calls]
             kind = (samples, *((call.rule, s) for call, s in zip(calls, sizes, strict=True)))
             fresh = self._ragged or self._rows_vary(samples, calls, sizes)
         if not fresh and kind in self._known:
             return self._known[kind]
-        if mixes(self._capture, x):
+        if mixes(self._capture, x, outputs.detach()):
             found = Attribution([None] * len(calls), {}, frozenset(self._trainable), mixed=True)
             settled = True
+        elif not fresh and (few := self._of_few(x, outputs, calls, samples)):
+            found, settled = few, True
         else:
             possible = [_possible(call, samples) for call in calls]
             found, settled = self._probe(outputs, calls, possible, samples)
@@ -143,6 +146,33 @@ class Attributions:
         if settled:
             self._known[kind] = found
         return found
+
+    def _of_few(
+        self, x: Tensor, whole: Tensor, calls: Sequence[Call], samples: int
+    ) -> Attribution | None:
+        """The attribution by a pass of some samples alone; None where that of all may be another.
+
+        So a probe costs a part of a pass, where all of it would cost several.
+        """
+        if samples < 2 * _PROBED:
+            return None
+        few = x[:: samples // _PROBED][:_PROBED]
+        try:
+            outputs, of_few = self._capture.forward(few)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # made for one size of batch: `mixes` has seen that it works filled up
+            return None
+        same_calls = [call.rule for call in of_few] == [call.rule for call in calls]
+        if not same_calls or outputs.shape != (_PROBED, whole.shape[1]):
+            return None
+        possible = [_possible(call, _PROBED) for call in of_few]
+        found, settled = self._probe(outputs, of_few, possible, _PROBED)
+        alike = (
+            _alike(layout, one.leading, other.leading, samples)
+            for layout, one, other in zip(found.layouts, of_few, calls, strict=True)
+        )
+        return found if settled and all(alike) else None
 
     def _rows_vary(self, samples: int, calls: Sequence[Call], sizes: Sequence[torch.Size]) -> bool:
         """Whether as many samples had other sizes in an earlier batch: rows depend on the data."""
@@ -227,16 +257,18 @@ def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | N
     tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
     if gradient.is_cuda and gradient.dtype == torch.float32:
         tolerance = _TF32_TOLERANCE
-    allowed = tolerance * torch.maximum(size, _FLOOR * size.max())
-    return bool(((gradient.to(total.dtype) - total).abs() <= allowed).all())
+    allowed = size.clamp_(min=_FLOOR * float(size.max())).mul_(tolerance)
+    return bool((total.sub_(gradient).abs_() <= allowed).all())
 
 
-def mixes(capture: Capture, x: Tensor) -> bool:
-    """Whether samples change each other's outputs: a few in another order are compared with all."""
+def mixes(capture: Capture, x: Tensor, whole: Tensor) -> bool:
+    """Whether samples change each other's outputs: a few in another order are compared with all.
+
+    `whole` are the outputs of `x`.
+    """
     if len(x) == 1:
         return False
     with torch.no_grad():
-        whole, _ = capture.forward(x)
         # Relative to how much samples differ: what all have in common tells nothing.
         spread = (whole - whole.mean(0)).abs().max()
         tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
@@ -259,5 +291,13 @@ def mixes(capture: Capture, x: Tensor) -> bool:
 
 
 def _possible(call: Call, samples: int) -> tuple[Layout, ...]:
-    leading = call.inputs.dim() - call.row_dims[0]
-    return possible_layouts(call.inputs.shape[:leading], samples)
+    return possible_layouts(call.leading, samples)
+
+
+def _alike(layout: Layout | None, few: Sequence[int], whole: Sequence[int], samples: int) -> bool:
+    """Whether a call on all `samples` differs from that on a few in their number only."""
+    if layout is None:
+        return few == whole
+    scaled = list(few)
+    scaled[layout.dim] = samples
+    return few[layout.dim] == _PROBED and scaled == list(whole)

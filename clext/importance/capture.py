@@ -37,6 +37,11 @@ class Call:
         return self.rule.row_dims(self.inputs.dim())
 
     @property
+    def leading(self) -> torch.Size:
+        """The sizes of the input's other dimensions: those that count rows."""
+        return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the rule calculates in: the state dtype of the layer's parameters."""
         return widest(getattr(self.rule.layer, name) for name in self.places)
