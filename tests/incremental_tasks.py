@@ -85,7 +85,8 @@ def naive_distillation(logits, teacher, heads, temperature, scale):
             for c in then:
                 p, q = soft[c] / sum(soft.values()), mine[c] / sum(mine.values())
                 total = total - p * q.log()
-        losses.append(total / len(logits) * (temperature**2 if scale == "squared" else 1))
+        factors = {"squared": temperature**2, "mean": temperature**2 / len(now), "none": 1}
+        losses.append(total / len(logits) * factors[scale])
     return losses
 
 

@@ -94,6 +94,7 @@ def train_naively(model, generator, incremental, *, strength, balance, distill, 
         {"balance": "sum", "strength": 0.7},
         {"distill": True, "strength": 1.5},
         {"distill": True, "temperature": 4.0, "scale": "none", "balance": "sum"},
+        {"distill": True, "scale": "mean"},
     ],
     ids=str,
 )

@@ -34,6 +34,7 @@ SETTINGS = [
     {"balance": "tasks"},
     {"strength": 0.3, "temperature": 3.5},
     {"scale": "none", "balance": "tasks", "strength": 2.0},
+    {"scale": "mean", "temperature": 3.0},
 ]
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clext.outputs import Outputs
 
 # How a distillation loss is scaled, the default first.
-SCALES = ("squared", "none")
+SCALES = ("squared", "mean", "none")
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float, scale: str) -> Tensor:
@@ -25,14 +25,17 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float, scale
         teacher: its logits, [N, classes that it knew], the first of those above; to the rest it
             gives the probability zero.
         temperature: T > 0.
-        scale: "squared" as above, so that gradients do not shrink with T; "none": without T^2.
+        scale: "squared" as above, so that gradients do not shrink with T; "mean": that divided by
+            the number of classes; "none": without T^2.
     """
     # A sum of logarithms in bfloat16 would have two digits left.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = torch.softmax(teacher.to(logits.dtype) / temperature, dim=1)
     log_probabilities = torch.log_softmax(logits / temperature, dim=1)
     loss = -(targets * log_probabilities[:, : teacher.shape[1]]).sum(dim=1).mean()
-    return loss * temperature**2 if scale == "squared" else loss
+    if scale == "none":
+        return loss
+    return loss * (temperature**2 / (logits.shape[1] if scale == "mean" else 1))
 
 
 def old_heads(outputs: Outputs, ended: int, known: int) -> list[tuple[slice, slice]]:
