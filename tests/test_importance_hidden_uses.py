@@ -87,16 +87,29 @@ def in_parts(m, x):
 
 
 def samples_second(m, x):
-    """Of as many tokens as samples are probed."""
-    tokens = x.repeat(16, 1, 1)
-    tokens = tokens * torch.linspace(0.5, 2, 16).to(x)[:, None, None]
+    """As many tokens as samples, in one of the cases."""
+    tokens = x.repeat(40, 1, 1)
+    tokens = tokens * torch.linspace(0.5, 2, 40).to(x)[:, None, None]
     return m.a(tokens).tanh().sum(0)
 
 
-def more_for_many(m, x):
-    """What a few samples show is not what many do, and sizes tell."""
+def flipped(m, x):
+    """In many samples only."""
     rows = m.a(x if len(x) <= 16 else torch.cat([x.flip(0), x]))
     return rows[: len(x)].flip(0) if len(x) > 16 else rows
+
+
+def every_other(m, x):
+    """A use of some samples only, beside the layer's own."""
+    hidden = m.a(x).tanh()
+    return torch.where(x[:, 1:2] > x[:, :1], F.linear(hidden, m.a.weight), hidden)
+
+
+def sorted_pairs(m, x):
+    """Both halves of a sample, each in an order of its own."""
+    first, second = x[:, 0].argsort(), x[:, 1].argsort()
+    left = m.a(x[first])[first.argsort()]
+    return left * m.b(x[second])[second.argsort()]
 
 
 def only_whole(m, x):
@@ -116,7 +129,9 @@ MODELS = {
     "mixed, far from zero": lambda: Model(lambda m, x: m.a(x) + 1e9 + 1e-2 * x.cumsum(0)),
     "in parts": lambda: Model(in_parts),
     "samples in the second dimension": lambda: Model(samples_second),
-    "another way for many": lambda: Model(more_for_many),
+    "flipped": lambda: Model(flipped),
+    "every other": lambda: Model(every_other),
+    "sorted pairs": lambda: Model(sorted_pairs),
     "changes its input": lambda: Model(lambda m, x: m.a(x.sub_(0.5)).tanh()),
     "changes its input, slow": lambda: Model(lambda m, x: m.scale(m.a(x.mul_(2)))),
 }
@@ -130,7 +145,6 @@ def ordered_batches(sizes):
     return [(x, y), *others]
 
 
-# Of large batches a part is probed.
 @pytest.mark.parametrize("sizes", [(9, 9, 5), (40, 40, 33)])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_no_hook_sees_counts(name, sizes):
@@ -158,14 +172,41 @@ def test_a_model_for_one_size_of_batch():
     assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
 
 
-def test_a_part_of_a_large_batch_is_probed():
-    """Besides it, all samples run twice: to be measured, and to see that they do not mix."""
+def test_samples_run_twice_at_most():
+    """To be measured, and those of the first batch to see that they do not mix."""
     ran = []
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, CLASSES))
     model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     params, batches = params_of(model), make_batches((100, 100), dtype=torch.float32)
     fisher_information(model, params, batches)
-    assert sum(ran) == 2 * 100 + 16 + 100
+    assert sum(ran) == 2 * 100 + 100
+
+
+class Padded(nn.Module):
+    """Text of which some is shorter: without gradients, torch's encoder calculates otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        hidden = self.encoder(self.embedding(x), src_key_padding_mask=x == 0)
+        return self.head(hidden.mean(1))
+
+
+@pytest.mark.parametrize("trainable", ["all", "head"])
+def test_padded_text(trainable):
+    torch.manual_seed(0)
+    model = Padded().double()
+    x = torch.randint(1, 12, (20, 6), generator=torch.Generator().manual_seed(1))
+    x[::3, 4:] = 0
+    batches = [(x, torch.arange(20) % CLASSES)]
+    params = params_of(model if trainable == "all" else model.head)
+    for estimate, oracle in ((fisher_information, fisher_oracle), (output_sensitivity, mas_oracle)):
+        assert_close(estimate(model, params, batches), oracle(model, params, batches))
 
 
 def test_rows_that_the_data_arranges_are_looked_at_in_every_batch():

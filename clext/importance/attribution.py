@@ -11,7 +11,13 @@ from torch import Tensor
 
 from clext.importance.capture import output_gradients
 from clext.importance.layers import itself
-from clext.importance.samples import GROUPS, Layout, fits, possible_layouts, probes
+from clext.importance.samples import (
+    Layout,
+    fits,
+    groups,
+    possible_layouts,
+    random_weights,
+)
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
@@ -31,10 +37,10 @@ _FLOOR = 0.01  # Terms below this share of the largest are compared as if they h
 # How far outputs of a smaller batch may be off, relative to how much those of samples differ: each
 # layer may be rounded otherwise.
 _SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
+_GROUPS = 4  # in which the samples run once more
 _SEED = 0
 
 _FEW = 16  # samples whose features are copied at once
-_PROBED = 16  # samples that are probed for all of a batch, where only their number differs
 
 
 class BoundCall:
@@ -104,9 +110,8 @@ class Attributions:
     Two passes are of one kind if they call the same layers in the same order with the same sizes.
     The first one is probed: its rows are matched to samples by which samples move them, and the
     gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
-    sees are noticed. A pass of a few of its samples is probed in its place if the layers see the
-    same but for the number of samples. Where the data may arrange the rows (as many samples once
-    had other sizes, or a sample has several rows in one dimension), every pass is probed, whole.
+    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, or
+    a sample has several rows in one dimension), every pass is probed.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
@@ -130,11 +135,9 @@ class Attributions:
             fresh = self._ragged or self._rows_vary(samples, calls, sizes)
         if not fresh and kind in self._known:
             return self._known[kind]
-        if mixes(self._capture, x, outputs.detach()):
+        if mixes(self._capture, x, outputs):
             found = Attribution([None] * len(calls), {}, frozenset(self._trainable), mixed=True)
             settled = True
-        elif not fresh and (few := self._of_few(x, outputs, calls, samples)):
-            found, settled = few, True
         else:
             possible = [_possible(call, samples) for call in calls]
             found, settled = self._probe(outputs, calls, possible, samples)
@@ -146,33 +149,6 @@ class Attributions:
         if settled:
             self._known[kind] = found
         return found
-
-    def _of_few(
-        self, x: Tensor, whole: Tensor, calls: Sequence[Call], samples: int
-    ) -> Attribution | None:
-        """The attribution by a pass of some samples alone; None where that of all may be another.
-
-        So a probe costs a part of a pass, where all of it would cost several.
-        """
-        if samples < 2 * _PROBED:
-            return None
-        few = x[:: samples // _PROBED][:_PROBED]
-        try:
-            outputs, of_few = self._capture.forward(few)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # made for one size of batch: `mixes` has seen that it works filled up
-            return None
-        same_calls = [call.rule for call in of_few] == [call.rule for call in calls]
-        if not same_calls or outputs.shape != (_PROBED, whole.shape[1]):
-            return None
-        possible = [_possible(call, _PROBED) for call in of_few]
-        found, settled = self._probe(outputs, of_few, possible, _PROBED)
-        alike = (
-            _alike(layout, one.leading, other.leading, samples)
-            for layout, one, other in zip(found.layouts, of_few, calls, strict=True)
-        )
-        return found if settled and all(alike) else None
 
     def _rows_vary(self, samples: int, calls: Sequence[Call], sizes: Sequence[torch.Size]) -> bool:
         """Whether as many samples had other sizes in an earlier batch: rows depend on the data."""
@@ -191,10 +167,9 @@ class Attributions:
     ) -> tuple[Attribution, bool]:
         """The attribution, and whether it settles that of all passes of this kind."""
         remaining = list(possible)
-        weights = torch.zeros_like(outputs)
-        for probe, chosen in probes(outputs, samples):
-            weights += probe
-            gradients, _ = output_gradients(outputs, calls, probe)
+        weights = random_weights(outputs)
+        for chosen in groups(samples, outputs.device):
+            gradients, _ = output_gradients(outputs, calls, weights * chosen.unsqueeze(1))
             for c, g in enumerate(gradients):
                 if g is not None:
                     dims = calls[c].row_dims[1]
@@ -244,60 +219,69 @@ class Attributions:
 def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]]) -> bool:
     """Whether the rules' gradient is autograd's."""
     total = torch.zeros_like(gradient, dtype=state_dtype(gradient.dtype))
-    size = torch.zeros_like(total)
+    _add_gradient(total, places, absolute=False)
+    difference = (total - gradient).abs_()
+    tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
+    if gradient.is_cuda and gradient.dtype == torch.float32:
+        tolerance = _TF32_TOLERANCE
+    # The terms of a sum are together at least as large as the sum: mostly that is enough.
+    if _is_small(difference, total.abs_(), tolerance):
+        return True
+    _add_gradient(total.zero_(), places, absolute=True)
+    return _is_small(difference, total, tolerance)
+
+
+def _is_small(difference: Tensor, size: Tensor, tolerance: float) -> bool:
+    """Overwrites `size`."""
+    allowed = size.clamp_(min=_FLOOR * float(size.max())).mul_(tolerance)
+    return bool((difference <= allowed).all())
+
+
+def _add_gradient(
+    total: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]], *, absolute: bool
+) -> None:
+    """Add the gradient by the rules, or the sum of its absolute terms."""
     for call, name, g in places:
         if g is None:
             continue
         rule, name, features, rows = call.use(name, call.rows(g))
-        rule.add_(total, name, features, rows, itself)
-        for start in range(0, len(rows), _FEW):  # features may be views of less
-            few = slice(start, start + _FEW)
-            rule.add_(size, name, features[few].abs(), rows[few].abs(), itself)
+        if absolute:
+            for start in range(0, len(rows), _FEW):  # features may be views of less
+                few = slice(start, start + _FEW)
+                rule.add_(total, name, features[few].abs(), rows[few].abs(), itself)
+        else:
+            rule.add_(total, name, features, rows, itself)
         call.release()
-    tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
-    if gradient.is_cuda and gradient.dtype == torch.float32:
-        tolerance = _TF32_TOLERANCE
-    allowed = size.clamp_(min=_FLOOR * float(size.max())).mul_(tolerance)
-    return bool((total.sub_(gradient).abs_() <= allowed).all())
 
 
-def mixes(capture: Capture, x: Tensor, whole: Tensor) -> bool:
+def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:
     """Whether samples change each other's outputs: a few in another order are compared with all.
 
-    `whole` are the outputs of `x`.
+    `outputs` are those of `x`. All passes have gradients: some layers calculate otherwise without.
     """
     if len(x) == 1:
         return False
-    with torch.no_grad():
-        # Relative to how much samples differ: what all have in common tells nothing.
-        spread = (whole - whole.mean(0)).abs().max()
-        tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
-        rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))
-        for group in order.to(x.device).chunk(GROUPS):
-            try:
-                few, _ = capture.forward(x[group])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:
-                filled = torch.arange(len(x), device=x.device) % len(group)
-                few, _ = capture.forward(x[group[filled]])
-                few = few[: len(group)]
-            if not isinstance(few, Tensor) or few.shape != whole[group].shape:
-                return True
-            if bool((few - whole[group]).abs().max() > tolerance * spread + rounding):
-                return True
+    whole = outputs.detach()
+    # Relative to how much samples differ: what all have in common tells nothing.
+    spread = (whole - whole.mean(0)).abs().max()
+    tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
+    rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))
+    for group in order.to(x.device).chunk(_GROUPS):
+        try:
+            few, _ = capture.forward(x[group])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            filled = torch.arange(len(x), device=x.device) % len(group)
+            few, _ = capture.forward(x[group[filled]])
+            few = few[: len(group)]
+        if not isinstance(few, Tensor) or few.shape != whole[group].shape:
+            return True
+        if bool((few.detach() - whole[group]).abs().max() > tolerance * spread + rounding):
+            return True
     return False
 
 
 def _possible(call: Call, samples: int) -> tuple[Layout, ...]:
     return possible_layouts(call.leading, samples)
-
-
-def _alike(layout: Layout | None, few: Sequence[int], whole: Sequence[int], samples: int) -> bool:
-    """Whether a call on all `samples` differs from that on a few in their number only."""
-    if layout is None:
-        return few == whole
-    scaled = list(few)
-    scaled[layout.dim] = samples
-    return few[layout.dim] == _PROBED and scaled == list(whole)

@@ -61,8 +61,9 @@ class PerSampleSum:
         batch.finish()
 
     def _outputs_one_by_one(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([single_outputs(self._model, sample) for sample in x.split(1)])
+        # With gradients, as the outputs were made: some layers calculate otherwise without.
+        outputs = [single_outputs(self._model, sample).detach() for sample in x.split(1)]
+        return torch.cat(outputs)
 
 
 class _Batch:

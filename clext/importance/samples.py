@@ -12,8 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-# A probe tells so many groups of samples apart, at the price of a backward pass for each.
-GROUPS = 4
+# All groups of samples but one are probed, by a backward pass each. Of two samples that changed
+# places, that shows the one whose group is probed, unless the other is in the same.
+_GROUPS = 3
 _SEED = 0
 
 
@@ -55,22 +56,24 @@ def possible_layouts(leading_shape: Sequence[int], samples: int) -> tuple[Layout
     return tuple(found)
 
 
-def probes(outputs: Tensor, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of weights for the outputs, zero but for some samples, and which samples those are.
-
-    Each sample has its turn. The weights are random: a gradient must not vanish by chance. With
-    `samples` = 1 all the outputs count as one sample's.
-    """
+def random_weights(outputs: Tensor) -> Tensor:
+    """For a probe: a gradient must not vanish by chance."""
     draws = torch.Generator().manual_seed(_SEED)
-    weights = torch.randn(outputs.shape, generator=draws).to(outputs.device, outputs.dtype)
+    return torch.randn(outputs.shape, generator=draws).to(outputs.device, outputs.dtype)
+
+
+def groups(samples: int, device: torch.device) -> Iterator[Tensor]:
+    """Groups of the samples to probe, drawn at random, as masks [samples].
+
+    There are two, which have no sample in common, and with more than two samples some are in
+    neither. A single sample has none.
+    """
     if samples == 1:
-        yield weights, torch.ones(1, dtype=torch.bool, device=outputs.device)
         return
-    groups = min(GROUPS, samples)
-    group = torch.randperm(samples, generator=draws).to(outputs.device) % groups
-    for k in range(groups):
-        chosen = group == k
-        yield weights * chosen.unsqueeze(1), chosen
+    draws = torch.Generator().manual_seed(_SEED)
+    group = torch.randperm(samples, generator=draws).to(device) % _GROUPS
+    for k in range(_GROUPS - 1):
+        yield group == k
 
 
 def fits(g: Tensor, layout: Layout, row_dims: int, chosen: Tensor) -> bool:

@@ -63,7 +63,7 @@ class DGR(Rehearsal):
         distill: learn the old model's softened probabilities rather than its classes.
         temperature: of the softening, from 1e-4 to 1e4.
         scale: of the distillation loss: "squared" for the factor temperature^2, "mean" for that
-            over the number of outputs that compete, "none" for none.
+            divided by the number of outputs that compete, "none" for none.
         hidden: widths of the layers of the variational auto-encoder (`clext.generator.VAE`), which
             takes inputs in [0, 1].
         latent: numbers in its code of an input.

@@ -25,7 +25,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float, scale
         teacher: its logits, [N, classes that it knew], the first of those above; to the rest it
             gives the probability zero.
         temperature: T > 0.
-        scale: "squared" as above, so that gradients do not shrink with T; "mean": that divided by
+        scale: "squared" as above, so that gradients do not shrink with T; "mean": T^2 divided by
             the number of classes; "none": without T^2.
     """
     # A sum of logarithms in bfloat16 would have two digits left.

@@ -46,9 +46,9 @@ class LwF(Rehearsal):
             `Rehearsal`.
         temperature: T, which softens the probabilities, from 1e-4 to 1e4.
         scale: of the distillation loss: "squared" for the factor T^2, with which gradients do not
-            shrink as T grows (Hinton et al. 2015, arXiv:1503.02531); "mean" for T^2 over the number
-            of outputs that compete, a mean over examples and outputs (van de Ven and Tolias's
-            published numbers); "none" for no factor.
+            shrink as T grows (Hinton et al. 2015, arXiv:1503.02531); "mean" for T^2 divided by the
+            number of outputs that compete, a mean over examples and outputs (van de Ven and
+            Tolias's published numbers); "none" for no factor.
     """
 
     name: ClassVar[str] = "lwf"
