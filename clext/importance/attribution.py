@@ -11,13 +11,7 @@ from torch import Tensor
 
 from clext.importance.capture import output_gradients
 from clext.importance.layers import itself
-from clext.importance.samples import (
-    Layout,
-    fits,
-    groups,
-    possible_layouts,
-    random_weights,
-)
+from clext.importance.samples import Layout, fits, groups, possible_layouts, random_weights
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
