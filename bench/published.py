@@ -27,13 +27,14 @@ def glorot(module: nn.Module) -> None:
 
 
 def si_row(c: float, published: float, tolerance: float) -> Row:
-    return Row(
-        f"c={c:g}",
-        published,
-        tolerance,
-        partial(SI, strength=c, xi=0.1) if c else Baseline,
-        adam(1e-3),
-    )
+    si = partial(SI, strength=c, xi=0.1, clamp="total")
+    note = "released code: clamp='total'" if c else ""
+    return Row(f"c={c:g}", published, tolerance, si if c else Baseline, adam(1e-3), note=note)
+
+
+def clamped_by_task(c: float) -> Row:
+    si = partial(SI, strength=c, xi=0.1)
+    return Row(f"c={c:g}, clamp by task", None, 0.0, si, adam(1e-3), note="clamp='task'")
 
 
 ZENKE = Protocol(
@@ -52,7 +53,9 @@ ZENKE = Protocol(
         si_row(0.0, 57.41, 10.0),
         si_row(0.01, 92.00, 2.0),
         si_row(0.02, 93.91, 1.0),
+        clamped_by_task(0.02),
         si_row(0.1, 96.94, 1.0),
+        clamped_by_task(0.1),
     ),
 )
 

@@ -191,9 +191,16 @@ def consolidate_path_integral_(
     path: TensorList,
     params: TensorList,
     xi: float,
+    *,
+    clamp_total: bool = False,
 ) -> None:
-    """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0 (SI)."""
-    _ops.consolidate_path_integral_.default(importances, anchors, path, params, xi)
+    """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0 (SI).
+
+    With `clamp_total`: importance = max(0, importance + path / (step^2 + xi)).
+    """
+    _ops.consolidate_path_integral_.default(
+        importances, anchors, path, params, xi, clamp_total=clamp_total
+    )
 
 
 def consolidate_riemannian_walk_(

@@ -106,7 +106,7 @@ PYBIND11_MODULE(_C, m) {
       .def("consolidate_all_anchors_", &ParameterPlan::consolidate_all_anchors_,
            py::arg("estimate"), py::arg("gamma"), no_gil)
       .def("consolidate_path_integral_", &ParameterPlan::consolidate_path_integral_, py::arg("xi"),
-           no_gil)
+           py::arg("clamp_total") = false, no_gil)
       .def("consolidate_riemannian_walk_", &ParameterPlan::consolidate_riemannian_walk_,
            py::arg("mix"), no_gil)
       .def("sgd_step_", &sgd_step_, py::arg("lr"), py::arg("momentum"), py::arg("dampening"),

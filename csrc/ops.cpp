@@ -184,13 +184,14 @@ at::Tensor consolidate_all_anchors_(at::TensorList importances, at::TensorList a
 }
 
 void consolidate_path_integral_(at::TensorList importances, at::TensorList anchors,
-                                at::TensorList path, at::TensorList params, double xi) {
+                                at::TensorList path, at::TensorList params, double xi,
+                                bool clamp_total) {
   check_scalar("consolidate_path_integral_", "xi", xi, /*positive=*/true);
   const auto prepared = check_lists<ConsolidatePathIntegral>(
       "consolidate_path_integral_",
       {{{"importances", importances}, {"anchors", anchors}, {"path", path}, {"params", params}}},
       3);
-  run(prepared, ConsolidatePathIntegral{xi});
+  run(prepared, ConsolidatePathIntegral{xi, clamp_total});
   mark_changed({importances, anchors, path});
 }
 
@@ -277,7 +278,7 @@ TORCH_LIBRARY(clext, m) {
       tags);
   m.def(
       "consolidate_path_integral_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "
-      "Tensor(c!)[] path, Tensor[] params, float xi) -> ()",
+      "Tensor(c!)[] path, Tensor[] params, float xi, *, bool clamp_total=False) -> ()",
       tags);
   m.def(
       "consolidate_riemannian_walk_(Tensor(a!)[] importances, Tensor(b!)[] anchors, "

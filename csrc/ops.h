@@ -43,7 +43,8 @@ void consolidate_importance_(at::TensorList importances, at::TensorList anchors,
 at::Tensor consolidate_all_anchors_(at::TensorList importances, at::TensorList anchors,
                                     at::TensorList estimate, at::TensorList params, double gamma);
 void consolidate_path_integral_(at::TensorList importances, at::TensorList anchors,
-                                at::TensorList path, at::TensorList params, double xi);
+                                at::TensorList path, at::TensorList params, double xi,
+                                bool clamp_total);
 void consolidate_riemannian_walk_(at::TensorList importances, at::TensorList anchors,
                                   at::TensorList score, at::TensorList task_score,
                                   at::TensorList fisher, at::TensorList params, double mix);

@@ -175,11 +175,11 @@ at::Tensor ParameterPlan::consolidate_all_anchors_(const std::vector<at::Tensor>
                                          estimate, params_, gamma);
 }
 
-void ParameterPlan::consolidate_path_integral_(double xi) {
+void ParameterPlan::consolidate_path_integral_(double xi, bool clamp_total) {
   constexpr const char* kName = "consolidate_path_integral_";
   const at::AutoDispatchBelowADInplaceOrView guard;
   clext::consolidate_path_integral_(state(kName, "importance"), state(kName, "anchor"),
-                                    state(kName, "path"), params_, xi);
+                                    state(kName, "path"), params_, xi, clamp_total);
 }
 
 void ParameterPlan::consolidate_riemannian_walk_(double mix) {

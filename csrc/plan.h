@@ -51,7 +51,7 @@ class ParameterPlan {
 
   void consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma);
   at::Tensor consolidate_all_anchors_(const std::vector<at::Tensor>& estimate, double gamma);
-  void consolidate_path_integral_(double xi);
+  void consolidate_path_integral_(double xi, bool clamp_total);
   void consolidate_riemannian_walk_(double mix);
 
   // Fused optimizer steps (plan_step.cpp), protected as far as the state has lists for it; return

@@ -120,7 +120,7 @@ class NaiveSCP(Naive):
 
 
 class NaiveSI(Naive):
-    xi = 0.1
+    xi, clamp = 0.1, "task"
 
     def __init__(self, model, strength):
         super().__init__(model, strength)
@@ -132,7 +132,9 @@ class NaiveSI(Naive):
 
     def end_task(self, batches):  # noqa: ARG002
         for w, s, new, start in zip(self.omega, self.path, self.now(), self.anchor, strict=True):
-            w += s.clamp(min=0) / ((new - start) ** 2 + self.xi)
+            gain = s / ((new - start) ** 2 + self.xi)
+            w += gain if self.clamp == "total" else gain.clamp(min=0)
+            w.clamp_(min=0)
         self.anchor, self.path = self.now(), self.zeros()
 
 
@@ -232,6 +234,7 @@ CASES = {
     "mas batch": (MAS, NaiveMAS, 1.0, {"estimator": "batch"}),
     "mas gamma": (MAS, NaiveMAS, 1.0, {"gamma": 0.3}),
     "si": (SI, NaiveSI, 2.0, {"xi": 0.05}),
+    "si total": (SI, NaiveSI, 2.0, {"xi": 0.05, "clamp": "total"}),
     "rwalk": (RWalk, NaiveRWalk, 1.0, {"interval": 4, "eps": 1e-2, "decay": 0.8, "mix": 0.3}),
     "rwalk whole": (RWalk, NaiveRWalk, 1.0, {"interval": STEPS}),
     "rwalk released": (

@@ -237,6 +237,7 @@ OPS = (
             state("path", "update"),
             params(),
             above_zero("xi", 0.125),
+            Fixed("clamp_total", False),
         ),
         (
             Example(
@@ -250,6 +251,31 @@ OPS = (
                 {"importances": [3.0, 1.0], "anchors": [3.0, 3.0], "path": [0.0, 0.0]},
             ),
         ),
+    ),
+    Op(
+        "consolidate_path_integral_",
+        (
+            weights("importances", "update"),
+            state("anchors", "update"),
+            state("path", "update"),
+            params(),
+            above_zero("xi", 0.125),
+            Fixed("clamp_total", True),
+        ),
+        (
+            # A task takes away what it has made worse, and no more than there is.
+            Example(
+                {
+                    "importances": [1.0, 5.0, 1.0],
+                    "anchors": [2.0, 2.0, 2.0],
+                    "path": [3.0, -3.0, -3.0],
+                    "params": [3.0, 3.0, 3.0],
+                    "xi": 0.5,
+                },
+                {"importances": [3.0, 3.0, 0.0], "anchors": [3.0] * 3, "path": [0.0] * 3},
+            ),
+        ),
+        variant="clamp_total",
     ),
     Op(
         "consolidate_riemannian_walk_",

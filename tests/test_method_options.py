@@ -52,6 +52,7 @@ def test_a_strength_without_a_penalty_is_refused(kind):
         (RWalk, {"variant": "release"}, "did you mean 'released'"),
         (MAS, {"estimator": "sample"}, "did you mean 'per_sample'"),
         (SI, {"xi": 0}, "xi must be a finite number > 0, got 0"),
+        (SI, {"clamp": "totel"}, r"option 'clamp' of si.*did you mean 'total'"),
         (RWalk, {"decay": 1.0}, "decay must be a finite number >= 0 and < 1"),
         (RWalk, {"interval": 0}, "interval must be an integer >= 1, got 0"),
         (RWalk, {"eps": math.nan}, "eps must be a finite number > 0"),

@@ -202,6 +202,18 @@ def test_consolidate_all_anchors_keeps_the_sum_of_quadratics(params, dtype):
         assert merged + added.item() == pytest.approx(expected, rel=rtol)
 
 
+def test_consolidate_path_integral_takes_negative_contributions_from_the_total(params, dtype):
+    importances, anchors, path = like(params, positive=True), like(params), like(params)
+    before = elements(importances, anchors, path, params)
+    reference.consolidate_path_integral_(importances, anchors, path, params, 0.1, clamp_total=True)
+    expected = [max(0.0, w + s / ((p - a) ** 2 + 0.1)) for w, a, s, p in before]
+    assert 0.0 in expected
+    assert any(0 < new < w for new, (w, *_) in zip(expected, before, strict=True))
+    assert_elements(importances, expected, 100 * tolerance(dtype))
+    assert_elements(anchors, [p for *_, p in before], 0.0)
+    assert_elements(path, [0.0] * len(before), 0.0)
+
+
 def test_consolidate_path_integral_drops_negative_contributions(params, dtype):
     importances, anchors, path = like(params, positive=True), like(params), like(params)
     before = elements(importances, anchors, path, params)

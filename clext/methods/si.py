@@ -19,6 +19,7 @@ class SI(Method):
     Along the task, path = -sum over steps of g * (step), g the gradient of the task loss alone: the
     penalty's share, 2 * strength * importance * (parameter - anchor), is taken out of `.grad`. At
     its end importance += max(0, path) / (distance^2 + xi), distance from the start of the task.
+    (The paper's equation 5 has no max; an importance below 0 would reward going away.)
 
     `strength` at `update` must be the one that the gradient was made with.
 
@@ -26,18 +27,30 @@ class SI(Method):
         model: see `Method`.
         strength: weight of the penalty.
         xi: damping, > 0: keeps parameters that hardly moved from becoming all-important.
+        clamp: where the max(0, .) is: on each "task", as above, or on the "total", importance =
+            max(0, importance + path / (distance^2 + xi)), so that a task in which a parameter made
+            the loss rise takes from the importance that it had (the authors' released code).
     """
 
     name: ClassVar[str] = "si"
     default_strength: ClassVar[float] = 20.0
     state_names: tuple[str, ...] = ("anchor", "importance", "path", "previous")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"clamp": ("task", "total")}
     keeps_by_pull: ClassVar[bool] = True
     fused_state: tuple[str, ...] | None = ("anchor", "importance", "path")
     separate_state: ClassVar[tuple[str, ...]] = ("previous",)
 
-    def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        xi: float = 0.1,
+        clamp: str = "task",
+    ) -> None:
         super().__init__(model, strength=strength)
         self.xi = number(self.name, "xi", xi, minimum=0.0, open_minimum=True)
+        self.clamp = self._choice("clamp", clamp)
 
     def update(self) -> None:
         """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`.
@@ -53,5 +66,5 @@ class SI(Method):
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         self._refuse_broken("path")
         self._warn_if_zero("path")
-        self._state.plan.consolidate_path_integral_(self.xi)
+        self._state.plan.consolidate_path_integral_(self.xi, self.clamp == "total")
         self._state.restart("previous")

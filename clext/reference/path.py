@@ -145,11 +145,14 @@ def consolidate_path_integral_(
     path: TensorList,
     params: TensorList,
     xi: float,
+    *,
+    clamp_total: bool = False,
 ) -> None:
     """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0.
 
     `step` is the way since the anchor, the start of the task (Zenke et al. 2017, equation 5). A
-    negative path integral would turn the penalty into a reward.
+    negative path integral would turn the penalty into a reward. With `clamp_total` it may take away
+    what tasks before have added: importance = max(0, importance + path / (step^2 + xi)).
     """
     check_scalar("consolidate_path_integral_", "xi", xi, positive=True)
     check_lists(
@@ -161,7 +164,10 @@ def consolidate_path_integral_(
     )
     for omega, anchor, gain, theta in zip(importances, anchors, path, params, strict=True):
         step = wide(theta) - anchor
-        omega.add_(gain.clamp(min=0) / (step.square() + xi))
+        share = (gain if clamp_total else gain.clamp(min=0)) / (step.square() + xi)
+        omega.add_(share)
+        if clamp_total:
+            omega.clamp_(min=0)
         anchor.copy_(theta)
         gain.zero_()
 

@@ -158,11 +158,13 @@ class ReferencePlan:
         importances, anchors = self._lists("consolidate_all_anchors_", "importance", "anchor")
         return consolidate_all_anchors_(importances, anchors, estimate, self._params, gamma)
 
-    def consolidate_path_integral_(self, xi: float) -> None:
+    def consolidate_path_integral_(self, xi: float, clamp_total: bool = False) -> None:
         """End of a task for SI."""
         keys = ("importance", "anchor", "path")
         importances, anchors, path = self._lists("consolidate_path_integral_", *keys)
-        consolidate_path_integral_(importances, anchors, path, self._params, xi)
+        consolidate_path_integral_(
+            importances, anchors, path, self._params, xi, clamp_total=clamp_total
+        )
 
     def consolidate_riemannian_walk_(self, mix: float) -> None:
         """End of a task for RWalk."""

@@ -103,11 +103,14 @@ struct ConsolidatePathIntegral {
   static constexpr Reduction reduction = Reduction::None;
 
   double xi;
+  // What stays at least zero: each task's share, or the sum, from which a task may then take away.
+  bool clamp_total = false;
 
   template <class A>
   CLEXT_HOST_DEVICE void operator()(A& importance, A& anchor, A& path, A param) const {
     const A distance = param - anchor;
-    importance += positive_part(path) / (distance * distance + A(xi));
+    const A share = (clamp_total ? path : positive_part(path)) / (distance * distance + A(xi));
+    importance = clamp_total ? positive_part(importance + share) : importance + share;
     anchor = param;
     path = A(0);
   }

@@ -276,6 +276,7 @@ int main() {
   compare(RiemannianWalkStep{{0.3, {half}, half}, 0.9});
   compare(AccumulateRiemannianWalkScore{1e-3});
   compare(ConsolidatePathIntegral{0.1});
+  compare(ConsolidatePathIntegral{0.1, true});
   compare(MergeRiemannianWalkScore{0.5});
   compare(ConsolidateRiemannianWalk{&fisher_max, &score_max});
   compare(AccumulateSquare{0.5});

@@ -132,6 +132,12 @@ void path_scores() {
     check_near(importance, s.importance + decrease / (distance * distance + xi), kTolerance<A>,
                "SI importance");
     check(path == 0 && anchor == s.param, "SI starts a new task");
+    importance = s.importance;
+    anchor = s.anchor;
+    path = s.path;
+    ConsolidatePathIntegral{xi, true}(importance, anchor, path, s.param);
+    const double total = s.importance + double(s.path) / (distance * distance + xi);
+    check_near(importance, total > 0 ? total : 0.0, 10 * kTolerance<A>, "SI total importance");
   }
 }
 
