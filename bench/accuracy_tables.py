@@ -26,15 +26,19 @@ def accuracy_table() -> str:
 
 
 def published_table() -> str:
-    """A line for each published number, the mean over our runs beside it."""
+    """A line for each published number, the mean over our runs beside it.
+
+    Runs that were made before a row's options changed are left out.
+    """
     from protocols import verdict
     from published import PROTOCOLS
 
-    runs = newest(read_lines("published"), "name", "row", "seed")
+    runs = newest(read_lines("published"), "name", "row", "method", "seed")
     rows = []
     for name, protocol in PROTOCOLS.items():
         for row in protocol.rows:
-            found = [e for e in runs if (e["name"], e["row"]) == (name, row.name)]
+            wanted = (name, row.name, row.described)
+            found = [e for e in runs if (e["name"], e["row"], e["method"]) == wanted]
             # A seed again on another device is no further sample.
             values = list({e["seed"]: e["accuracy"] for e in found}.values())
             published = "" if row.published is None else f"{row.published:.2f}"

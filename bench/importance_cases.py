@@ -99,7 +99,7 @@ def pictures(samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, inputs for it, and how many batches of what size a measurement has."""
+    """A model, inputs for it, and a task: how many batches of what size."""
 
     model: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
@@ -108,8 +108,8 @@ class Case:
 
 
 CASES = {
-    "mlp": Case(mlp, lambda samples: torch.rand(samples, 784), 128, 20),
-    "cnn": Case(cnn, pictures, 128, 8),
-    "resnet": Case(resnet, pictures, 64, 8),
-    "tokens": Case(TokenMixer, tokens, 64, 8),
+    "mlp": Case(mlp, lambda samples: torch.rand(samples, 784), 128, 100),
+    "cnn": Case(cnn, pictures, 128, 50),
+    "resnet": Case(resnet, pictures, 64, 50),
+    "tokens": Case(TokenMixer, tokens, 64, 50),
 }

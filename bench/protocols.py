@@ -39,6 +39,15 @@ class Row:
     note: str = ""
     incremental: str = "domain"
 
+    @property
+    def described(self) -> str:
+        """The method with its options: what a recorded run must have been made with to count."""
+        options = getattr(self.method, "keywords", {})
+        kind = getattr(self.method, "func", self.method)
+        return (
+            f"{kind.__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+        )
+
     def make_method(self, model: nn.Module, seed: int) -> Method:
         seeded = "seed" in inspect.signature(self.method).parameters
         return self.method(model, **({"seed": seed} if seeded else {}))

@@ -104,6 +104,7 @@ def run(
         {
             "name": name,
             "row": row.name,
+            "method": row.described,
             "seed": seed,
             "seeds": asdict(Seeds.derive(seed)),
             "accuracy": round(got, 2),
