@@ -1,8 +1,8 @@
 """Fisher, MAS and SCP importances against other ways to the same numbers, and against training.
 
 The unit is a plain forward and backward pass over the same data: a task's importance should cost
-little more than one epoch of training without optimizer. The other ways run on one batch or less, and
-their time is scaled up. BackPACK and CurvLinOps take part where they are installed.
+little more than one epoch of training without optimizer. The other ways run on one batch or less,
+and their time is scaled up. BackPACK and CurvLinOps take part where they are installed.
 """
 
 from __future__ import annotations
