@@ -51,10 +51,11 @@ def published_table() -> str:
                     mean_and_scatter(values) if values else "not run yet",
                     str(len(values) or ""),
                     verdict(row, fmean(values)) if values else "",
+                    f"{fmean(e['seconds'] for e in found) / 60:.0f}" if found else "",
                 ]
             )
     ours = "clext, % (+- standard deviation of the runs)"
-    head = ["table", "row", "published, %", "tolerance", ours, "runs", "verdict"]
+    head = ["table", "row", "published, %", "tolerance", ours, "runs", "verdict", "minutes a run"]
     return markdown(head, rows)
 
 

@@ -134,7 +134,7 @@ def test_protocol(method: str, capsys: Any) -> None:
             print(f"\n{described(entry)}")
 
 
-@click.command(help=__doc__)
+@click.command(help=(__doc__ or "").replace("\n\n    ", "\n\n\b\n    ", 1))
 @click.argument("methods", nargs=-1, type=click.Choice([*clext.METHODS]))
 @click.option("--tasks", default=5, show_default=True)
 @click.option("--epochs", default=1, show_default=True)

@@ -1,8 +1,9 @@
 """The course's protocol as a notebook writes it: torchvision, a DataLoader, autograd penalties.
 
-What `clext.train` is compared with. The tasks, the model, the batch size, the learning rate and
-when accuracy is taken are the same; so is the order of the methods' work. Strengths are the
-course's.
+What `clext.train` is compared with: as many tasks of as many images, the same model, batch size,
+learning rate and times at which accuracy is taken, and the same order of the methods' work. The
+accuracies do not compare, since images are normalised here, permutations are drawn otherwise, and
+formulas and strengths are the course's.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ def one_step(kind: Any, options: dict[str, Any], device: torch.device) -> Callab
 
 
 @click.command(help=__doc__)
-@click.argument("methods", nargs=-1, type=click.Choice([*clext.METHODS]))
+@click.argument("methods", nargs=-1, type=click.Choice(sorted({run.method for run in RUNS})))
 @click.option("--formula", "formulas", multiple=True, type=click.Choice(sorted(FORMULAS)))
 @click.option("--epochs", default=10, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -296,7 +296,7 @@ def main(
         measure_sizes(epochs, seed)
     else:
         for run in RUNS:
-            if run.method in (methods or clext.METHODS) and run.formula in (formulas or FORMULAS):
+            if run.method in (methods or [run.method]) and run.formula in (formulas or FORMULAS):
                 measure(run, epochs, seed)
 
 

@@ -6,10 +6,13 @@ Appends a line per run to bench/results/sweep.jsonl, which `python bench/report.
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 from timing import machine, record
 
 import clext
+from clext.cli import parse_options
 
 GRID: dict[str, list[float]] = {
     "baseline": [0.0],
@@ -34,14 +37,14 @@ def sweep(
     seeds: tuple[int, ...],
     options: tuple[str, ...],
 ) -> None:
-    extra = {name: float(value) for name, _, value in (o.partition("=") for o in options)}
+    extra = parse_options(options)
     for method in methods or GRID:
         for strength in strengths or GRID[method]:
             for seed in seeds:
                 run(method, strength, epochs, seed, extra)
 
 
-def run(method: str, strength: float, epochs: int, seed: int, options: dict[str, float]) -> None:
+def run(method: str, strength: float, epochs: int, seed: int, options: dict[str, Any]) -> None:
     result = clext.train(
         method,
         dataset="mnist",
@@ -49,7 +52,7 @@ def run(method: str, strength: float, epochs: int, seed: int, options: dict[str,
         epochs=epochs,
         seed=seed,
         progress=False,
-        **{n: int(v) if v.is_integer() and n == "interval" else v for n, v in options.items()},
+        **options,
     )
     record(
         "sweep",

@@ -149,7 +149,7 @@ def train(
 ) -> None:
     """`clext train`."""
     with _one_line_errors():
-        given = _parse_options(options)
+        given = parse_options(options)
         for name in given:
             if name in {"method", "strength", "out"} or name in shared:
                 raise ValueError(f"--option {name}: use --{name.replace('_', '-')} instead")
@@ -184,7 +184,7 @@ def compare(
     with _one_line_errors():
         names = None if methods is None else [name.strip() for name in methods.split(",")]
         per_method: dict[str, dict[str, Any]] = {}
-        for name, value in _parse_options(options).items():
+        for name, value in parse_options(options).items():
             method, dot, option = name.partition(".")
             if not dot:
                 raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
@@ -232,7 +232,7 @@ def _text(value: object) -> str:
     return "none" if value is None or value == "" else str(value)
 
 
-def _parse_options(options: tuple[str, ...]) -> dict[str, Any]:
+def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     """NAME=VALUE pairs, a value being a Python literal (0.9, 5, True) or else the text itself."""
     parsed: dict[str, Any] = {}
     for option in options:

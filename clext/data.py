@@ -34,7 +34,7 @@ __all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Split", "load_dataset
 
 DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
-_ADVICE = {"digits": ". They are small: try lr 1e-3 and 20 epochs"}
+_ADVICE = {"digits": ". They are small: lr 1e-3 and 20 epochs suit them"}
 ENVIRONMENT_VARIABLE = "CLEXT_DATA"
 
 

@@ -94,8 +94,8 @@ def train(
             trained).
         dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
             "mnist", "fashion_mnist" or "digits".
-        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (0 to 180 degrees)
-            or "split" (classes); or a `clext.Scenario` with tasks of your own.
+        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
+            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
         incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
             known when tested) or "class" (one head that grows; all classes seen compete); see
             `clext.Scenario`.
@@ -108,8 +108,8 @@ def train(
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
             `Result.worst_accuracy`; by default only after each epoch.
         strength: weight of the method's penalty; by default the method's own.
-        model: any module from examples [N, features] to logits [N, outputs], trained in place and
-            moved to `device`; by default the course's 784-1024-512-256-10 perceptron, with the
+        model: any module from examples ([N, features], or shaped as those of your own `Scenario`) to
+            logits [N, outputs], trained in place and moved to `device`; by default the course's 784-1024-512-256-10 perceptron, with the
             outputs that the scenario needs.
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.

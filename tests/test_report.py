@@ -129,10 +129,10 @@ def test_replay_is_shown_beside_twice_the_batch_where_that_was_measured(
 @pytest.mark.parametrize(
     ("accuracies", "cells"),
     [
-        ({}, "not run yet |  |  |"),
-        ({0: 70.0, 1: 74.0}, "72.00 | 2 | agrees |"),
-        ({0: 66.0, 1: 70.0, 2: 74.0}, "70.00 +- 4.0 | 3 | agrees |"),
-        ({0: 60.0, 1: 64.0, 2: 68.0}, "64.00 +- 4.0 | 3 | differs |"),
+        ({}, "not run yet |  |  |  |"),
+        ({0: 70.0, 1: 74.0}, "72.00 | 2 | agrees | 2 |"),
+        ({0: 66.0, 1: 70.0, 2: 74.0}, "70.00 +- 4.0 | 3 | agrees | 2 |"),
+        ({0: 60.0, 1: 64.0, 2: 68.0}, "64.00 +- 4.0 | 3 | differs | 2 |"),
     ],
 )
 def test_published_rows_of_three_runs_show_how_these_scatter(
@@ -140,7 +140,7 @@ def test_published_rows_of_three_runs_show_how_these_scatter(
 ):
     options = "LwF(balance='tasks', temperature=2.0, scale='mean')"
     row = {"name": "vandeven2018-split", "row": "LwF, domain", "method": options}
-    lines = [entry("A", 1.0, **row, seed=s, accuracy=a) for s, a in accuracies.items()]
+    lines = [entry("A", 1.0, **row, seed=s, accuracy=a, seconds=90) for s, a in accuracies.items()]
     again = [{**line, "machine": {**line["machine"], "device": "B"}} for line in lines]
     # As the row was before its options changed.
     stale = [{**line, "method": "LwF(balance='tasks')", "accuracy": 1.0} for line in lines]

@@ -25,7 +25,8 @@ The numbers are those of the notebook up to rounding, also where it departs from
 - *guards again*: an entry of `prev_guards` holds all tasks before it already, and all entries are
   summed: after tasks 1, 2, 3, 4 that is F1, F1 + F2, 2 F1 + F2 + F3, 4 F1 + 2 F2 + F3 + F4.
 - *penalty in the path*: the gradient that is multiplied with the step is that of the whole loss.
-- *negative path*: a path integral below zero stays, and makes its penalty a reward.
+- *negative path*: a path integral below zero stays, and makes its penalty a reward. (SI's paper has
+  no max(0, .) either; its authors' released code and `clext.SI` have.)
 - *last step*: `update` sees a step when the next one begins; nobody sees the last one of a task.
 - *left behind*: after a look at the data (also at none) the model stays in eval mode, and `.grad`
   holds the gradient of the last batch.

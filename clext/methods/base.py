@@ -210,8 +210,8 @@ class Method(Learning):
 
         Args:
             dataloader: iterable of (x, y) batches of the task, x a tensor that the model takes, for
-                methods that measure importance on data: EWC, and MAS and SCP, to which x or (x,) is
-                enough. Others leave it alone.
+                methods that measure importance on data (EWC, and MAS and SCP, to which x or (x,) is
+                enough) or keep examples (Replay, GEM, A-GEM, iCaRL). Others leave it alone.
 
         Raises:
             ValueError: the data is missing or not as described, a parameter does not fit its state

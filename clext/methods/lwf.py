@@ -34,9 +34,9 @@ class LwF(Rehearsal):
     growing head q is over all classes seen, and p is zero for the new ones; with one head for all
     tasks both are over all outputs (van de Ven and Tolias 2018, arXiv:1809.10635).
 
-    `begin_task` adds the old logits of the whole task to its examples, so that the old model runs
-    once and not in each step; a loop that does not call it, or that changes the inputs from step to
-    step, has it run in each step. Memory: one copy of the model, however many tasks, and during a
+    `begin_task` with the task's examples adds the old logits of all of them, so that the old model
+    runs once and not in each step; a loop that does not give it them, or that changes the inputs
+    from step to step, has it run in each step. Memory: one copy of the model, however many tasks, and during a
     task, in its examples, 4 bytes for each example and output.
 
     Args:
@@ -45,10 +45,10 @@ class LwF(Rehearsal):
         balance: how the two losses are added: "sum", or "tasks" where the k-th task counts 1/k; see
             `Rehearsal`.
         temperature: T, which softens the probabilities, from 1e-4 to 1e4.
-        scale: of the distillation loss: "squared" for the factor T^2, with which gradients do not
-            shrink as T grows (Hinton et al. 2015, arXiv:1503.02531); "mean" for T^2 divided by the
-            number of outputs that compete, a mean over examples and outputs (van de Ven and
-            Tolias's published numbers); "none" for no factor.
+        scale: of the distillation loss: "squared" for the factor T^2, "mean" for that divided by
+            the number of outputs that compete, "none" for none. With T^2 gradients do not shrink as
+            T grows (Hinton et al. 2015, arXiv:1503.02531); a mean over examples and outputs made
+            the published numbers of van de Ven and Tolias.
     """
 
     name: ClassVar[str] = "lwf"

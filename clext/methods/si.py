@@ -27,9 +27,9 @@ class SI(Method):
         model: see `Method`.
         strength: weight of the penalty.
         xi: damping, > 0: keeps parameters that hardly moved from becoming all-important.
-        clamp: where the max(0, .) is: on each "task", as above, or on the "total", importance =
-            max(0, importance + path / (distance^2 + xi)), so that a task in which a parameter made
-            the loss rise takes from the importance that it had (the authors' released code).
+        clamp: what stays at least zero: each "task"'s share, max(0, path) / (distance^2 + xi), or
+            the "total", importance = max(0, importance + path / (distance^2 + xi)), from which a
+            task in which a parameter made the loss rise takes away (the authors' released code).
     """
 
     name: ClassVar[str] = "si"
