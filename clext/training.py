@@ -108,9 +108,9 @@ def train(
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
             `Result.worst_accuracy`; by default only after each epoch.
         strength: weight of the method's penalty; by default the method's own.
-        model: any module from examples ([N, features], or shaped as those of your own `Scenario`) to
-            logits [N, outputs], trained in place and moved to `device`; by default the course's 784-1024-512-256-10 perceptron, with the
-            outputs that the scenario needs.
+        model: any module from examples ([N, features], or shaped as those of your own `Scenario`)
+            to logits [N, outputs], trained in place and moved to `device`; by default the course's
+            784-1024-512-256-10 perceptron, with the outputs that the scenario needs.
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.

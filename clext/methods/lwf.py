@@ -36,8 +36,8 @@ class LwF(Rehearsal):
 
     `begin_task` with the task's examples adds the old logits of all of them, so that the old model
     runs once and not in each step; a loop that does not give it them, or that changes the inputs
-    from step to step, has it run in each step. Memory: one copy of the model, however many tasks, and during a
-    task, in its examples, 4 bytes for each example and output.
+    from step to step, has it run in each step. Memory: one copy of the model, however many tasks,
+    and during a task, in its examples, 4 bytes for each example and output.
 
     Args:
         model: see `Method`.
