@@ -7,7 +7,6 @@ errors; CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, CC and MAX_JOBS mean what they mea
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,8 @@ CXX_FLAGS = [
 # Members left out of an initializer are zero by the rules of C++; clang remarks on each `omp simd`
 # loop that it keeps scalar, which is slower but right.
 CXX_WARNINGS = ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-pass-failed"]
-# --fmad=false is nvcc's -ffp-contract=off: the elements are the CPU's, bit for bit.
+# --fmad=false is nvcc's -ffp-contract=off: same elements as on the CPU, to the bit wherever no function
+# of the math library (Adam's expm1) is involved.
 # nvcc only warns when device code calls a host function (20011, 20014); the kernel is then broken.
 NVCC_FLAGS = [
     "-O3",
@@ -68,14 +68,6 @@ def import_torch() -> types.ModuleType | None:
     return torch
 
 
-def clext_version() -> str:
-    text = (ROOT / "clext" / "_version.py").read_text()
-    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
-    if match is None:
-        raise toolchain.BuildError("clext/_version.py does not define __version__.")
-    return match[1]
-
-
 def torch_requirement(torch: types.ModuleType | None) -> str:
     """The C++ interface of torch changes with the minor version, so a wheel is tied to one."""
     if torch is None:
@@ -100,12 +92,11 @@ def sources(*patterns: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
-def write_build_record(path: Path, record: dict[str, str | bool | None]) -> None:
-    """Writes clext/_build.py: what _C was built with, readable where _C itself cannot be loaded."""
+def build_record(record: dict[str, str | bool | None]) -> str:
+    """clext/_build.py: what _C was built with, readable where _C itself cannot be loaded."""
     lines = ['"""What clext._C was built with. Written by setup.py."""', ""]
     lines += [f"{name} = {value!r}" for name, value in record.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def cuda_settings(torch: types.ModuleType) -> tuple[str | None, str]:
@@ -121,7 +112,7 @@ def cuda_settings(torch: types.ModuleType) -> tuple[str | None, str]:
     print(f"clext: building {'with' if with_cuda else 'without'} CUDA: {why}")
     if not with_cuda or toolkit is None:
         return None, ""
-    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    gpus = toolchain.visible_gpus(torch.cuda)
     archs = toolchain.choose_archs(os.environ, gpus, toolkit.archs)
     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
     cpp_extension.CUDA_HOME = str(toolkit.root)
@@ -143,16 +134,16 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
     # Warnings are about clext: torch's headers count as system headers.
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     errors = ["-Werror"] if os.environ.get("CLEXT_WERROR") == "1" else []
-    macros = {"CLEXT_VERSION": clext_version(), "CLEXT_TORCH_VERSION": torch.__version__}
-    if cuda:
-        macros["CLEXT_CUDA_ARCHS"] = archs
     extension_class = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extension: Extension = extension_class(
         "clext._C",
         sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[(name, f'"{value}"') for name, value in macros.items()]
-        + ([("CLEXT_WITH_CUDA", None)] if cuda else []),
+        define_macros=[
+            ("CLEXT_TORCH_VERSION", f'"{torch.__version__}"'),
+            *([("CLEXT_WITH_CUDA", None)] if cuda else []),
+        ],
+        depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),  # which ninja finds out by itself
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *CXX_WARNINGS, *errors, *openmp, *system],
             "nvcc": NVCC_FLAGS,
@@ -164,16 +155,20 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
         """torch's build command, which also leaves the record of the build beside the module."""
 
         def run(self) -> None:
-            super().run()
-            write_build_record(
-                Path(self.get_ext_fullpath("clext._C")).parent / "_build.py",
+            record = build_record(
                 {
                     "TORCH_VERSION": str(torch.__version__),
                     "CUDA_VERSION": cuda,
                     "CUDA_ARCHS": archs,
                     "OPENMP": bool(openmp),
-                },
+                }
             )
+            path = Path(self.get_ext_fullpath("clext._C")).parent / "_build.py"
+            # What was built with another torch or switch is out of date, whatever the sources say.
+            self.force = self.force or not path.is_file() or path.read_text() != record
+            super().run()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(record)
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
 

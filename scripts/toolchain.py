@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 # One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, PTX of the last one is
 # compiled by the driver for whatever is newer. More entries only cost compile time.
@@ -131,6 +132,18 @@ def choose_cuda(
     if switch == "1":
         raise BuildError(f"CLEXT_CUDA=1 cannot be met: {problem}; {remedy}, or set CLEXT_CUDA=0.")
     return False, f"{problem}; to change that, {remedy}"
+
+
+def visible_gpus(cuda: ModuleType) -> Iterator[tuple[int, int]]:
+    """Compute capabilities of the GPUs that `cuda` (torch.cuda) can use, found when asked for.
+
+    None where the driver fails (too old, busy): what happens to be there must not stop a build.
+    """
+    try:
+        for index in range(cuda.device_count()):
+            yield cuda.get_device_capability(index)
+    except RuntimeError as error:
+        print(f"clext: the GPUs of this machine cannot be asked for their architecture: {error}")
 
 
 def choose_archs(

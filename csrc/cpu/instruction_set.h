@@ -6,7 +6,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CLEXT_X86_DISPATCH 1
-#define CLEXT_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define CLEXT_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #if defined(__clang__)
 #define CLEXT_TARGET_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512)))

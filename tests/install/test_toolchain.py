@@ -137,6 +137,26 @@ def test_architectures(variable, gpus, known, expected):
     assert toolchain.choose_archs(environ, gpus, known) == expected
 
 
+class BrokenDriver:
+    """As torch.cuda, where a GPU is there but its driver is too old."""
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_device_capability(_index: int) -> tuple[int, int]:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+
+def test_a_broken_driver_does_not_stop_a_build(capsys: pytest.CaptureFixture[str]):
+    gpus = toolchain.visible_gpus(BrokenDriver)
+    assert toolchain.choose_archs({"TORCH_CUDA_ARCH_LIST": "8.6"}, gpus, ("8.6",)) == "8.6"
+    assert not capsys.readouterr().out  # nobody asked
+    assert toolchain.choose_archs({}, gpus, ("8.0", "9.0")) == "8.0;9.0+PTX"
+    assert "driver on your system is too old" in capsys.readouterr().out
+
+
 def test_openmp_is_used_where_the_compiler_and_torch_have_it(tmp_path: Path):
     without = str(script(tmp_path / "c++", "exit 1"))
     assert toolchain.openmp_flags("auto", True, without) == []
