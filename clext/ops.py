@@ -21,7 +21,11 @@ _ops: Any = torch.ops.clext
 
 
 def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
-    """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`."""
+    """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`.
+
+    By backward passes, once or twice; torch.func's transforms and forward-mode derivatives do not
+    see through a custom op, and need `clext.reference.quadratic_penalty`.
+    """
     return cast("Tensor", _ops.quadratic_penalty.default(params, anchors, importances))
 
 

@@ -149,6 +149,12 @@ def _check_entry(
             f"{label} has layout {entry.layout}, expected a dense (strided) tensor; "
             "build layers such as Embedding with sparse=False"
         )
+    # Torch refuses to count the change of such a tensor, but only after it has been made.
+    if argument.written and entry.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{label} was made in torch.inference_mode(), expected a normal tensor since it is "
+            "written outside of it; clone() it here"
+        )
     if entry.device != device:
         raise ValueError(
             f"{label} is on {entry.device}, expected {device} "

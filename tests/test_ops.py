@@ -249,12 +249,13 @@ def test_autograd_is_told_what_has_changed(op, device):
 
 
 @every_op
-def test_autocast_changes_nothing(op, device):
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_autocast_changes_nothing(op, implementation, device):
     arguments = sample(op, (Entry((300,)), Entry((7,), torch.bfloat16)), device)
-    under = copy(arguments)
-    expected = outputs_of(op, arguments, op.kernel(arguments))
+    under, run = copy(arguments), getattr(op, implementation)
+    expected = outputs_of(op, arguments, run(arguments))
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert_same_bits(outputs_of(op, under, op.kernel(under)), expected)
+        assert_same_bits(outputs_of(op, under, run(under)), expected)
 
 
 @every_op

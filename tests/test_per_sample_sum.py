@@ -32,6 +32,16 @@ def one_by_one(features, grads, absolute):
 
 @every_module
 @every_function
+def test_autocast_changes_nothing(module, absolute, device):
+    features, grads = normal(4, 1, 5, 6, device=device), normal(4, 1, 3, 6, device=device)
+    features, grads = features.float(), 1e-5 * grads.float()
+    expected = module.per_sample_sum(features, grads, absolute=absolute)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(module.per_sample_sum(features, grads, absolute=absolute), expected)
+
+
+@every_module
+@every_function
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "rows"),

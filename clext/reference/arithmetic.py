@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in its state dtype, in which all arithmetic is done."""
     return tensor.to(state_dtype(tensor.dtype))
+
+
+def as_it_is(device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in the dtype of their arguments, whatever autocast there is around."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clext.reference.arithmetic import total, wide
+from clext.reference.arithmetic import as_it_is, total, wide
 from clext.tensor_lists import (
     Argument,
     TensorList,
@@ -68,8 +68,9 @@ def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, sc
                 f"{outputs} (the columns of slices)"
             )
     for sums, rows in zip(acc, jacobian, strict=True):
-        for direction in slices.to(sums.dtype):
-            sums.add_(torch.tensordot(direction, rows, dims=1).square(), alpha=scale)
+        with as_it_is(sums.device):
+            for direction in slices.to(sums.dtype):
+                sums.add_(torch.tensordot(direction, rows, dims=1).square(), alpha=scale)
 
 
 @torch.no_grad()

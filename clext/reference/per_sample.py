@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from clext.reference.arithmetic import as_it_is
+
 # Bound on the products that are in memory at a time; one sample is always taken.
 _CHUNK_BYTES = 256 * 2**20
 
@@ -17,7 +19,8 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -
 
     Of its absolute value instead of the square if `absolute`. `features`: [samples, groups,
     *inputs, *rows], with any strides (a view of overlapping windows, say); `grads`: [samples,
-    groups, outputs, *rows]; both float32 or float64. Returns [groups, inputs, outputs].
+    groups, outputs, *rows]; both float32 or float64. Returns [groups, inputs, outputs]. Autocast
+    changes nothing; on CUDA, `torch.set_float32_matmul_precision` does.
     """
     groups, inputs, outputs = sums_shape(features, grads)
     samples, rows = len(grads), math.prod(grads.shape[3:])
@@ -28,7 +31,8 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -
         count = min(size, samples - start)
         left = features[start : start + count].reshape(count * groups, inputs, rows)
         right = grads[start : start + count].reshape(count * groups, outputs, rows)
-        products = torch.bmm(left, right.transpose(1, 2)).view(count, *sums.shape)
+        with as_it_is(grads.device):
+            products = torch.bmm(left, right.transpose(1, 2)).view(count, *sums.shape)
         sums += (products.abs() if absolute else products.square()).sum(0)
     return sums
 

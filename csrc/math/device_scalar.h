@@ -31,13 +31,13 @@ struct DeviceFactor {
 struct TaskScale {
   DeviceFactor scale;
   double inverse = 1;
+  bool is_lost = false;
 
   CLEXT_HOST_DEVICE void prepare() {
     const double number = scale.read();
-    inverse = number == 0 ? 0 : 1 / number;
+    is_lost = number == 0;
+    inverse = is_lost ? 0 : 1 / number;
   }
-
-  CLEXT_HOST_DEVICE bool is_lost() const { return inverse == 0; }
 };
 
 }  // namespace clext
