@@ -100,6 +100,12 @@ void check_shape(const Context& where, size_t a, size_t i, at::IntArrayRef sizes
                     expected, where.expected_from(i));
 }
 
+// Wrappers and zeros without memory have no pointer to give.
+bool has_memory(const at::TensorImpl& tensor) {
+  const c10::DispatchKeySet without({c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor});
+  return !tensor.key_set().has_any(without) && tensor.has_storage();
+}
+
 void check_tensor(const Context& where, const std::vector<ListArgument>& arguments, size_t a,
                   size_t i, at::ScalarType leading, const at::Tensor& reference,
                   at::Device device) {
@@ -109,6 +115,12 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, where.at(a, i), " has layout ", tensor.layout(),
                    ", expected a dense (strided) tensor; build layers such as "
                    "Embedding with sparse=False");
+  TORCH_CHECK_TYPE(has_memory(*tensor.unsafeGetTensorImpl()), where.at(a, i),
+                   " has no memory of its own (a FakeTensor, a DTensor or another wrapper, or a "
+                   "zero that was never written down), expected a plain tensor");
+  TORCH_CHECK_VALUE(argument.access == Access::Read || !tensor.is_neg(), where.at(a, i),
+                    " is the lazy negative of its memory, expected a plain tensor since it is "
+                    "written in place; call resolve_neg()");
   TORCH_CHECK_VALUE(tensor.device() == device, where.at(a, i), " is on ", tensor.device(),
                     ", expected ", device, " (all tensors of one call share a device)");
   // Torch refuses to count the change of such a tensor, but only after it has been made.
@@ -142,7 +154,9 @@ at::Tensor lay_out(const Context& where, const ListArgument& argument, size_t a,
   if (argument.storage == Storage::Scalars) return tensor;
   const bool rows = argument.storage == Storage::Rows;
   const at::IntArrayRef strides = rows ? tensor.strides().slice(1) : tensor.strides();
-  if (same_layout(reference.sizes(), strides, reference.strides())) return tensor;
+  if (!tensor.is_neg() && same_layout(reference.sizes(), strides, reference.strides())) {
+    return tensor;
+  }
   TORCH_CHECK_VALUE(argument.access == Access::Read, where.at(a, i), " has strides ",
                     tensor.strides(), ", expected ", reference.strides(), where.expected_from(i),
                     "; it is written in place, so create it with torch.empty_like");
@@ -249,6 +263,10 @@ void make_groups(Prepared& prepared, at::TensorList references,
 }
 
 }  // namespace
+
+bool holds_its_elements(const at::TensorImpl& tensor) {
+  return has_memory(tensor) && !tensor.is_neg();
+}
 
 bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef expected_strides) {
   for (size_t d = 0; d < sizes.size(); ++d) {

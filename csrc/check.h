@@ -43,6 +43,10 @@ struct Prepared {
   }
 };
 
+// Whether the memory of `tensor` holds its elements: not so for a lazy negation (autograd makes
+// some), a zero without memory, or a wrapper such as FakeTensor or DTensor.
+bool holds_its_elements(const at::TensorImpl& tensor);
+
 // Checks that all lists have equal length and that entry i of each fits entry i of `layout`, the
 // list that gives shape and strides. `parameter_names` (may be empty) make messages say which
 // parameter is meant. Throws ValueError (TypeError for dtypes and sparse tensors) and changes

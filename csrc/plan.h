@@ -81,7 +81,8 @@ class ParameterPlan {
     at::ScalarType dtype;
   };
 
-  // State stays where it is unless somebody gives a tensor other memory (`.data = ...`).
+  // State stays where it is unless somebody gives a tensor other memory (`.data = ...`); another
+  // place in the same memory is not noticed.
   struct StateCell {
     const at::TensorImpl* tensor;  // kept alive by the plan's state
     const c10::StorageImpl* storage;

@@ -121,12 +121,21 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vect
   const std::vector<size_t> chosen = choose_active(launch);
   std::vector<std::string> names;
   std::vector<at::Tensor> params, grads;
+  bool writes_grads = false;
+  for (size_t a = 0; a < sources.size(); ++a) {
+    writes_grads |= sources[a].kind == Source::kGradient && kinds[a].access != Access::Read;
+  }
   for (const size_t i : chosen) {
     const at::Tensor& param = params_[i];
     names.push_back(names_[i]);
     params.push_back(param);
     const bool create = launch.missing == Missing::Created && !param.grad().defined();
-    grads.push_back(create ? at::zeros_like(param.detach()) : param.grad());
+    if (create) {
+      grads.push_back(at::zeros_like(param.detach()));
+    } else {
+      // Autograd may leave the lazy negative of another tensor, which cannot be written in place.
+      grads.push_back(writes_grads ? param.grad().resolve_neg() : param.grad());
+    }
   }
 
   std::vector<std::vector<at::Tensor>> tensors(sources.size());
@@ -143,7 +152,7 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vect
     arguments.push_back({sources[a].name, tensors[a], kinds[a].storage, kinds[a].access});
   }
   launch.prepared = check_lists(op_name, arguments, layout, names);
-  if (launch.missing == Missing::Created) {
+  if (writes_grads) {
     for (size_t k = 0; k < grads.size(); ++k) params[k].mutable_grad() = grads[k];
   }
   const c10::DispatchKeySet keys = params_[0].key_set();
@@ -192,7 +201,8 @@ bool ParameterPlan::refresh(Launch& launch) const {
     if (tensor.key_set() == launch.keys && identical_geometry(tensor, known, active.dim)) {
       return true;
     }
-    return tensor.layout() == at::kStrided && same_geometry(tensor, known, active.dim) &&
+    return tensor.layout() == at::kStrided && holds_its_elements(tensor) &&
+           same_geometry(tensor, known, active.dim) &&
            (access == Access::Read || !tensor.is_inference() || c10::InferenceMode::is_enabled());
   };
   const size_t count = launch.active.size();

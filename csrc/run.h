@@ -109,6 +109,10 @@ at::Tensor run(const Prepared& prepared, const Op& op,
     run_cuda(prepared, op, result);
     return result;
   }
+#else
+  // A plan whose parameters were moved away after it was made.
+  TORCH_CHECK_VALUE(!prepared.device || prepared.device->is_cpu(), "clext: the tensors are on ",
+                    *prepared.device, ", which this build of clext has no kernels for");
 #endif
   run_cpu(prepared, op, result);
   return result;

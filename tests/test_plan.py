@@ -301,6 +301,37 @@ def test_nothing_is_recorded_for_autograd(mode, implementation, device):
     assert_same_bits(problem.snapshot(), expected.snapshot())
 
 
+def lazily_negative(values):
+    """As autograd leaves some gradients of complex arithmetic: the memory holds the negative."""
+    gradient = torch._neg_view(-values)
+    assert gradient.is_neg()
+    return gradient
+
+
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 2)], ids=str)
+def test_gradients_that_are_lazy_negatives_have_their_sign(
+    implementation, shape, calls_before, device
+):
+    problem = Problem(implementation, device, entries=(Entry(shape), Entry((4,))))
+    for step in range(calls_before + 2):
+        problem.backward()
+        if step >= calls_before:
+            problem.params[0].grad = lazily_negative(problem.params[0].grad)
+        twin = Twin(problem, implementation)
+        value, grads = twin.pull(0.5)
+        assert torch.equal(problem.plan.add_quadratic_penalty_grad_(0.5), value)
+        for index, gradient in grads.items():
+            assert torch.equal(problem.params[index].grad, gradient)
+        # Read alone, it stays what it is.
+        problem.params[0].grad = lazily_negative(problem.params[0].grad)
+        twin.walk(0.5, 0.9)
+        problem.plan.accumulate_path_integral_(0.5)
+        problem.plan.riemannian_walk_step_(0.5, 0.9)
+        assert problem.params[0].grad.is_neg()
+        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
+
+
 def test_a_plan_keeps_its_tensors_alive(implementation, device):
     problem = Problem(implementation, device)
     expected = problem.plan.quadratic_penalty()

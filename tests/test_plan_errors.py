@@ -6,8 +6,11 @@ import pytest
 import torch
 from helpers import Entry, assert_same_bits
 from plan_problem import KEYS, Problem
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clext._extension import C
+from clext.optim import SGD
 
 SMALL = (Entry((2, 3)), Entry((2, 3)))
 
@@ -142,6 +145,31 @@ def test_a_gradient_made_in_inference_mode_is_refused_unchanged(calls_before):
     with torch.inference_mode():
         problem.plan.add_quadratic_penalty_grad_(0.5)
     assert not torch.equal(gradient, torch.ones(2, 3))
+
+
+def test_gradients_without_memory_are_refused():
+    problem = Problem("compiled", entries=SMALL)
+    problem.backward()
+    problem.plan.add_quadratic_penalty_grad_(0.5)  # the launch is made, and finds what is new
+    before = problem.snapshot()
+    problem.params[1].grad = torch._efficientzerotensor((2, 3))
+    message = r"grads\[1\] of parameter 'layer1.weight' has no memory of its own"
+    with pytest.raises(TypeError, match=message):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+    with FakeTensorMode():
+        fake = [nn.Parameter(torch.ones(3))]
+        with pytest.raises(TypeError, match=r"params\[0\] of parameter 'w' has no memory"):
+            C.ParameterPlan(["w"], fake, {})
+    problem.params[1].grad = before["grads[1]"]
+    assert_same_bits(problem.snapshot(), before)
+
+
+def test_parameters_that_are_lazy_negatives_are_refused_where_they_are_written():
+    theta = torch._neg_view(torch.ones(3)).requires_grad_()
+    theta.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"params\[0\] .* is the lazy negative of its memory"):
+        SGD([theta], lr=0.1).step()
+    assert torch.equal(theta, -torch.ones(3))
 
 
 def test_devices_without_kernels_are_refused():

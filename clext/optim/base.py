@@ -367,7 +367,10 @@ class FusedOptimizer(Optimizer):
 
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.reshape(()).to(device, non_blocking=True)
+    if value is None:
+        return None
+    # The CPU reads it at once.
+    return value.reshape(()).to(device, non_blocking=device.type != "cpu")
 
 
 def _total(values: Sequence[Tensor]) -> Tensor | None:

@@ -28,6 +28,7 @@ class Part:
 
     group: Group
     device: torch.device
+    first: Tensor  # of the parameters
     plan: ReferencePlan
 
 
@@ -60,6 +61,7 @@ class Plans:
         if (
             keys != self._keys
             or not identical(self._made_for, _circumstances(optimizer, protection))
+            or any(part.first.device != part.device for part in self._parts)  # model.cuda()
             or any(entry.grad is not None for entry in self._waiting)
         ):
             self._made_for, self._parts, self._waiting = [], [], []
@@ -95,7 +97,7 @@ class Plans:
                     kept = protection.state.lists[key]
                     lists[key] = [kept[places[entry]] for entry in entries]
             plan = make_plan([name for name, _ in named], entries, lists, steps)
-            self._parts.append(Part(group, device, plan))
+            self._parts.append(Part(group, device, entries[0], plan))
 
 
 def _protection(optimizer: FusedOptimizer) -> _Protection:
