@@ -38,8 +38,8 @@ CXX_FLAGS = [
 # Members left out of an initializer are zero by the rules of C++; clang remarks on each `omp simd`
 # loop that it keeps scalar, which is slower but right.
 CXX_WARNINGS = ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-pass-failed"]
-# --fmad=false is nvcc's -ffp-contract=off: elements are the CPU's to the bit, but where a function of
-# the math library (expm1, for Adam) rounds differently.
+# --fmad=false is nvcc's -ffp-contract=off: elements are the CPU's to the bit, but where a function
+# of the math library (expm1, for Adam) rounds differently.
 # nvcc only warns when device code calls a host function (20011, 20014); the kernel is then broken.
 NVCC_FLAGS = [
     "-O3",
