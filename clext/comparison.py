@@ -217,8 +217,10 @@ def compare(
             return None if folder is None else comparison.save(folder, picture=False)
 
         try:
-            # Copied only now, so that no more than one model is held beside the given one.
-            run(replace(spec, model=copy.deepcopy(model)), chosen, settings, save)
+            # Copied only now, so that no more than one model is held beside the given one; and with
+            # it the modules among the options (a generator), which are trained too.
+            own = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
+            run(own, chosen, settings, save)
         except NonFiniteLossError as error:
             warnings.warn(str(error), stacklevel=2)
     if folder is not None:

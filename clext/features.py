@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clext.module_mode import module_mode
+from clext.module_mode import module_mode, run_eagerly
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ class Features:
         seen: list[object] = []
         hook = layer.register_forward_pre_hook(lambda _layer, args: seen.extend(args[:1]))
         try:
-            with self._method.outputs.full():
+            with self._method.outputs.full(), run_eagerly():
                 logits: Tensor = model(inputs)
         finally:
             hook.remove()
@@ -81,7 +81,7 @@ class Features:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
         try:
-            with self._method.outputs.full(), module_mode(model, training=False):
+            with self._method.outputs.full(), module_mode(model, training=False), run_eagerly():
                 logits = model(inputs)
         finally:
             for hook in hooks:

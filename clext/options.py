@@ -7,6 +7,8 @@ import math
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -27,6 +29,10 @@ def choice(owner: str, option: str, value: object, valid: Iterable[str]) -> str:
     if isinstance(value, str) and value in names:
         return value
     raise unknown_name(f"value of option '{option}' of {owner}:", value, names)
+
+
+# Of normal numbers in float32, in which state is kept: what is smaller may be zero there.
+SMALLEST = float(torch.finfo(torch.float32).tiny)
 
 
 def number(

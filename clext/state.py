@@ -32,10 +32,17 @@ class ParameterState:
         self.plan = make_plan(self.names, self.params, self.lists)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("plan", "ids")}
+        # Tensors of their own: pickle would write all of their common memory for each.
+        own = {key: [entry.clone() for entry in entries] for key, entries in self.lists.items()}
+        return {"names": self.names, "params": self.params, "lists": own}
 
+    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # a copy, or what was pickled
+        self.names, self.params = state["names"], state["params"]
+        self.lists = {key: allocate_state(self.params) for key in state["lists"]}
+        for key, entries in self.lists.items():
+            for entry, kept in zip(entries, state["lists"][key], strict=True):
+                entry.copy_(kept)
         self.ids = frozenset(map(id, self.params))
         self.plan = make_plan(self.names, self.params, self.lists)
 

@@ -6,6 +6,7 @@ import pytest
 from quick_runs import QUICK, same, small, weights
 
 import clext
+from clext.generator import VAE
 
 
 class TestCompare:
@@ -43,7 +44,17 @@ class TestCompare:
         )
         assert comparison["ewc"].config["strength"] == 3.0
         assert comparison["ewc"].config["method_options"]["gamma"] == 0.5
-        assert comparison["si"].config["method_options"] == {"xi": 0.3}
+        assert comparison["si"].config["method_options"] == {"xi": 0.3, "clamp": "task"}
+
+    def test_a_generator_given_for_two_entries_is_trained_by_each_from_the_start(self):
+        generator = VAE((64,), (8,), 4)
+        before = weights(generator)
+        given = {name: {"generator": generator} for name in ("dgr", "ewc+dgr")}
+        comparison = clext.compare([*given], model=small(), options=given, **QUICK)
+        assert same(before, weights(generator))
+        own = {"ewc+dgr": {"generator": generator}}
+        alone = clext.compare([*own], model=small(), options=own, **QUICK)
+        assert comparison["ewc+dgr"].curve == alone["ewc+dgr"].curve
 
     def test_two_names_in_a_list_are_combined(self):
         comparison = clext.compare(

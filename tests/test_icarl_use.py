@@ -56,6 +56,19 @@ def test_a_loop_without_begin_task():
     assert sum(len(entry) for entries in method._sets.values() for entry in entries) == 8
 
 
+@every_setting
+def test_on_a_compiled_model(setting):
+    results = []
+    for compiled in (False, True):
+        method = ICaRL(make_model(setting), budget=8)
+        if compiled:
+            method.model.compile(backend="eager")
+        for number in range(2):
+            run_task(method, setting, number)
+        results.append(method.predict(torch.ones(3, 5, dtype=torch.float64)))
+    assert torch.equal(*results)
+
+
 def test_beside_a_penalty_and_in_bf16():
     result = learn_beside_ewc_in_bf16(ICaRL(small(), budget=50))
     assert result.config["method"] == "ewc+icarl"

@@ -196,6 +196,24 @@ def test_estimates_have_the_layout_of_the_parameters(device):
             assert entry.device == parameter.device
 
 
+def test_a_layer_without_outputs_has_an_importance_as_empty_as_its_weight():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.head = nn.Linear(4, 0), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x) + self.none(x).sum()
+
+    model = Model()
+    batches = [(torch.randn(5, 4), torch.arange(5).remainder(3))]
+    expected = fisher_information(model.head, list(model.head.parameters()), batches)
+    got = fisher_information(model, list(model.parameters()), batches)
+    assert [entry.shape for entry in got[:2]] == [(0, 4), (0,)]
+    for mine, theirs in zip(got[2:], expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_frozen_parameters_have_no_importance(fast_model):
     params = params_of(fast_model)
     fast_model.second.requires_grad_(False)

@@ -283,6 +283,12 @@ def test_state_follows_the_model_to_another_device(device):
     train_tasks(model, method, tasks=1)
 
 
+def test_a_pickle_is_as_large_as_what_is_in_it(kind):
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(8)))
+    size = len(pickle.dumps(model))
+    assert len(pickle.dumps(kind(model))) < (len(kind.state_names) + 1) * 1.2 * size
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_with_the_model_go_on_alike(kind, how):
     model = make_model()

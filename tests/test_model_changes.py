@@ -91,12 +91,15 @@ def test_a_parameter_unfrozen_later_is_protected_from_then_on(kind, way, device)
 
 @every_case
 @every_way
-def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(case, way, device, plan):
+@pytest.mark.parametrize("follow", ["refresh_parameters", "begin_task"])
+def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(
+    case, way, follow, device, plan
+):
     trained, defined = twins(case, way, device, make_model())
     run_task(0, trained, defined)
     grow(trained.model)
     grow(defined.model)
-    trained.method.refresh_parameters()
+    getattr(trained.method, follow)()
     grow_naive(defined.naive)
     for loop in (trained, defined):
         loop.restart()

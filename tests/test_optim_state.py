@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from optim_cases import CASES, PLAIN, assert_same_parameters, loss_of, train, twins
+from torch import nn
 
 import clext
 from clext import optim
@@ -195,6 +196,14 @@ def test_copies_go_on_alike(case, how, device):
     for mine, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert twin.clear_grad
+
+
+def test_a_pickle_is_as_large_as_what_is_in_it():
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(8)))
+    optimizer = optim.Adam(model.parameters())
+    model(torch.ones(1, 40)).sum().backward()
+    optimizer.step()
+    assert len(pickle.dumps(optimizer)) < 4 * 1.2 * len(pickle.dumps(model))  # with gradients
 
 
 def test_an_optimizer_with_a_method_is_not_copied():

@@ -226,7 +226,9 @@ def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | N
 
 
 def _is_small(difference: Tensor, size: Tensor, tolerance: float) -> bool:
-    """Overwrites `size`."""
+    """Whether each number is, beside what it is the rest of. Overwrites `size`."""
+    if difference.numel() == 0:
+        return True
     allowed = size.clamp_(min=_FLOOR * float(size.max())).mul_(tolerance)
     return bool((difference <= allowed).all())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clext.module_mode import module_mode
+from clext.module_mode import module_mode, run_eagerly
 from clext.seeding import isolated_rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     # Of (x, y), or where labels play no part x, (x,) or (x, y): checked as they are read.
     Batches = Iterable[Any]
@@ -46,7 +44,7 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
     with (
         torch.inference_mode(False),
         _state_kept(model),
-        _eager(),
+        run_eagerly(),
         module_mode(model, training=False),
         isolated_rng(seed, device),
         torch.autocast(device.type, enabled=False),
@@ -284,11 +282,3 @@ def averaged(owner: str, sums: list[Tensor], samples: int) -> list[Tensor]:
             "overflow on this data"
         )
     return sums
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled models run eagerly: compiled code leaves out hooks that came after it."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing is compiled, and importing it takes seconds
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance

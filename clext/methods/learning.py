@@ -56,6 +56,8 @@ class Learning(Stateful):
     ) -> Examples | None:
         """Begin a task; returns what it is to be trained on.
 
+        Follows a change of the model since the last task: see `refresh_parameters`.
+
         Args:
             examples: inputs [N, ...] and labels [N] int64 of the task, on the model's device, for
                 methods that prepare something for the whole task or train on more than its own
@@ -71,9 +73,10 @@ class Learning(Stateful):
             of `loss`. The given examples for most methods, and None if none were given.
 
         Raises:
-            ValueError: block or active is no such range, or the examples are not what the method
-                can work on; nothing is changed.
+            ValueError: block or active is no such range, the examples are not what the method can
+                work on, or a parameter has shrunk; nothing is changed.
         """
+        self.refresh_parameters()
         self._was_used = True
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
         self.outputs.begin_task(block, active, ended=self.tasks)

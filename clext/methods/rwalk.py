@@ -8,7 +8,7 @@ from torch import nn
 
 from clext.methods.base import Method
 from clext.methods.rwalk_formulas import FORMULAS
-from clext.options import integer, number
+from clext.options import SMALLEST, integer, number
 from clext.state import COPIES_OF_PARAMETERS
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class RWalk(Method):
         super().__init__(model, strength=strength)
         self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
         self.interval = integer(self.name, "interval", interval, minimum=1)
-        self.eps = number(self.name, "eps", eps, minimum=0.0, open_minimum=True)
+        self.eps = number(self.name, "eps", eps, minimum=SMALLEST)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
         self.interval_steps = self._formulas.head_start  # since the interval began
         self.task_steps = 0  # since the task began

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from clext.methods.base import Method
-from clext.options import number
+from clext.options import SMALLEST, number
 
 if TYPE_CHECKING:
     from clext.importance.evaluation import Batches
@@ -49,7 +49,7 @@ class SI(Method):
         clamp: str = "task",
     ) -> None:
         super().__init__(model, strength=strength)
-        self.xi = number(self.name, "xi", xi, minimum=0.0, open_minimum=True)
+        self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 
     def update(self) -> None:

@@ -84,10 +84,11 @@ class Stateful:
     def refresh_parameters(self) -> None:
         """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
 
-        `consolidate` does so by itself. A parameter is known by its name: that of a module which
-        was replaced keeps importance and anchor, and one that has grown keeps them for its leading
-        part (the old rows of a head). New parameters and rows start without importance, anchored
-        where they are. What is no longer in the model is forgotten.
+        `begin_task` and `consolidate` do so by themselves, but a loop without `begin_task` has to
+        call this before its first step on a changed model. A parameter is known by its name: that
+        of a module which was replaced keeps importance and anchor, and one that has grown keeps
+        them for its leading part (the old rows of a head). New parameters and rows start without
+        importance, anchored where they are. What is no longer in the model is forgotten.
 
         Raises:
             ValueError: a parameter has shrunk or has another number of dimensions, or no state can

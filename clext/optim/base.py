@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -356,7 +357,12 @@ class FusedOptimizer(Optimizer):
                 "save its state_dict() and the method's"
             )
         own = {"_method": None, "proximal": self.proximal, "clear_grad": self.clear_grad}
-        return {**super().__getstate__(), **own}
+        # Tensors of their own: pickle would write all of their common memory for each.
+        state = {
+            parameter: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
+            for parameter, entries in self.state.items()
+        }
+        return {**super().__getstate__(), "state": defaultdict(dict, state), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
