@@ -74,6 +74,10 @@ class ParameterState:
                 self.lists.pop(key, None)
             self.plan = make_plan(self.names, self.params, self.lists)
 
+    def unknown(self, named: Mapping[str, Tensor]) -> list[str]:
+        """Names of what is none of these parameters: added, or put in the place of one."""
+        return [name for name, parameter in named.items() if id(parameter) not in self.ids]
+
     def fits(self, named: Mapping[str, Tensor]) -> bool:
         """Whether `named` are the very parameters, still laid out as when the state was made."""
         if list(named) != self.names:

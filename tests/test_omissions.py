@@ -41,6 +41,50 @@ def said(call):
     return [str(entry.message) for entry in caught if "saw no step" not in str(entry.message)]
 
 
+class TestAModelThatChanged:
+    """In a loop with an optimizer of torch and without `begin_task`."""
+
+    NEW = "^clext: parameter '2.weight' .and 1 more. came into the model after this"
+
+    def task(self, method, model, number):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = data(number)
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+            method.add_penalty_grad_()
+            optimizer.step()
+            method.update()
+            optimizer.zero_grad()
+        method.consolidate([(x, y)])
+
+    @pytest.mark.parametrize("name", ["ewc", "mas", "scp", "si", "rwalk", "gem", "agem"])
+    def test_is_noticed_where_nobody_told_the_method(self, name):
+        model = make_model()
+        method = make_method(name, model)
+        self.task(method, model, 0)
+        model[2] = nn.Linear(5, 3)
+        with pytest.warns(UserWarning, match=self.NEW):
+            self.task(method, model, 1)
+        assert not any("came into" in text for text in said(lambda: self.task(method, model, 2)))
+
+    @pytest.mark.parametrize("name", ["ewc", "si", "gem"])
+    @pytest.mark.parametrize("follow", ["begin_task", "refresh_parameters"])
+    def test_nothing_is_said_where_the_method_was_told(self, name, follow):
+        model = make_model()
+        method = make_method(name, model)
+        self.task(method, model, 0)
+        model[2] = nn.Linear(5, 3)
+        getattr(method, follow)()
+        assert not said(lambda: self.task(method, model, 1))
+
+    @pytest.mark.parametrize("name", ["ewc", "baseline", "replay"])
+    def test_nothing_is_said_where_nothing_was_lost(self, name):
+        model = make_model()
+        method = make_method(name, model)
+        model[2] = nn.Linear(5, 3)  # in the first task
+        assert not any("came into" in text for text in said(lambda: self.task(method, model, 0)))
+
+
 class TestTheSameEndAgain:
     @quiet
     @pytest.mark.parametrize("name", [*METHODS, "ewc+replay", "gem+lwf"])

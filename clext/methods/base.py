@@ -225,8 +225,9 @@ class Method(Learning):
         grad = torch.is_grad_enabled()
         # Later tasks learn from what is kept, and no graph takes tensors made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            unseen = self._state.unknown(self._parameters_now())
             self.refresh_parameters()
-            end = End(self, dataloader)
+            end = End(self, dataloader, unseen)
             commit = self._learner._prepare_end(batches)
             warn_of_omissions(self, end)
             self._end_task(batches)

@@ -33,9 +33,11 @@ class End:
     Args:
         method: ends it.
         dataloader: that of `consolidate`, before anything is read from it.
+        unseen: names of parameters that came into the model since the method last looked at it.
     """
 
-    def __init__(self, method: Method, dataloader: object) -> None:
+    def __init__(self, method: Method, dataloader: object, unseen: list[str]) -> None:
+        self.unseen = unseen
         # Not the count of writes, which torch's fused optimizers do not keep.
         self._samples = [_sample(entry) for entry in method._state.params]
         self._data = _references(dataloader)
@@ -91,6 +93,14 @@ def _omissions(method: Method, end: End) -> list[str]:
             "without it: give it to an optimizer of clext.optim, or call add_penalty_grad_() "
             "before optimizer.step()"
             + (", or add penalty() to the loss" if method.state_names else "")
+        )
+    matters = method.keeps_by_pull and (method.tasks > 0 or "path" in method.state_names)
+    if end.unseen and used and matters:
+        more = f" (and {len(end.unseen) - 1} more)" if len(end.unseen) > 1 else ""
+        found.append(
+            f"parameter '{end.unseen[0]}'{more} came into the model after this {method.name} had "
+            "last looked at it, so the steps since then were without it there; after a change of "
+            "the model call begin_task() or refresh_parameters() before the first step"
         )
     return found
 
