@@ -94,11 +94,13 @@ def test_the_step_is_for_the_clipped_gradient_and_the_path_for_the_other(
 
 @every_op
 @every_implementation
-def test_a_gradient_clipped_to_nothing_teaches_nothing(op, implementation, device):
+@pytest.mark.parametrize("value", [0.0, torch.inf])
+def test_a_gradient_clipped_to_nothing_teaches_nothing(op, implementation, value, device):
     arguments = sample(op, ENTRIES, device)
     for grad in arguments["grads"]:
         grad.zero_()
-    outputs = run(op, {**arguments, "task_scale": torch.zeros((), device=device)}, implementation)
+    scale = torch.tensor(value, device=device)
+    outputs = run(op, {**arguments, "task_scale": scale}, implementation)
     before = tensors_of(arguments)
     kept = {key: before[key] for key in outputs if key.startswith(("path", "fisher"))}
     assert_same_bits({key: outputs[key] for key in kept}, kept)

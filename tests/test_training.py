@@ -196,7 +196,7 @@ class TestModel:
         result = clext.train(method, **QUICK)
         assert method.tasks == 2
         assert result.config["strength"] == 2.0
-        assert result.config["method_options"] == {"xi": 0.5}
+        assert result.config["method_options"] == {"xi": 0.5, "clamp": "task"}
         clext.train(method, model=model, **{**QUICK, "tasks": 1})
         assert method.tasks == 3
 

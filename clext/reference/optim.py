@@ -265,7 +265,7 @@ class _Step:
             self.factor /= float(grad_scale)
         scale = 1.0 if task_scale is None else float(task_scale)
         self.inverse = 1 / scale if scale else 0.0
-        self.memory = self.decay if scale else 1.0
+        self.memory = self.decay if self.inverse else 1.0
         self.keep = 1 - self.lr * weight_decay if decoupled else 1.0
         self.weight_decay = 0.0 if decoupled else weight_decay
         self.pull = 0.0 if proximal else 2 * self.strength

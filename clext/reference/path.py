@@ -5,6 +5,7 @@ SI: Zenke et al. 2017, arXiv:1703.04200. RWalk: Chaudhry et al. 2018, arXiv:1801
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -257,7 +258,7 @@ class _Scales:
         check_scale(op, "pull_scale", pull_scale, params)
         task = 1.0 if task_scale is None else float(task_scale)
         pull = 1.0 if pull_scale is None else float(pull_scale)
-        if task == 0:
+        if task == 0 or math.isinf(task):
             return cls(0.0, 0.0, is_lost=True)
         return cls(1 / task, 2 * strength * pull, is_lost=False)
 

@@ -27,17 +27,17 @@ struct DeviceFactor {
 };
 
 // What the task's gradient was multiplied with (a clipping coefficient, say). Zero has left nothing
-// of it: such a step teaches nothing.
+// of it, and neither has infinity: such a step teaches nothing.
 struct TaskScale {
   DeviceFactor scale;
   double inverse = 1;
-  bool is_lost = false;
 
   CLEXT_HOST_DEVICE void prepare() {
     const double number = scale.read();
-    is_lost = number == 0;
-    inverse = is_lost ? 0 : 1 / number;
+    inverse = number == 0 ? 0 : 1 / number;
   }
+
+  CLEXT_HOST_DEVICE bool is_lost() const { return inverse == 0; }
 };
 
 }  // namespace clext

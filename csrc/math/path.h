@@ -33,7 +33,7 @@ struct TaskGradient {
 
   CLEXT_HOST_DEVICE void prepare() {
     task_scale.prepare();
-    pull = task_scale.is_lost ? 0 : 2 * strength * pull_scale.read();
+    pull = task_scale.is_lost() ? 0 : 2 * strength * pull_scale.read();
   }
 
   template <class A>
@@ -65,7 +65,7 @@ struct RiemannianWalkStep : TaskGradient {
 
   CLEXT_HOST_DEVICE void prepare() {
     TaskGradient::prepare();
-    if (task_scale.is_lost) decay = 1;
+    if (task_scale.is_lost()) decay = 1;
   }
 
   template <class A>

@@ -96,7 +96,7 @@ struct FusedStep : StepOptions {
     pull = proximal ? 0 : 2 * strength;
     prox = 2 * rate * strength;
     task_scale.prepare();
-    if (task_scale.is_lost) decay = 1;
+    if (task_scale.is_lost()) decay = 1;
   }
 
   CLEXT_HOST_DEVICE bool skip() const { return skipped; }
