@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from protocols import Protocol, Row, adam, epochs, iterations, sgd, unchanged
 from published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
-from released import RunningFisherEWC
+from released import ReleasedSI, RunningFisherEWC
 from torch import nn
 
 from clext.data import Batches, Dataset, Split
@@ -27,14 +27,14 @@ def glorot(module: nn.Module) -> None:
 
 
 def si_row(c: float, published: float, tolerance: float) -> Row:
-    si = partial(SI, strength=c, xi=0.1, clamp="total")
-    note = "released code: clamp='total'" if c else ""
+    si = partial(ReleasedSI, strength=c, xi=0.1)
+    note = "released code: clamp='total', and the loss of Keras" if c else ""
     return Row(f"c={c:g}", published, tolerance, si if c else Baseline, adam(1e-3), note=note)
 
 
-def clamped_by_task(c: float) -> Row:
-    si = partial(SI, strength=c, xi=0.1)
-    return Row(f"c={c:g}, clamp by task", None, 0.0, si, adam(1e-3), note="clamp='task'")
+def si_row_of_clext(c: float, clamp: str) -> Row:
+    si = partial(SI, strength=c, xi=0.1, clamp=clamp)
+    return Row(f"c={c:g}, clamp by {clamp}", None, 0.0, si, adam(1e-3), note=f"clamp={clamp!r}")
 
 
 ZENKE = Protocol(
@@ -53,9 +53,10 @@ ZENKE = Protocol(
         si_row(0.0, 57.41, 10.0),
         si_row(0.01, 92.00, 2.0),
         si_row(0.02, 93.91, 1.0),
-        clamped_by_task(0.02),
+        si_row_of_clext(0.02, "total"),
+        si_row_of_clext(0.02, "task"),
         si_row(0.1, 96.94, 1.0),
-        clamped_by_task(0.1),
+        si_row_of_clext(0.1, "task"),
     ),
 )
 

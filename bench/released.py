@@ -8,7 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.methods import Method
+from clext.methods import SI, Method
+
+
+class ReleasedSI(SI):
+    """SI in the released code of Zenke et al. 2017 (arXiv:1703.04200), on Keras 2.0.
+
+    What stays at zero or above is the sum of the importances, not each task's. The distance of the
+    first task is that from zero, not from where it started. And the loss is the one of that Keras:
+    it holds the probability of the label within 1e-7 and 1 - 1e-7, so examples outside have no
+    gradient. At the start of a later task these are many: what it takes to unlearn the confidence
+    of the tasks before is not counted.
+    """
+
+    name: ClassVar[str] = "released_si"
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None, xi: float = 0.1) -> None:
+        super().__init__(model, strength=strength, xi=xi, clamp="total")
+        torch._foreach_zero_(self._state.lists["anchor"])
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        inputs, labels = batch
+        of_all = self.outputs.logits(inputs, labels).softmax(1)
+        of_label = of_all.gather(1, labels.unsqueeze(1))
+        return -of_label.clamp(1e-7, 1 - 1e-7).log().mean()
 
 
 class RunningFisherEWC(Method):

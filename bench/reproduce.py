@@ -83,14 +83,15 @@ def run(
     training = Training(protocol, row, data, seed, device)
     if file is not None and file.is_file():
         training.load(file)
-        print(f"{row.name}: goes on after task {len(training.curve)}", flush=True)
+        print(f"{row.name}: goes on after task {len(training.accuracies)}", flush=True)
     before = training.seconds
-    while len(training.curve) < protocol.tasks:
+    while len(training.accuracies) < protocol.tasks:
         training.learn_task()
         training.seconds = before + time.perf_counter() - start
+        latest = training.accuracies[-1]
         print(
-            f"  {row.name}, seed {seed}: task {len(training.curve)}, "
-            f"average {100 * training.curve[-1]:.2f}",
+            f"  {row.name}, seed {seed}: task {len(latest)}, average {100 * fmean(latest):.2f} "
+            f"({' '.join(f'{100 * value:.1f}' for value in latest)})",
             flush=True,
         )
         if file is not None:
@@ -109,6 +110,7 @@ def run(
             "seeds": asdict(Seeds.derive(seed)),
             "accuracy": round(got, 2),
             "after_each_task": [round(100 * value, 2) for value in curve],
+            "of_each_task": [round(100 * value, 2) for value in training.accuracies[-1]],
             "seconds": round(seconds),
             "machine": machine(device.type),
         },
@@ -125,7 +127,7 @@ def slug(name: str) -> str:
 class Training:
     """One row in training, task by task; between tasks it can be saved and loaded.
 
-    `curve` is the average accuracy over the tasks seen, after each task.
+    `accuracies` holds, after each task, the accuracy of every task so far.
     """
 
     def __init__(
@@ -148,12 +150,17 @@ class Training:
         self.method = row.make_method(model, seeds.method)
         self.optimizer = row.optimizer(self.method)
         self.shuffle = generator(seeds.shuffle)
-        self.curve: list[float] = []
+        self.accuracies: list[list[float]] = []
         self.seconds = 0.0
+
+    @property
+    def curve(self) -> list[float]:
+        """Average accuracy over the tasks seen, after each task."""
+        return [fmean(row) for row in self.accuracies]
 
     def learn_task(self) -> None:
         """Learn the next task, end it, and test all so far."""
-        method, protocol, k = self.method, self.protocol, len(self.curve)
+        method, protocol, k = self.method, self.protocol, len(self.accuracies)
         own, examples = begin_task(method, self.scenario, k)
         if not protocol.keep_optimizer:
             self.optimizer = self.row.optimizer(method)
@@ -163,12 +170,12 @@ class Training:
                 steps.take(rows.to(steps.device))
         # Methods that predict by what they remember are tested with this task in the memory.
         method.consolidate(self.row.importance_data(method.model, own))
-        self.curve.append(fmean(Examiner(method, self.scenario).accuracies(k)))
+        self.accuracies.append(Examiner(method, self.scenario).accuracies(k))
 
     def save(self, file: Path) -> None:
         """Keep what a later run needs to go on; replaces the file once it is written."""
         state = {
-            "curve": self.curve,
+            "accuracies": self.accuracies,
             "seconds": self.seconds,
             "model": self.method.model.state_dict(),
             "method": self.method.state_dict(),
@@ -188,7 +195,7 @@ class Training:
         if self.protocol.keep_optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
         self.shuffle.set_state(state["shuffle"])
-        self.curve, self.seconds = state["curve"], state["seconds"]
+        self.accuracies, self.seconds = state["accuracies"], state["seconds"]
 
 
 if __name__ == "__main__":

@@ -57,11 +57,11 @@ def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp
         first.save(tmp_path / "row.pt")
         first.learn_task()
         assert len(first.curve) == 2
-        assert all(0 <= accuracy <= 1 for accuracy in first.curve)
+        assert all(0 <= accuracy <= 1 for row in first.accuracies for accuracy in row)
         resumed = reproduce.Training(protocol, row, used, 0, device)
         resumed.load(tmp_path / "row.pt")
         resumed.learn_task()
-        assert resumed.curve == first.curve
+        assert resumed.accuracies == first.accuracies
 
 
 @pytest.mark.parametrize("name", NAMES)
