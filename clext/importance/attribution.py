@@ -15,7 +15,7 @@ from clext.importance.samples import Layout, fits, groups, possible_layouts, ran
 from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from clext.importance.capture import Call, Capture
     from clext.importance.layers import Use
@@ -53,12 +53,21 @@ class BoundCall:
     def features(self) -> Tensor:
         """What the output gradient is multiplied with, [samples, rows, ...]; see `release`."""
         if self._features is None:
-            call = self.call
-            rows = self._layout.rows(call.inputs, call.row_dims[0], self._samples)
-            if rows.is_floating_point():
-                rows = rows.to(call.dtype)
-            self._features = call.rule.features(rows)
+            self._features = self.call.rule.features(self._inputs())
         return self._features
+
+    def parts(self, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and output gradients, for as many samples at a time as the rule wants."""
+        inputs = self._inputs()
+        size = self.call.rule.samples_at_once(inputs)
+        for start in range(0, self._samples, size):
+            chunk = slice(start, start + size)
+            yield self.call.rule.features(inputs[chunk]), g[chunk]
+
+    def _inputs(self) -> Tensor:
+        """The layer's input, [samples, rows, ...]."""
+        rows = self._layout.rows(self.call.inputs, self.call.row_dims[0], self._samples)
+        return rows.to(self.call.dtype) if rows.is_floating_point() else rows
 
     def release(self) -> None:
         """Give the memory of the features back: they can be as large as the input again."""

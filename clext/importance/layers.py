@@ -30,6 +30,14 @@ CHUNK_BYTES = {"cpu": 2**21}
 LARGE_CHUNK_BYTES = 256 * 2**20
 
 
+def at_once(like: Tensor, elements: int) -> int:
+    """How many samples to take at a time that allocate so many elements each, of the dtype and on
+    the device of `like`.
+    """
+    limit = CHUNK_BYTES.get(like.device.type, LARGE_CHUNK_BYTES)
+    return max(1, limit // max(1, elements * like.element_size()))
+
+
 def itself(tensor: Tensor) -> Tensor:
     """The function for the plain sum of gradients."""
     return tensor
@@ -55,6 +63,12 @@ class LayerRule:
     def features(self, inputs: Tensor) -> Tensor:
         """From the layer's input, as [samples, rows, ...]."""
         return inputs
+
+    def samples_at_once(self, inputs: Tensor) -> int:
+        """For how many samples to make the features at a time: fewer than all where these are a
+        copy that is better used while it is in the cache.
+        """
+        return len(inputs)
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         """The gradient of each sample by the parameter `name`, [samples, *parameter.shape]."""
@@ -96,8 +110,7 @@ def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
     """Add the sum over samples of function(sum over uses of gradient) to `acc`."""
     samples = len(uses[0][-1])
     elements = sum(rule.scratch(name, features) for rule, name, features, _ in uses)
-    limit = CHUNK_BYTES.get(acc.device.type, LARGE_CHUNK_BYTES)
-    size = max(1, limit // max(1, elements * acc.element_size()))
+    size = at_once(acc, elements)
     for start in range(0, samples, size):
         chunk = slice(start, start + size)
         gradients = [
@@ -175,6 +188,10 @@ class _Conv(LayerRule):
             (samples, layer.groups, channels, *layer.kernel_size, rows, *outputs),
             (rows * batch, channels * channel, channel, *offsets, batch, *positions),
         )
+
+    def samples_at_once(self, inputs: Tensor) -> int:
+        padded = any(self.layer._reversed_padding_repeated_twice)
+        return at_once(inputs, inputs[:1].numel()) if padded else len(inputs)
 
     def scratch(self, name: str, features: Tensor) -> int:
         windows = 0 if name == "bias" else features[:1].numel()

@@ -112,8 +112,10 @@ class _Batch:
             if c in self._separable:
                 power = self._function(g)
                 self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
-            for i, name in self._single.get(c, []):
-                call.call.rule.add_(self._sums[i], name, call.features(), g, self._function)
+            single = self._single.get(c, [])
+            for features, part in call.parts(g) if single else ():
+                for i, name in single:
+                    call.call.rule.add_(self._sums[i], name, features, part, self._function)
             call.release()
 
         stream_output_gradients(outputs, calls, cotangent, receive)
