@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from naive_methods import Naive
 from torch import nn
-from toy_training import TASKS, make_model, make_task, train_steps
+from toy_training import make_model, train_tasks
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not BENCH.is_dir():
@@ -23,16 +23,6 @@ STRENGTH = 2.0
 def released(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module("released")
-
-
-def trained(method):
-    """The method after all tasks of the toy."""
-    for number in range(TASKS):
-        batches = make_task(number)
-        optimizer = torch.optim.Adam(method.model.parameters(), lr=0.02)
-        train_steps(method.model, method, optimizer, batches)
-        method.consolidate(batches)
-    return method
 
 
 def assert_same(method, naive):
@@ -69,7 +59,8 @@ class NaiveReleasedSI(Naive):
 
 
 def test_si_of_zenke2017(released):
-    method = trained(released.ReleasedSI(make_model(), strength=STRENGTH, xi=0.05))
+    method = released.ReleasedSI(make_model(), strength=STRENGTH, xi=0.05)
+    train_tasks(method.model, method)
     assert_same(method, NaiveReleasedSI(make_model(), STRENGTH, 0.05).train())
 
 
@@ -107,5 +98,6 @@ class NaiveRunningFisherEWC(Naive):
 
 
 def test_ewc_of_agem2019(released):
-    method = trained(released.RunningFisherEWC(make_model(), strength=STRENGTH, interval=3))
+    method = released.RunningFisherEWC(make_model(), strength=STRENGTH, interval=3)
+    train_tasks(method.model, method)
     assert_same(method, NaiveRunningFisherEWC(make_model(), STRENGTH, 3).train())
