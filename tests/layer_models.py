@@ -89,6 +89,27 @@ def frozen_bias():
     return model
 
 
+def changed_conv(padding_mode="zeros", **changes):
+    """With options that are not those that the layer was made with."""
+    model = conv2d(4, 3, padding=1, padding_mode=padding_mode)
+    for name, value in changes.items():
+        setattr(model[1], name, value)
+    return model
+
+
+def replaced_conv(shape, groups, kernel):
+    """With a weight of another shape than the one that the layer was made with."""
+    model = stack(shape, nn.Conv2d(2, 4, 2, padding=1, groups=groups))
+    model[1].weight = nn.Parameter(torch.randn(4, shape[0] // groups, *kernel))
+    return model
+
+
+def grown_embedding():
+    model = embedded(lambda m, x: m.table(tokens(x[:, :4])) * m.table(tokens(x[:, 4:8])))()
+    model.table.weight = nn.Parameter(torch.randn(VOCABULARY + 4, 3))
+    return model
+
+
 def shared_bias():
     model = Custom(
         lambda m, x: m.second(m.first(x.view(-1, 6, 4)).tanh()),
@@ -148,6 +169,15 @@ CONVOLUTIONS = {
     "2d whole": partial(conv2d, 3, (3, 4)),
     "2d channels last": channels_last,
     "2d frozen bias": frozen_bias,
+    "2d with dilation and padding set later": partial(
+        changed_conv, padding=(2, 1), dilation=(2, 1), stride=1
+    ),
+    "2d with padding by one number, set later": partial(changed_conv, padding=0),
+    "2d with padding same, set later": partial(changed_conv, padding="same", dilation=(1, 2)),
+    "2d with padding valid, set later": partial(changed_conv, padding="valid"),
+    "2d reflect with padding set later": partial(changed_conv, "reflect", padding=0),
+    "2d with the weight of one channel": partial(replaced_conv, (1, 4, 6), 1, (2, 2)),
+    "2d with the weight of more channels": partial(replaced_conv, (4, 2, 3), 2, (1, 3)),
     "2d frames, sample-major": lambda: Custom(
         lambda m, x: m.conv(x.view(-1, 2, 3, 2)).flatten(1).view(len(x), -1),
         conv=nn.Conv2d(2, 4, 2, groups=2),
@@ -203,6 +233,7 @@ EMBEDDINGS = {
         lambda m, x: m.table(tokens(x[:, :4])) * m.table(tokens(x[:, 4:8]))
     ),
     "tied embedding": tied_embedding,
+    "grown embedding called twice": grown_embedding,
 }
 
 NORMS = {

@@ -222,6 +222,53 @@ def test_rows_that_the_data_arranges_are_looked_at_in_every_batch():
     assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
 
 
+def by_index(m, h, order):
+    return m.a(h[order])[order.argsort()]
+
+
+def by_gather(m, h, order):
+    index = order.unsqueeze(1).expand_as(h)
+    return torch.zeros_like(h).scatter(0, index, m.a(h.gather(-2, index)))
+
+
+def by_selection(m, h, order):
+    return torch.zeros_like(h).index_add(0, order, m.a(h.index_select(0, order)))
+
+
+def by_assignment(m, h, order):
+    sorted_back = torch.zeros_like(h)
+    sorted_back[order] = m.a(h[order])
+    return sorted_back
+
+
+@pytest.mark.parametrize("use", [by_index, by_gather, by_selection, by_assignment])
+def test_an_order_that_the_data_decide_is_not_remembered(use):
+    """In the first batch it is the samples' own."""
+    torch.manual_seed(0)
+    model = Model(lambda m, x: m.a(x) + use(m, m.a(x).tanh(), x[:, 0].argsort())).double()
+    x = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ascending = x[x[:, 0].argsort()]
+    y = torch.arange(6) % CLASSES
+    params, batches = params_of(model), [(ascending, y), (ascending.flip(0), y)]
+    for estimate, oracle in ((fisher_information, fisher_oracle), (output_sensitivity, mas_oracle)):
+        got = estimate(model, params, batches)
+        assert_close(got, oracle(model, params, batches))
+
+
+def last_tokens(m, x):
+    h = m.a(x.unsqueeze(1) * torch.linspace(0.5, 2, 4).to(x)[:, None]).tanh()
+    return h[torch.arange(len(x)), (x[:, 0] > 0).long()].sort(1)[0].gather(1, (x > 0).long())
+
+
+def test_an_index_within_samples_is_not_looked_at_again():
+    ran = []
+    model = Model(last_tokens)
+    model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    params = [*model.a.parameters(), *model.head.parameters()]
+    fisher_information(model, params, make_batches((20, 20), dtype=torch.float32))
+    assert sum(ran) == 2 * 20 + 20
+
+
 def test_a_small_hidden_use_beside_what_cancels():
     def forward(m, x):
         hidden = m.a(x)

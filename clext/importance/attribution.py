@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clext.importance.capture import output_gradients
 from clext.importance.layers import itself
+from clext.importance.reordering import may_reorder
 from clext.importance.samples import Layout, fits, groups, possible_layouts, random_weights
 from clext.tensor_lists import state_dtype
 
@@ -113,8 +114,8 @@ class Attributions:
     Two passes are of one kind if they call the same layers in the same order with the same sizes.
     The first one is probed: its rows are matched to samples by which samples move them, and the
     gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
-    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, or
-    a sample has several rows in one dimension), every pass is probed.
+    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, a
+    sample has several rows in one dimension, or rows are moved by an index), every pass is probed.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
@@ -129,13 +130,14 @@ class Attributions:
 
         Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
         """
-        if samples == 1:  # no layouts that the sizes could change
+        if samples == 1:  # no layouts that the data could change
             kind: object = (1, len(x), *(call.rule for call in calls))
-            fresh = False
+            fresh = moved = False
         else:
             sizes = [call.leading for call in calls]
             kind = (samples, *((call.rule, s) for call, s in zip(calls, sizes, strict=True)))
-            fresh = self._ragged or self._rows_vary(samples, calls, sizes)
+            moved = may_reorder(outputs, samples)
+            fresh = moved or self._rows_vary(samples, calls, sizes)
         if not fresh and kind in self._known:
             return self._known[kind]
         if mixes(self._capture, x, outputs):
@@ -149,7 +151,7 @@ class Attributions:
                 layout is not None and size[layout.dim] > samples > 1
                 for layout, size in zip(found.layouts, sizes if samples > 1 else [], strict=False)
             )
-        if settled:
+        if settled and not moved:
             self._known[kind] = found
         return found
 

@@ -173,25 +173,43 @@ class _Conv(LayerRule):
         """
         layer, (samples, rows) = self.layer, inputs.shape[:2]
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        # torch keeps the padding in this form too, whatever it was given as.
-        padded = F.pad(inputs.flatten(0, 1), layer._reversed_padding_repeated_twice, mode)
-        options = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        padded = F.pad(inputs.flatten(0, 1), self._padding(), mode)
+        channels, *kernel = layer.weight.shape[1:]
+        strides, dilations = (
+            _each(option, len(kernel)) for option in (layer.stride, layer.dilation)
+        )
+        options = zip(kernel, strides, dilations, strict=True)
         outputs = [
-            (size - dilation * (kernel - 1) - 1) // stride + 1
-            for size, (kernel, stride, dilation) in zip(padded.shape[2:], options, strict=True)
+            (size - dilation * (width - 1) - 1) // stride + 1
+            for size, (width, stride, dilation) in zip(padded.shape[2:], options, strict=True)
         ]
         batch, channel, *space = padded.stride()
-        channels = layer.in_channels // layer.groups
-        offsets = [step * d for step, d in zip(space, layer.dilation, strict=True)]
-        positions = [step * s for step, s in zip(space, layer.stride, strict=True)]
+        offsets = [step * d for step, d in zip(space, dilations, strict=True)]
+        positions = [step * s for step, s in zip(space, strides, strict=True)]
         return padded.as_strided(
-            (samples, layer.groups, channels, *layer.kernel_size, rows, *outputs),
+            (samples, layer.groups, channels, *kernel, rows, *outputs),
             (rows * batch, channels * channel, channel, *offsets, batch, *positions),
         )
 
+    def _padding(self) -> list[int]:
+        """What is added before and after the last dimension, the one before it, and so on.
+
+        From what the forward pass reads, which may have been changed since the layer was made.
+        """
+        layer = self.layer
+        if layer.padding_mode != "zeros":
+            return list(layer._reversed_padding_repeated_twice)
+        kernel = layer.weight.shape[2:]
+        if layer.padding == "valid":
+            return [0, 0] * len(kernel)
+        if layer.padding == "same":
+            pairs = zip(_each(layer.dilation, len(kernel)), kernel, strict=True)
+            sums = [dilation * (width - 1) for dilation, width in pairs]
+            return [side for s in reversed(sums) for side in (s // 2, s - s // 2)]
+        return [side for p in reversed(_each(layer.padding, len(kernel))) for side in (p, p)]
+
     def samples_at_once(self, inputs: Tensor) -> int:
-        padded = any(self.layer._reversed_padding_repeated_twice)
-        return at_once(inputs, inputs[:1].numel()) if padded else len(inputs)
+        return at_once(inputs, inputs[:1].numel()) if any(self._padding()) else len(inputs)
 
     def scratch(self, name: str, features: Tensor) -> int:
         windows = 0 if name == "bias" else features[:1].numel()
@@ -216,6 +234,12 @@ class _Conv(LayerRule):
             add_products_(acc, features, by_group, function)
 
 
+def _each(option: int | Sequence[int], dims: int) -> tuple[int, ...]:
+    """An option of a convolution for each dimension; one number counts for all."""
+    each = (option,) if isinstance(option, int) else tuple(option)
+    return each * dims if len(each) == 1 else each
+
+
 class _Embedding(LayerRule):
     """Weight gradient: at each token the sum of its output gradients."""
 
@@ -230,10 +254,11 @@ class _Embedding(LayerRule):
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:  # noqa: ARG002
         kept = self._kept(features)
-        keys = features + self.layer.num_embeddings * _number(features)
+        tokens, width = self.layer.weight.shape
+        keys = features + tokens * _number(features)
         keys, sums = _sum_by_key(keys[kept], g[kept])
-        flat = g.new_zeros(len(g) * self.layer.num_embeddings, self.layer.embedding_dim)
-        return flat.index_copy_(0, keys, sums).view(len(g), *self.layer.weight.shape)
+        flat = g.new_zeros(len(g) * tokens, width)
+        return flat.index_copy_(0, keys, sums).view(len(g), tokens, width)
 
     def add_(
         self,
