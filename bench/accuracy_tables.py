@@ -21,7 +21,7 @@ def accuracy_table() -> str:
         strength = ", ".join(f"{value:g}" for value in result.strengths)
         average, worst = result.average_accuracy[-1], result.accuracy[-1].min()
         rows.append([f"`{name}`", strength, f"{average:.4f}", f"{worst:.4f}"])
-    head = ["method", "strength", "average accuracy", "worst task"]
+    head = ["method", "strength", "average accuracy", "lowest at the end"]
     return markdown(head, rows)
 
 
@@ -67,7 +67,14 @@ def mean_and_scatter(values: list[float]) -> str:
 
 def course_table() -> str:
     """A method's rows side by side: the course's formula, parts of it, the paper's."""
-    head = ["method", "formula", "strength", "tasks x epochs", "average accuracy", "worst task"]
+    head = [
+        "method",
+        "formula",
+        "strength",
+        "tasks x epochs",
+        "average accuracy",
+        "lowest at the end",
+    ]
 
     def row(e: Entry) -> list[str]:
         return [

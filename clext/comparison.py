@@ -21,7 +21,7 @@ from clext.options import unknown_name
 from clext.result import PICTURE_NAME, Result
 from clext.scenarios import Scenario
 from clext.settings import Settings
-from clext.storage import keep, read_json, writable_folder, write_json
+from clext.storage import claimed_folder, keep, read_json, writable_folder, write_json
 from clext.training import NonFiniteLossError, chosen_scenario, run
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ def compare(
 ) -> Comparison:
     """Run several methods on the same tasks, from the same initial weights, in the same order.
 
-    A method whose loss becomes NaN or infinite is stopped with a warning and keeps what it did;
-    the others go on.
+    A method whose loss becomes NaN or infinite, or that cannot work on the data of a task, is
+    stopped with a warning and keeps what it did; the others go on.
 
     Args:
         methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay", or a list of the
@@ -204,11 +204,11 @@ def compare(
         data_dir=data_dir,
         progress=progress,
     )
-    specs = _checked_specs(methods, model, options or {})
-    folder = None if out is None else writable_folder(out, "compare: out")
-    chosen = chosen_scenario(settings)
-    for spec in specs.values():
-        spec.check(chosen)
+    specs = _checked_specs(methods, model, {} if options is None else options)
+    with claimed_folder(out, "compare: out") as folder:
+        chosen = chosen_scenario(settings)
+        for spec in specs.values():
+            spec.check(chosen)
     comparison = Comparison({})
     for name, spec in specs.items():
 
@@ -221,7 +221,9 @@ def compare(
             # it the modules among the options (a generator), which are trained too.
             own = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
             run(own, chosen, settings, save)
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, ValueError) as error:
+            if name not in comparison.results:
+                raise  # before anything was done
             warnings.warn(str(error), stacklevel=2)
     if folder is not None:
         keep(lambda: comparison.save(folder))
@@ -234,6 +236,11 @@ def _checked_specs(
     options: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, LearnerSpec]:
     names = _checked_names(methods)
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            "compare: options must be a dict from a method's name to its options, such as "
+            f"{{'ewc': {{'strength': 100.0}}}}, got {options!r}"
+        )
     for label, given in options.items():
         if label not in names:
             raise unknown_name("method in options", label, names)

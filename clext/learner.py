@@ -135,13 +135,15 @@ def _check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -
     probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=dtype)
     shape = ", ".join(["N", *map(str, scenario.input_shape)])
     expected = f"inputs [{shape}] into logits [N, {outputs}]"
+    remedy = "begin it with nn.Unflatten if it takes images"
+    if not stored.is_floating_point():
+        remedy = f"the inputs are {stored.dtype}: pass inputs.float() if it takes numbers"
     try:
         with torch.no_grad(), module_mode(model, training=False):
             logits = model(probe)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(
-            f"train: model must turn {expected}, but failed on such inputs ({error}); "
-            "begin it with nn.Unflatten if it takes images"
+            f"train: model must turn {expected}, but failed on such inputs ({error}); {remedy}"
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

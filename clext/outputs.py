@@ -64,8 +64,8 @@ class Outputs:
         Raises:
             ValueError: they are not such ranges; nothing is changed.
         """
-        _check_range("block", block)
-        _check_range("active", active)
+        check_range("begin_task: block", block)
+        check_range("begin_task: active", active)
         if active is not None:
             if block is None:
                 raise ValueError(
@@ -277,10 +277,9 @@ def _reach(labels: Tensor) -> tuple[int, int] | None:
         return None
 
 
-def _check_range(name: str, given: object) -> None:
+def check_range(name: str, given: object) -> None:
+    """ValueError unless it is a range of outputs, or None."""
     if given is None:
         return
     if not isinstance(given, range) or given.step != 1 or not 0 <= given.start < given.stop:
-        raise ValueError(
-            f"begin_task: {name} must be a range of outputs, such as range(2, 4), got {given!r}"
-        )
+        raise ValueError(f"{name} must be a range of outputs, such as range(2, 4), got {given!r}")

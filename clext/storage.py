@@ -8,7 +8,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:
             f"{argument}: cannot write in {folder} ({what}); choose another folder"
         ) from error
     return folder
+
+
+@contextmanager
+def claimed_folder(path: str | os.PathLike[str] | None, argument: str) -> Iterator[Path | None]:
+    """As `writable_folder`; None for None. If the work inside is refused, a new one goes again."""
+    if path is None:
+        yield None
+        return
+    is_new = not as_path(path, argument).exists()
+    folder = writable_folder(path, argument)
+    try:
+        yield folder
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def keep(save: Callable[[], Path | None]) -> Path | None:

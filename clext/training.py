@@ -31,7 +31,7 @@ from clext.scenarios import Scenario, make_scenario
 from clext.seeding import Seeds, generator, isolated_rng
 from clext.settings import Settings, describe_machine
 from clext.steps import make_steps
-from clext.storage import keep, writable_folder
+from clext.storage import claimed_folder, keep
 
 Save = Callable[[Result], Path | None]
 
@@ -123,7 +123,8 @@ def train(
         The accuracies, timings and settings, see `Result`.
 
     Raises:
-        ValueError: an argument is wrong; nothing was done.
+        ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
+            data of a task: the model has learned the tasks before, and `out` holds their results.
         DataError: the data set cannot be had, or its files are damaged.
         OSError: `out` cannot be written; nothing was done.
         NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
@@ -146,9 +147,9 @@ def train(
     _check_option_names(method, method_options)
     spec = LearnerSpec(method, model, strength, method_options)
     spec.check()
-    folder = None if out is None else writable_folder(out, "train: out")
-    chosen = chosen_scenario(settings)
-    spec.check(chosen)
+    with claimed_folder(out, "train: out") as folder:
+        chosen = chosen_scenario(settings)
+        spec.check(chosen)
 
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)

@@ -118,6 +118,12 @@ class TestCompare:
         assert comparison["si"].config["strength"] == 3
         assert str(comparison) in outcome.stdout
 
+    @pytest.mark.parametrize("command", [("compare",), ("train", "--method", "si")])
+    def test_a_refused_run_leaves_no_folder(self, command, tmp_path):
+        outcome = run(*command, *QUICK, "--scenario", "split", "--tasks", "3")
+        assert outcome.exit_code == 2
+        assert list((tmp_path / "runs").iterdir()) == []
+
     def test_a_diverged_method_is_exit_code_1_after_all_have_run(self):
         outcome = run(
             *("compare", "--methods", "si,baseline", "--option", "si.strength=1e300", *QUICK)

@@ -3,7 +3,9 @@
 import copy
 
 import pytest
+import torch
 from quick_runs import QUICK, same, small, weights
+from torch import nn
 
 import clext
 from clext.generator import VAE
@@ -83,9 +85,29 @@ class TestCompare:
         assert "stopped early: si" in str(loaded)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "comparison.json"]
 
+    def test_a_method_that_cannot_learn_a_task_does_not_stop_the_others(self, tmp_path):
+        x, y = torch.rand(20, 4), torch.arange(20) % 3
+        tasks = [((x, y), (x, y)), ((x - 1, y), (x - 1, y))]
+        with pytest.warns(UserWarning, match=r"^dgr: inputs lie between"):
+            comparison = clext.compare(
+                ["baseline", "dgr", "ewc"],
+                scenario=clext.Scenario.from_datasets(tasks),
+                epochs=1,
+                progress=False,
+                out=tmp_path,
+            )
+        assert [r.complete for r in comparison.results.values()] == [True, False, True]
+        assert "stopped early: dgr: inputs lie" in str(clext.Comparison.load(tmp_path))
+
+    def test_a_model_that_does_not_fit_stops_all(self, tmp_path):
+        with pytest.raises(ValueError, match="model must turn inputs"):
+            clext.compare(["si", "ewc"], model=nn.Linear(3, 10), out=tmp_path, **QUICK)
+        assert list(tmp_path.iterdir()) == []
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            ({"methods": ["si"], "options": 3}, "options must be a dict .*, got 3$"),
             ({"methods": ["ewc", "sii"]}, "unknown method 'sii'.*'si'"),
             ({"methods": []}, "at least one method"),
             ({"methods": ["si", "si"]}, "'si' is given twice"),

@@ -333,6 +333,7 @@ def test_state_that_a_forward_pass_makes_is_taken_back():
         (lambda m: m.head.weight, "got Parameter"),
         (lambda _: ["head"], "got one with str in it"),
         (lambda _: None, "got NoneType"),
+        (lambda m: list(copy.deepcopy(m).parameters()), "none is a parameter of this Residual"),
     ],
 )
 def test_params_that_are_no_parameters_are_described(make, message):
@@ -340,6 +341,12 @@ def test_params_that_are_no_parameters_are_described(make, message):
     for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
         with pytest.raises(ValueError, match=message):
             estimate(model, make(model), make_batches(dtype=torch.float32))
+
+
+def test_a_model_that_is_none_is_described():
+    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+        with pytest.raises(ValueError, match=r"model must be a torch.nn.Module, got str"):
+            estimate("model", list(Residual().parameters()), make_batches())
 
 
 def test_params_may_come_from_a_generator():

@@ -180,3 +180,43 @@ def test_labels_without_values_are_not_looked_at():
     assert torch.allclose(singly.mean(), method.loss(inputs, labels))
     traced = torch.fx.experimental.proxy_tensor.make_fx(method.loss)(inputs, labels)
     assert torch.allclose(traced(inputs, labels), method.loss(inputs, labels))
+
+
+@every_method
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, y: [(x, y)],
+        lambda x, y: {"x": x, "y": y},
+        lambda x, y: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y)),
+        lambda x, y: (x, y[:-1]),
+        lambda x, y: (x[:0], y[:0]),
+        lambda x, y: (x.tolist(), y),
+        lambda x, y: (x, y, y),
+        lambda x, _: x,
+    ],
+)
+def test_begin_task_refuses_what_is_no_task(name, wrong):
+    model = make_model()
+    method = make_method(name, model)
+    (x, y), *_ = make_task(0, "domain")
+    before = copy.deepcopy(method.state_dict())
+    with pytest.raises(
+        ValueError, match=r": examples for begin_task are .*expected a pair of tensors"
+    ):
+        method.begin_task(wrong(x, y))
+    assert_same_state(method.state_dict(), before)
+
+
+def test_an_argument_too_many():
+    method = clext.EWC(make_model())
+    (x, y), *_ = make_task(0, "domain")
+    with pytest.raises(TypeError, match=r"got 3 arguments, but ewc takes inputs and labels"):
+        method.loss(x, y, y)
+
+
+@pytest.mark.parametrize("active", [[0, 1], range(0), range(0, 4, 2), 2])
+def test_predict_refuses_what_is_no_range(active):
+    method = clext.EWC(make_model())
+    with pytest.raises(ValueError, match=r"^predict: active must be a range of outputs"):
+        method.predict(make_task(0, "domain")[0][0], active=active)

@@ -142,7 +142,7 @@ class TestMethods:
         method = Refuses(model)
         method.outputs.begin_task(range(2), range(2), ended=0)
         with pytest.raises(ValueError, match="no"):
-            method.begin_task((), block=range(2, 4), active=range(4))
+            method.begin_task((examples(), torch.zeros(9)), block=range(2, 4), active=range(4))
         assert method.outputs.blocks == [range(2)]
         assert model(examples()).shape == (9, 2)
 

@@ -24,7 +24,7 @@ BAD_INPUT = [
     ({"method": "ewc", "gamma": 2.0}, "gamma must be .* got 2.0"),
     ({"dataset": "minst"}, "unknown dataset 'minst'.*'mnist'"),
     ({"scenario": "permutted"}, "unknown scenario 'permutted'.*'permuted'"),
-    ({"scenario": ["permuted"]}, r"unknown scenario \['permuted'\].*'permuted'"),
+    ({"scenario": ["permuted"]}, r"scenario is a list, expected a name \(permuted, .*from_data"),
     *(
         ({name: value}, f"{name} must be an integer >= 1, got {value!r}")
         for name in ("tasks", "epochs", "batch_size")

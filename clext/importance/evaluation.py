@@ -94,8 +94,10 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
                     tensor.copy_(saved)
 
 
-def parameter_list(owner: str, params: object) -> list[Tensor]:
-    """`params` as a list; ValueError if they are no parameters, or none."""
+def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]:
+    """`params` as a list; ValueError if they are no parameters, or none of the model's."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     expected = f"{owner}: expected params to be a sequence of the model's parameters, got "
     if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
         remedy = "; pass list(params.values())" if isinstance(params, Mapping) else ""
@@ -106,6 +108,12 @@ def parameter_list(owner: str, params: object) -> list[Tensor]:
             raise ValueError(f"{expected}one with {type(entry).__name__} in it")
     if not found:
         raise ValueError(f"{expected}an empty one")
+    own = {id(entry) for entry in model.parameters()}
+    if not any(id(entry) in own for entry in found):
+        raise ValueError(
+            f"{expected}{len(found)} tensors of which none is a parameter of this "
+            f"{type(model).__name__}; pass list(model.parameters()) of the same model"
+        )
     return found
 
 

@@ -57,7 +57,7 @@ def fisher_information(
     """
     choice("fisher_information", "kind", kind, FISHER_KINDS)
     owner = f"Fisher information ({kind})"
-    params = parameter_list(owner, params)
+    params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
         sums = kind_of_sum(owner, model, params, absolute=False)

@@ -45,7 +45,7 @@ def output_sensitivity(
     owner = f"MAS importance ({estimator})"
     kind_of_sum = BatchMeanSum if estimator == "batch" else PerSampleSum
     samples = 0
-    params = parameter_list(owner, params)
+    params = parameter_list(owner, model, params)
     with evaluation(model, params, seed=0):
         sums = kind_of_sum(owner, model, params, absolute=True)
         for x in read_inputs(owner, batches, params[0].device):

@@ -63,7 +63,7 @@ def sliced_cramer_importance(
     owner = "SCP importance"
     samples = 0
     jacobian: _Jacobian | None = None
-    params = parameter_list(owner, params)
+    params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):
         capture = Capture(model, params, lambda rule: rule.gives_rows)
         attributions = Attributions(capture, params)

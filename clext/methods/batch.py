@@ -46,6 +46,19 @@ def checked_batch(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return inputs, labels.long(), *more
 
 
+def check_examples_of_task(owner: str, examples: object) -> None:
+    """ValueError unless they are inputs and labels, one for each, of a whole task."""
+    pair = examples if isinstance(examples, tuple | list) and len(examples) == 2 else ()
+    tensors = [entry for entry in pair if isinstance(entry, Tensor) and entry.dim() > 0]
+    if len(tensors) < 2 or len(tensors[0]) != len(tensors[1]) or len(tensors[0]) == 0:
+        got = ", ".join(_described(entry) for entry in pair) or _described(examples)
+        raise ValueError(
+            f"{owner}: examples for begin_task are {got}, expected a pair of tensors, the inputs "
+            "[N, ...] and labels [N] of the whole task, which must not be empty; of a loader: "
+            "tuple(map(torch.cat, zip(*loader)))"
+        )
+
+
 def _is_integer(labels: Tensor) -> bool:
     return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
 

@@ -36,8 +36,8 @@ class GEM(Episodic):
         model: see `Method`.
         strength: none; there is no penalty.
         per_task: examples kept of each task, >= 1; all of a task that has fewer.
-        margin: lower bound of v, >= 0 ("memory strength" in the authors' code); pulls further in
-            favour of past tasks than is needed.
+        margin: lower bound of the weights of past gradients in the projection, >= 0 ("memory
+            strength" in the authors' code); pulls further in favour of past tasks than is needed.
         ridge: added to the diagonal of G G^T, >= 0; the authors' code has 1e-3.
         seed: of the examples drawn.
     """

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.methods.batch import checked_batch
+from clext.methods.batch import check_examples_of_task, checked_batch
 from clext.methods.stateful import Stateful
-from clext.outputs import Outputs
+from clext.outputs import Outputs, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -76,6 +76,8 @@ class Learning(Stateful):
             ValueError: block or active is no such range, the examples are not what the method can
                 work on, or a parameter has shrunk; nothing is changed.
         """
+        if examples is not None:
+            check_examples_of_task(self.label, examples)
         self.refresh_parameters()
         self._was_used = True
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
@@ -114,7 +116,11 @@ class Learning(Stateful):
             inputs: of the model, N examples.
             active: other outputs than those of the task that was begun last: those of an earlier
                 task, where each has a head.
+
+        Raises:
+            ValueError: active is no range of outputs.
         """
+        check_range("predict: active", active)
         if active is None:
             return self._learner._predict(inputs)
         with self.outputs.selected(active):
@@ -151,6 +157,11 @@ class Learning(Stateful):
 
         Must leave the method as it was if it fails.
         """
+        if len(batch) > 2:
+            raise TypeError(
+                f"loss: got {len(batch)} arguments, but {self.name} takes inputs and labels alone: "
+                "loss(x, y)"
+            )
         inputs, labels = batch
         return F.cross_entropy(self.outputs.logits(inputs, labels), labels)
 

@@ -41,6 +41,11 @@ def make_scenario(
 
 def check_scenario(name: str, incremental: str) -> None:
     """ValueError if there is no such scenario."""
-    if not isinstance(name, str) or name not in SCENARIOS:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"train: scenario is a {type(name).__name__}, expected a name ({', '.join(SCENARIOS)}) "
+            "or a clext.Scenario; clext.Scenario.from_datasets([(train, test), ...]) makes one"
+        )
+    if name not in SCENARIOS:
         raise unknown_name("scenario", name, SCENARIOS)
     choice("train", "incremental", incremental, INCREMENTAL)
