@@ -16,9 +16,8 @@ class ReleasedSI(SI):
 
     What stays at zero or above is the sum of the importances, not each task's. The distance of the
     first task is that from zero, not from where it started. And the loss is the one of that Keras:
-    it holds the probability of the label within 1e-7 and 1 - 1e-7, so examples outside have no
-    gradient. At the start of a later task these are many: what it takes to unlearn the confidence
-    of the tasks before is not counted.
+    it holds the probability of the label between 1e-7 and 1 - 1e-7, so examples that are learned,
+    or entirely mistaken, have no gradient.
     """
 
     name: ClassVar[str] = "released_si"

@@ -10,23 +10,23 @@ from toy_training import assert_same_state
 FEATURES, CLASSES, TASKS, EXAMPLES = 5, 2, 3, 12
 SETTINGS = ("task", "domain", "class")
 INPUTS = torch.zeros(4, FEATURES, dtype=torch.float64)
-# Examples of a second task of two classes that every method refuses, and what it says.
+# Examples of a second task of two classes that every method refuses, and what it says when the task
+# ends, or begins.
 BAD_EXAMPLES = [
-    (
-        (INPUTS[:0], torch.zeros(0).long()),
-        r"(\[0, 5\], torch.int64 \[0\], expected a pair|the data of the task is empty)",
-    ),
+    ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
     ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
     ((INPUTS, torch.tensor([0, 1, -1, 0])), "labels reach from -1 to 1"),
     ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
-    (
-        (INPUTS, torch.zeros(3).long()),
-        r"(\[4, 5\], torch.int64 \[3\], expected a pair|4 inputs but 3 labels)",
-    ),
+    ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
     ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, .* \[5\]"),
     ((INPUTS / 0, torch.zeros(4).long()), "4 of 4 inputs hold NaN or infinity; leave"),
     ((INPUTS,), "expected a pair"),
 ]
+AT_THE_BEGINNING = {
+    "the data of the task is empty": r"float64 \[0, 5\], torch.int64 \[0\], expected a pair of t",
+    "4 inputs but 3 labels": r"float64 \[4, 5\], torch.int64 \[3\], expected a pair of tensors",
+    "expected a pair": "of type tuple, expected a pair of tensors",
+}
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
@@ -114,6 +114,7 @@ def assert_alike(method, other):
 
 def assert_refused_at_the_beginning(method, examples, message):
     """The second task of `method`, which is new, does not begin, and nothing is changed."""
+    message = AT_THE_BEGINNING.get(message, message)
     run_task(method, "task", 0)
     before, blocks = method.state_dict(), list(method.outputs.blocks)
     block, active = ranges("task", 1)

@@ -116,7 +116,6 @@ class _Batch:
             for features, part in call.parts(g) if single else ():
                 for i, name in single:
                     call.call.rule.add_(self._sums[i], name, features, part, self._function)
-            call.release()
 
         stream_output_gradients(outputs, calls, cotangent, receive)
         for i, places in self._joint.items():
