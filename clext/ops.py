@@ -137,10 +137,13 @@ def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, sc
     _ops.sliced_importance_.default(acc, jacobian, slices, scale)
 
 
-def per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -> Tensor:
-    """Sum over samples of the square (or absolute value) of features[s, g] @ grads[s, g]^T."""
+def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square") -> Tensor:
+    """Sum over samples of a function of each entry of features[s, g] @ grads[s, g]^T.
+
+    `function`: "square", "absolute" (its absolute value) or "identity" (the entry itself).
+    """
     op = _ops.per_sample_sum.default
-    return cast("Tensor", op(features, grads, absolute=absolute))
+    return cast("Tensor", op(features, grads, function=function))
 
 
 def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:

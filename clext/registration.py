@@ -95,8 +95,8 @@ def _fake_gram(rows: TensorList, grads: TensorList) -> Tensor:
     return grads[0].new_empty((count, count), dtype=torch.float64)
 
 
-def _fake_per_sample_sum(features: Tensor, grads: Tensor, *, absolute: bool = False) -> Tensor:  # noqa: ARG001
-    return grads.new_empty(sums_shape(features, grads))
+def _fake_per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square") -> Tensor:
+    return grads.new_empty(sums_shape(features, grads, function))
 
 
 # The only ops with a formula for autograd, at the end of this file.

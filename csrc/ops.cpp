@@ -265,7 +265,7 @@ TORCH_LIBRARY(clext, m) {
   m.def("accumulate_abs_(Tensor(a!)[] acc, Tensor[] grads, float scale) -> ()", tags);
   m.def("sliced_importance_(Tensor(a!)[] acc, Tensor[] jacobian, Tensor slices, float scale) -> ()",
         tags);
-  m.def("per_sample_sum(Tensor features, Tensor grads, *, bool absolute=False) -> Tensor", tags);
+  m.def("per_sample_sum(Tensor features, Tensor grads, *, str function='square') -> Tensor", tags);
   m.def("gradient_gram(Tensor[] rows, Tensor[] grads) -> Tensor", tags);
   m.def("project_gradient_(Tensor(a!)[] grads, Tensor[] rows, Tensor weights) -> ()", tags);
   m.def(

@@ -35,7 +35,8 @@ void accumulate_square_(at::TensorList acc, at::TensorList grads, double scale);
 void accumulate_abs_(at::TensorList acc, at::TensorList grads, double scale);
 void sliced_importance_(at::TensorList acc, at::TensorList jacobian, const at::Tensor& slices,
                         double scale);
-at::Tensor per_sample_sum(const at::Tensor& features, const at::Tensor& grads, bool absolute);
+at::Tensor per_sample_sum(const at::Tensor& features, const at::Tensor& grads,
+                          std::string_view function);
 at::Tensor gradient_gram(at::TensorList rows, at::TensorList grads);
 void project_gradient_(at::TensorList grads, at::TensorList rows, const at::Tensor& weights);
 void consolidate_importance_(at::TensorList importances, at::TensorList anchors,

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,7 +17,16 @@ namespace {
 // Before its entries, an operand has samples and groups.
 constexpr int64_t kFirstEntryDim = 2;
 
-void check_per_sample(const at::Tensor& features, const at::Tensor& grads) {
+// What is summed of each entry of a sample's product.
+constexpr std::string_view kSquare = "square";
+constexpr std::string_view kAbsolute = "absolute";
+constexpr std::string_view kIdentity = "identity";
+
+void check_per_sample(const at::Tensor& features, const at::Tensor& grads,
+                      std::string_view function) {
+  TORCH_CHECK_VALUE(function == kSquare || function == kAbsolute || function == kIdentity,
+                    "per_sample_sum: function is '", function, "', expected '", kSquare, "', '",
+                    kAbsolute, "' or '", kIdentity, "'");
   TORCH_CHECK_VALUE(grads.dim() > kFirstEntryDim, "per_sample_sum: grads has shape ", grads.sizes(),
                     ", expected [samples, groups, outputs, *rows]");
   for (const auto& [name, entry] : {std::pair{"features", features}, std::pair{"grads", grads}}) {
@@ -72,7 +82,8 @@ bool change_places(const PerSampleOperand<A>& features, const PerSampleOperand<A
 }
 
 template <class A>
-at::Tensor run_per_sample(const at::Tensor& features, const at::Tensor& grads, bool absolute) {
+at::Tensor run_per_sample(const at::Tensor& features, const at::Tensor& grads,
+                          std::string_view function) {
   const int64_t row_dims = grads.dim() - kFirstEntryDim - 1;
   PerSampleProducts<A> products = {grads.size(0), grads.size(1), operand<A>(features, row_dims),
                                    operand<A>(grads, row_dims)};
@@ -85,20 +96,23 @@ at::Tensor run_per_sample(const at::Tensor& features, const at::Tensor& grads, b
   // Inside a parallel region of somebody else's there are no threads to take.
   const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   A* to = sums.mutable_data_ptr<A>();
-  if (absolute) {
+  if (function == kSquare) {
+    per_sample_sum_cpu(products, AccumulateSquare{1}, to, threads);
+  } else if (function == kAbsolute) {
     per_sample_sum_cpu(products, AccumulateAbs{1}, to, threads);
   } else {
-    per_sample_sum_cpu(products, AccumulateSquare{1}, to, threads);
+    per_sample_sum_cpu(products, AccumulateSum{1}, to, threads);
   }
   return changed ? sums.transpose(1, 2).contiguous() : sums;
 }
 
 }  // namespace
 
-at::Tensor per_sample_sum(const at::Tensor& features, const at::Tensor& grads, bool absolute) {
-  check_per_sample(features, grads);
-  return grads.scalar_type() == at::kDouble ? run_per_sample<double>(features, grads, absolute)
-                                            : run_per_sample<float>(features, grads, absolute);
+at::Tensor per_sample_sum(const at::Tensor& features, const at::Tensor& grads,
+                          std::string_view function) {
+  check_per_sample(features, grads, function);
+  return grads.scalar_type() == at::kDouble ? run_per_sample<double>(features, grads, function)
+                                            : run_per_sample<float>(features, grads, function);
 }
 
 }  // namespace clext

@@ -8,6 +8,7 @@ import pytest
 import torch
 from importance_models import CLASSES, Residual, batch_norm, make_batches, params_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from clext.importance import (
     FISHER_KINDS,
@@ -94,6 +95,30 @@ def test_importance_is_measured_in_eval_mode(device, estimate):
     from_eval = function(model.eval(), params, batches, **options)
     for mine, theirs in zip(from_train, from_eval, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_activations_are_given_back_as_the_last_backward_pass_goes(kind, device):
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv1d(1, 3, 2, padding=1), nn.Conv1d(3, 3, 2)
+            self.third, self.head = nn.Conv1d(3, 3, 2), nn.Linear(15, CLASSES)
+            self.gone = []
+
+        def forward(self, x):
+            early = self.first(x.unsqueeze(1))
+            late = self.second(early.tanh()).tanh()
+            kept = StorageWeakRef(late.untyped_storage())
+            early.register_hook(lambda _: self.gone.append(kept.expired()))
+            return self.head(self.third(late).tanh().flatten(1))
+
+    model = Watched().to(device)
+    x, y = make_batches((4,))[0]
+    fisher_information(model, params_of(model), [(x.float(), y)], kind=kind)
+    assert model.gone[-1]  # by when the gradient is at the first layer
+    if kind == "exact":
+        assert not any(model.gone[-CLASSES:-1])
 
 
 def test_gradients_may_be_off_around_an_estimate(fast_model):

@@ -76,11 +76,14 @@ def test_chunks_of_any_size_give_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_gradients_of_samples_are_made_within_a_bound(samples, monkeypatch):
-    model = RULED["2d"]().double()
-    rule = layers.rule_for(model[1])
-    features = rule.features(torch.zeros(1, 1, 2, 3, 4, dtype=torch.float64))
-    each = 8 * rule.scratch("weight", features)
-    assert each == 8 * (features.numel() + 2 * model[1].weight.numel())
+    """Where a parameter has several uses, whose gradients are added before the function."""
+    model = RULED["2d called twice"]().double()
+    rule = layers.rule_for(model.conv)
+    windows = [rule.features(torch.zeros(1, 1, *shape)) for shape in ((2, 3, 4), (2, 4, 5))]
+    single = model.conv.weight.numel()
+    assert [entry.numel() for entry in windows] == [8 * 4 * 5, 8 * 5 * 6]
+    assert rule.scratch("weight", windows[0]) == 8 * 4 * 5 + 2 * single
+    each = 8 * sum(rule.scratch("weight", entry) for entry in windows)
     made = []
     plain = type(rule).gradient
 

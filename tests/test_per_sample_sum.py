@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from clext import ops, reference
 
 every_module = pytest.mark.parametrize("module", [ops, reference], ids=["kernel", "reference"])
-every_function = pytest.mark.parametrize("absolute", [False, True], ids=["square", "absolute"])
+every_function = pytest.mark.parametrize("function", ["square", "absolute", "identity"])
+# Written out once more, for what is expected.
+WRITTEN = {"square": lambda a: a * a, "absolute": abs, "identity": lambda a: a}
 
 
 def normal(*shape, dtype=torch.float64, device="cpu", seed=0):
@@ -17,7 +19,7 @@ def normal(*shape, dtype=torch.float64, device="cpu", seed=0):
     return torch.randn(shape, generator=generator, dtype=dtype).to(device)
 
 
-def one_by_one(features, grads, absolute):
+def one_by_one(features, grads, function):
     """One sample, one group at a time, from flattened rows."""
     samples, groups, outputs = grads.shape[:3]
     grads = grads.reshape(samples, groups, outputs, -1)
@@ -26,18 +28,18 @@ def one_by_one(features, grads, absolute):
     for sample in range(samples):
         for group in range(groups):
             product = features[sample, group] @ grads[sample, group].T
-            sums[group] += product.abs() if absolute else product.square()
+            sums[group] += WRITTEN[function](product)
     return sums
 
 
 @every_module
 @every_function
-def test_autocast_changes_nothing(module, absolute, device):
+def test_autocast_changes_nothing(module, function, device):
     features, grads = normal(4, 1, 5, 6, device=device), normal(4, 1, 3, 6, device=device)
     features, grads = features.float(), 1e-5 * grads.float()
-    expected = module.per_sample_sum(features, grads, absolute=absolute)
+    expected = module.per_sample_sum(features, grads, function=function)
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert torch.equal(module.per_sample_sum(features, grads, absolute=absolute), expected)
+        assert torch.equal(module.per_sample_sum(features, grads, function=function), expected)
 
 
 @every_module
@@ -48,12 +50,12 @@ def test_autocast_changes_nothing(module, absolute, device):
     [((5,), 3, (4,)), ((17,), 35, (6,)), ((2, 3, 3), 16, (2, 4, 5)), ((), 1, ()), ((9,), 10, ())],
     ids=str,
 )
-def test_sums_of_each_sample(module, absolute, dtype, inputs, outputs, rows, device):
+def test_sums_of_each_sample(module, function, dtype, inputs, outputs, rows, device):
     features = normal(6, 2, *inputs, *rows)
     grads = normal(6, 2, outputs, *rows, seed=1)
-    expected = one_by_one(features, grads, absolute)
+    expected = one_by_one(features, grads, function)
     arguments = (features.to(device, dtype), grads.to(device, dtype))
-    got = module.per_sample_sum(*arguments, absolute=absolute)
+    got = module.per_sample_sum(*arguments, function=function)
     assert got.dtype == dtype
     assert got.device.type == device
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
@@ -62,19 +64,19 @@ def test_sums_of_each_sample(module, absolute, dtype, inputs, outputs, rows, dev
 
 @every_module
 @every_function
-def test_windows_of_a_convolution_are_read_in_place(module, absolute, device):
+def test_windows_of_a_convolution_are_read_in_place(module, function, device):
     """The features are a view in which entries overlap; rows are strided."""
     images, g = normal(4, 3, 9, 8), normal(4, 5, 4, 3, seed=1)
     sample, channel, row, column = images.stride()
     windows = images.to(device).as_strided(
         (4, 1, 3, 3, 3, 4, 3), (sample, 0, channel, row, column, 2 * row, 2 * column)
     )
-    got = module.per_sample_sum(windows, g.to(device).unsqueeze(1), absolute=absolute)
+    got = module.per_sample_sum(windows, g.to(device).unsqueeze(1), function=function)
     weight = torch.zeros(5, 3, 3, 3, dtype=torch.float64)
     for image, grad in zip(images, g, strict=True):
         leaf = torch.zeros_like(weight, requires_grad=True)
         (F.conv2d(image[None], leaf, stride=2) * grad).sum().backward()
-        weight += leaf.grad.abs() if absolute else leaf.grad.square()
+        weight += WRITTEN[function](leaf.grad)
     torch.testing.assert_close(got[0].T.reshape(weight.shape).cpu(), weight)
 
 
@@ -87,7 +89,7 @@ def test_any_strides(module, order, device):
         moved = tensor.permute(order).contiguous()
         return moved.permute([order.index(d) for d in range(4)]).to(device)
 
-    expected = one_by_one(features, grads, absolute=False)
+    expected = one_by_one(features, grads, "square")
     got = module.per_sample_sum(laid_out(features), laid_out(grads))
     torch.testing.assert_close(got.cpu(), expected)
 
@@ -114,7 +116,7 @@ def test_a_sample_that_is_not_finite_shows(module, device):
 
 @every_function
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_same_bits_on_any_number_of_threads(absolute, contiguous):
+def test_same_bits_on_any_number_of_threads(function, contiguous):
     features = normal(16, 2, 40, 30, dtype=torch.float32)
     grads = normal(16, 2, 50, 30, dtype=torch.float32, seed=1)
     if contiguous:  # entries next to each other
@@ -124,7 +126,7 @@ def test_same_bits_on_any_number_of_threads(absolute, contiguous):
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(ops.per_sample_sum(features, grads, absolute=absolute))
+            found.append(ops.per_sample_sum(features, grads, function=function))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(entry, found[0]) for entry in found)
@@ -132,7 +134,9 @@ def test_same_bits_on_any_number_of_threads(absolute, contiguous):
 
 def test_schema_shapes_and_tracing(device):
     arguments = normal(3, 2, 4, 3, 5, device=device), normal(3, 2, 6, 5, device=device)
-    torch.library.opcheck(torch.ops.clext.per_sample_sum.default, arguments, {"absolute": True})
+    torch.library.opcheck(
+        torch.ops.clext.per_sample_sum.default, arguments, {"function": "absolute"}
+    )
     parameter = arguments[1].clone().requires_grad_()
     assert not ops.per_sample_sum(arguments[0], parameter).requires_grad
 
@@ -175,6 +179,13 @@ BAD = {
         "grads has layout torch.sparse_coo, expected a dense tensor",
     ),
 }
+
+
+@every_module
+def test_an_unknown_function_is_named(module):
+    expected = "function is 'cube', expected 'square', 'absolute' or 'identity'"
+    with pytest.raises(ValueError, match=expected):
+        module.per_sample_sum(normal(3, 1, 4), normal(3, 1, 6), function="cube")
 
 
 @every_module

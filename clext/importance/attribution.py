@@ -255,9 +255,9 @@ def _add_gradient(
         if absolute:
             for start in range(0, len(rows), _FEW):  # features may be views of less
                 few = slice(start, start + _FEW)
-                rule.add_(total, name, features[few].abs(), rows[few].abs(), itself)
+                rule.add_({name: total}, features[few].abs(), rows[few].abs(), itself)
         else:
-            rule.add_(total, name, features, rows, itself)
+            rule.add_({name: total}, features, rows, itself)
         call.release()
 
 

@@ -16,18 +16,16 @@ from clext.tensor_lists import widest
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch.autograd.graph import Node
 
-@dataclass(frozen=True)
+
+@dataclass
 class Call:
-    """One call of a layer in a forward pass.
-
-    `places`: name of a parameter -> its index. `first`: its input depends on no parameter.
-    """
+    """One call of a layer in a forward pass. `places`: name of a parameter -> its index."""
 
     rule: LayerRule
     places: dict[str, int]
     inputs: Tensor
-    first: bool
     edge: GradientEdge
     output_shape: torch.Size
 
@@ -40,6 +38,10 @@ class Call:
     def leading(self) -> torch.Size:
         """The sizes of the input's other dimensions: those that count rows."""
         return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
+
+    def release(self) -> None:
+        """Give the memory of the input back: from then on there is none."""
+        del self.inputs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,9 +89,7 @@ class Capture:
             if output.requires_grad:  # else it was called under no_grad
                 rule, places = self._layers[module]
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                first = not inputs.requires_grad
-                edge = _edge(output)
-                calls.append(Call(rule, places, inputs.detach(), first, edge, output.shape))
+                calls.append(Call(rule, places, inputs.detach(), _edge(output), output.shape))
 
         handles: list[RemovableHandle] = []
         try:
@@ -118,11 +118,17 @@ def _edge(output: Tensor) -> GradientEdge:
 
 
 def output_gradients(
-    outputs: Tensor, calls: Sequence[Call], cotangent: Tensor, params: Sequence[Tensor] = ()
+    outputs: Tensor,
+    calls: Sequence[Call],
+    cotangent: Tensor,
+    params: Sequence[Tensor] = (),
+    *,
+    keep_graph: bool = True,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Of sum(outputs * cotangent): the gradients by each call's output, and by `params`.
 
-    In the calls' state dtype; None where the outputs do not depend on it.
+    In the calls' state dtype; None where the outputs do not depend on it. `keep_graph`: for
+    another cotangent.
     """
     if not outputs.requires_grad or not (calls or params):
         return [None] * len(calls), [None] * len(params)
@@ -131,7 +137,7 @@ def output_gradients(
         outputs,
         inputs,
         cotangent.to(outputs.dtype),
-        retain_graph=True,  # another cotangent may follow
+        retain_graph=keep_graph,
         allow_unused=True,
     )
     by_output = [
@@ -145,39 +151,52 @@ def stream_output_gradients(
     calls: Sequence[Call],
     cotangent: Tensor,
     receive: Callable[[int, Tensor], None],
+    *,
+    keep_graph: bool,
 ) -> None:
     """Give `receive` the number of each call and the gradient by its output, once it is there.
 
-    As `output_gradients`, but not all gradients are in memory at the same time.
+    As `output_gradients`, but not all gradients are in memory at the same time. Without
+    `keep_graph` what is on the way is given back as the backward pass goes.
     """
-    waiting = dict(enumerate(calls))
 
-    def deliver(c: int, g: Tensor | None) -> None:
-        call = waiting.pop(c, None)
-        if g is not None and call is not None:
-            receive(c, _as_output(g, call))
+    def hook(c: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def deliver(gradients: tuple[Tensor | None, ...]) -> None:
+            call = calls[c]
+            g = gradients[call.edge.output_nr]
+            if g is not None:
+                receive(c, _as_output(g, call))
 
-    def hook(c: int, position: int) -> Callable[[tuple[Tensor, ...]], None]:
-        return lambda gradients: deliver(c, gradients[position])
+        return deliver
 
-    # On its way to the first calls, the backward pass comes through most of the others.
-    handles = [
-        call.edge.node.register_prehook(hook(c, call.edge.output_nr))
-        for c, call in enumerate(calls)
-        if not call.first
-    ]
+    # On its way to the calls at the end, the backward pass comes through all the others.
+    nodes = {call.edge.node for call in calls}
+    ends = [c for c, call in enumerate(calls) if not _leads_to(nodes, call.edge.node)]
+    passed = sorted(set(range(len(calls))).difference(ends))
+    handles = [calls[c].edge.node.register_prehook(hook(c)) for c in passed]
     try:
-        firsts = [c for c, call in enumerate(calls) if call.first]
-        found, _ = output_gradients(outputs, [calls[c] for c in firsts], cotangent)
+        found, _ = output_gradients(
+            outputs, [calls[c] for c in ends], cotangent, keep_graph=keep_graph
+        )
     finally:
         for handle in handles:
             handle.remove()
-    for c, g in zip(firsts, found, strict=True):
-        deliver(c, g)
-    rest = list(waiting)
-    found, _ = output_gradients(outputs, [calls[c] for c in rest], cotangent)
-    for c, g in zip(rest, found, strict=True):
-        deliver(c, g)
+    for c, g in zip(ends, found, strict=True):
+        if g is not None:
+            receive(c, g)
+
+
+def _leads_to(nodes: set[Node], start: Node) -> bool:
+    """Whether the way back from `start` comes to one of the `nodes`."""
+    waiting, seen = [start], {start}
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node in nodes:
+                return True
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return False
 
 
 def _as_output(g: Tensor, call: Call) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clext import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     # Of each entry of a gradient: itself, its square or its absolute value.
     Function = Callable[[Tensor], Tensor]
@@ -85,8 +85,17 @@ class LayerRule:
         """
         return False
 
-    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
-        """Add the sum over samples of function(gradient) to `acc`."""
+    def add_(
+        self, accs: Mapping[str, Tensor], features: Tensor, g: Tensor, function: Function
+    ) -> None:
+        """Add the sum over samples of function(gradient) by each parameter to its `accs`."""
+        for name, acc in accs.items():
+            self.add_to_(acc, name, features, g, function)
+
+    def add_to_(
+        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
+    ) -> None:
+        """`add_` for one parameter."""
         add_joint_(acc, [(self, name, features, g)], function)
 
     # Whether `add_rows_` is there.
@@ -97,12 +106,16 @@ class LayerRule:
         raise NotImplementedError
 
 
+# What `ops.per_sample_sum` calls the functions.
+_NAMES: dict[Function, str] = {torch.square: "square", torch.abs: "absolute", itself: "identity"}
+
+
 def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Function) -> None:
     """Add the sum over samples of function(sum over rows of grads times features) to `acc`.
 
     As in `ops.per_sample_sum`, for a weight of [groups * outputs, *inputs].
     """
-    sums = ops.per_sample_sum(features, grads, absolute=function is torch.abs)
+    sums = ops.per_sample_sum(features, grads, function=_NAMES[function])
     acc.add_(sums.transpose(1, 2).reshape(acc.shape))
 
 
@@ -137,15 +150,19 @@ class _Linear(LayerRule):
     def separable(self, rows: int) -> bool:
         return rows == 1
 
-    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
+    def add_to_(
+        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
+    ) -> None:
+        if function is itself:  # rows may as well be samples
+            features, g = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (features, g))
         # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
         separable = self.separable(features.shape[1])
         if separable and name == "bias":
             acc.add_(function(g).sum((0, 1)))
         elif separable:
             acc.addmm_(function(g).squeeze(1).T, function(features).squeeze(1))
-        elif name == "bias" or function is itself:
-            super().add_(acc, name, features, g, function)
+        elif name == "bias":
+            super().add_to_(acc, name, features, g, function)
         else:
             inputs, outputs = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (features, g))
             add_products_(acc, inputs, outputs, function)
@@ -225,9 +242,11 @@ class _Conv(LayerRule):
         product = torch.bmm(windows, by_channel.transpose(1, 2))
         return product.transpose(1, 2).reshape(len(g), *weight.shape)
 
-    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
-        if name == "bias" or function is itself:
-            super().add_(acc, name, features, g, function)
+    def add_to_(
+        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
+    ) -> None:
+        if name == "bias":
+            super().add_to_(acc, name, features, g, function)
         else:
             # [samples, groups, channels of the group, rows, *outputs]
             by_group = g.unflatten(2, (self.layer.groups, -1)).movedim(1, 3)
@@ -260,7 +279,7 @@ class _Embedding(LayerRule):
         flat = g.new_zeros(len(g) * tokens, width)
         return flat.index_copy_(0, keys, sums).view(len(g), tokens, width)
 
-    def add_(
+    def add_to_(
         self,
         acc: Tensor,
         name: str,  # noqa: ARG002
@@ -332,13 +351,23 @@ class _BatchNorm(_Norm):
         return inputs  # mean and variance are constants, taken care of in the sums
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
-        if name == "bias":
-            return super().gradient(name, features, g)
+        sums = super().gradient("bias", features, g)
+        return sums if name == "bias" else self.by_weight(features, g, sums)
+
+    def by_weight(self, features: Tensor, g: Tensor, sums: Tensor) -> Tensor:
+        """The gradient by the weight, from `sums`, that by the bias."""
         mean: Tensor = self.layer.running_mean.to(g)
         variance: Tensor = self.layer.running_var.to(g) + self.layer.eps
-        products = super().gradient(name, features, g)
-        sums = super().gradient("bias", features, g)
+        products = super().gradient("weight", features, g)
         return (products - mean * sums) * variance.rsqrt()
+
+    def add_(
+        self, accs: Mapping[str, Tensor], features: Tensor, g: Tensor, function: Function
+    ) -> None:
+        sums = self.gradient("bias", features, g)  # once for both
+        for name, acc in accs.items():
+            gradient = sums if name == "bias" else self.by_weight(features, g, sums)
+            acc.add_(function(gradient).sum(0))
 
 
 class _InstanceNorm(_BatchNorm):
@@ -354,10 +383,10 @@ class _InstanceNorm(_BatchNorm):
             return super().normalised(inputs)
         return F.instance_norm(inputs, eps=self.layer.eps)
 
-    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
+    def by_weight(self, features: Tensor, g: Tensor, sums: Tensor) -> Tensor:
         if self.layer.running_mean is not None:
-            return super().gradient(name, features, g)
-        return _Norm.gradient(self, name, features, g)
+            return super().by_weight(features, g, sums)
+        return _Norm.gradient(self, "weight", features, g)
 
 
 class _GroupNorm(_Norm):

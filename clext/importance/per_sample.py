@@ -15,7 +15,7 @@ from clext.importance.layers import add_joint_, itself
 from clext.parameters import allocate_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
@@ -54,8 +54,9 @@ class PerSampleSum:
         else:
             attribution = Attribution([None] * len(calls), {}, frozenset())  # of no parameter
         batch = _Batch(self.sums, calls, attribution, len(x), self._function)
-        for weight in weights:  # the first one refuses bad labels
-            batch.add(outputs, weight)
+        del calls  # for `batch` to give their inputs back
+        for weight, last in _up_to_last(weights):  # the first one refuses bad labels
+            batch.add(outputs, weight, last=last)
             if attribution.singly:
                 self._singles.add(x, weight.to(outputs.dtype), attribution.singly)
         batch.finish()
@@ -79,10 +80,11 @@ class _Batch:
     ) -> None:
         self._sums, self._function = sums, function
         self._calls: dict[int, BoundCall] = {}
-        # By call: parameters that have no other use, of which some are `separable`: their sum needs
-        # no more of the cotangents than the sum of their function. `joint`: those of several uses.
-        self._single: dict[int, list[tuple[int, str]]] = {}
-        self._separable: dict[int, list[tuple[int, str]]] = {}
+        # By call: the sums of its parameters that have no other use, of which some are `separable`:
+        # they need no more of the cotangents than the sum of their function. `joint`: parameters of
+        # several uses.
+        self._single: dict[int, dict[str, Tensor]] = {}
+        self._separable: dict[int, dict[str, Tensor]] = {}
         self._joint: dict[int, list[tuple[int, str]]] = {}
         self._totals: dict[int, Tensor] = {}
         bound = bind(calls, attribution.layouts, samples)
@@ -92,15 +94,17 @@ class _Batch:
             if len(places) > 1:
                 self._joint[i] = places
             elif self._calls[c].separable:
-                self._separable.setdefault(c, []).append((i, name))
+                self._separable.setdefault(c, {})[name] = sums[i]
             else:
-                self._single.setdefault(c, []).append((i, name))
+                self._single.setdefault(c, {})[name] = sums[i]
         self._shared = {c for places in self._joint.values() for c, _ in places}
 
-    def add(self, outputs: Tensor, cotangent: Tensor) -> None:
-        """Add one cotangent's gradients, or keep for `finish` what is needed of them."""
+    def add(self, outputs: Tensor, cotangent: Tensor, *, last: bool) -> None:
+        """Add one cotangent's gradients, or keep for `finish` what is needed of them.
+
+        With the `last` one, what the forward pass had kept is given back, from the outputs on.
+        """
         numbers = list(self._calls)
-        calls = [entry.call for entry in self._calls.values()]
         rows: dict[int, Tensor] = {}  # of calls with other uses of a parameter
 
         def receive(k: int, g: Tensor) -> None:
@@ -112,12 +116,14 @@ class _Batch:
             if c in self._separable:
                 power = self._function(g)
                 self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
-            single = self._single.get(c, [])
-            for features, part in call.parts(g) if single else ():
-                for i, name in single:
-                    call.call.rule.add_(self._sums[i], name, features, part, self._function)
+            if c in self._single:
+                for features, part in call.parts(g):
+                    call.call.rule.add_(self._single[c], features, part, self._function)
+            if last and c not in self._shared and c not in self._separable:
+                call.call.release()
 
-        stream_output_gradients(outputs, calls, cotangent, receive)
+        calls = [entry.call for entry in self._calls.values()]
+        stream_output_gradients(outputs, calls, cotangent, receive, keep_graph=not last)
         for i, places in self._joint.items():
             uses = [self._calls[c].use(name, rows[c]) for c, name in places if c in rows]
             if uses:
@@ -130,5 +136,15 @@ class _Batch:
         for c, total in self._totals.items():
             call = self._calls[c]
             powers = self._function(call.features())
-            for i, name in self._separable[c]:
-                call.call.rule.add_(self._sums[i], name, powers, total, itself)
+            call.call.rule.add_(self._separable[c], powers, total, itself)
+
+
+def _up_to_last(entries: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each entry, and whether it is the last."""
+    before: Tensor | None = None
+    for entry in entries:
+        if before is not None:
+            yield before, False
+        before = entry
+    if before is not None:
+        yield before, True

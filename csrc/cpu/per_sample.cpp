@@ -12,6 +12,10 @@
 
 namespace clext {
 
+template void per_sample_sum_cpu(const PerSampleProducts<float>&, const AccumulateSum&, float*,
+                                 int);
+template void per_sample_sum_cpu(const PerSampleProducts<double>&, const AccumulateSum&, double*,
+                                 int);
 template void per_sample_sum_cpu(const PerSampleProducts<float>&, const AccumulateSquare&, float*,
                                  int);
 template void per_sample_sum_cpu(const PerSampleProducts<double>&, const AccumulateSquare&, double*,

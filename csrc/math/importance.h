@@ -1,11 +1,23 @@
-// Importance estimates: sums of squared or absolute gradients, and how a task's estimate joins the
-// old ones. EWC (Kirkpatrick et al. 2017, arXiv:1612.00796), MAS (Aljundi et al. 2018,
+// Importance estimates: sums of gradients, squared or absolute ones, and how a task's estimate
+// joins the old ones. EWC (Kirkpatrick et al. 2017, arXiv:1612.00796), MAS (Aljundi et al. 2018,
 // arXiv:1711.09601).
 #pragma once
 
 #include "math/element.h"
 
 namespace clext {
+
+struct AccumulateSum {
+  using lists = Lists<UpdateState, ReadParameter>;
+  static constexpr Reduction reduction = Reduction::None;
+
+  double scale;
+
+  template <class A>
+  CLEXT_HOST_DEVICE void operator()(A& acc, const A& grad) const {
+    acc += A(scale) * grad;
+  }
+};
 
 struct AccumulateSquare {
   using lists = Lists<UpdateState, ReadParameter>;

@@ -177,6 +177,9 @@ void importance() {
   const double gamma = 0.5;
   for (const Sample<A>& s : samples<A>()) {
     A acc = s.importance;
+    AccumulateSum{scale}(acc, s.grad);
+    check_near(acc, s.importance + scale * s.grad, kTolerance<A>, "sum");
+    acc = s.importance;
     AccumulateSquare{scale}(acc, s.grad);
     check_near(acc, s.importance + scale * s.grad * s.grad, kTolerance<A>, "square");
     acc = s.importance;

@@ -50,6 +50,7 @@ double product(const PerSampleProducts<A>& products, int64_t sample, int64_t gro
 
 template <class A>
 void sums_are_those_of_single_samples(const PerSampleProducts<A>& products, double tolerance) {
+  const std::vector<A> plain = run(products, AccumulateSum{1}, 1);
   const std::vector<A> squares = run(products, AccumulateSquare{1}, 1);
   const std::vector<A> magnitudes = run(products, AccumulateAbs{1}, 1);
   check(run(products, AccumulateSquare{1}, 5) == squares, "the same bits on five threads");
@@ -57,12 +58,14 @@ void sums_are_those_of_single_samples(const PerSampleProducts<A>& products, doub
   for (int64_t group = 0; group < kGroups; ++group) {
     for (size_t n = 0; n < products.features.entries.size(); ++n) {
       for (size_t m = 0; m < products.grads.entries.size(); ++m, ++at) {
-        double square = 0, magnitude = 0;
+        double sum = 0, square = 0, magnitude = 0;
         for (int64_t sample = 0; sample < kSamples; ++sample) {
           const double value = product(products, sample, group, n, m);
+          sum += value;
           square += value * value;
           magnitude += std::abs(value);
         }
+        check_near(static_cast<double>(plain[at]), sum, tolerance, "sum");
         check_near(static_cast<double>(squares[at]), square, tolerance, "sum of squares");
         check_near(static_cast<double>(magnitudes[at]), magnitude, tolerance, "sum of magnitudes");
       }
