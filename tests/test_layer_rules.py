@@ -17,6 +17,7 @@ from clext.importance import (
     SlowImportanceWarning,
     fallback,
     fisher_information,
+    layer_rule,
     layers,
     output_sensitivity,
     sliced_cramer_importance,
@@ -68,9 +69,9 @@ def test_chunks_of_any_size_give_the_same(name, monkeypatch):
     params, batches = params_of(model), batches_of()
     expected = output_sensitivity(model, params, batches)
     scratch = max(p.numel() for p in params) * 8
-    monkeypatch.setitem(layers.CHUNK_BYTES, "cpu", 3 * scratch)
+    monkeypatch.setitem(layer_rule.CHUNK_BYTES, "cpu", 3 * scratch)
     assert_close(output_sensitivity(model, params, batches), expected, rtol=1e-12)
-    monkeypatch.setitem(layers.CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(layer_rule.CHUNK_BYTES, "cpu", 0)
     assert_close(output_sensitivity(model, params, batches), expected, rtol=1e-12)
 
 
@@ -92,7 +93,7 @@ def test_gradients_of_samples_are_made_within_a_bound(samples, monkeypatch):
         return plain(self, name, features, g)
 
     monkeypatch.setattr(type(rule), "gradient", gradient)
-    monkeypatch.setitem(layers.CHUNK_BYTES, "cpu", samples * each)
+    monkeypatch.setitem(layer_rule.CHUNK_BYTES, "cpu", samples * each)
     fisher_information(model, params_of(model), batches_of((8,)))
     assert max(n for name, n in made if name == "weight") == samples
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clext.importance.capture import output_gradients
-from clext.importance.layers import itself
+from clext.importance.layer_rule import itself
 from clext.importance.reordering import may_reorder
 from clext.importance.samples import Layout, fits, groups, possible_layouts, random_weights
 from clext.tensor_lists import state_dtype
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from clext.importance.capture import Call, Capture
-    from clext.importance.layers import Use
+    from clext.importance.layer_rule import Use
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: above rounding
 # (TF32 on GPUs, and some of the layers of torch add up in half precision), below what a hidden use
@@ -39,7 +39,7 @@ _FEW = 16  # samples whose features are copied at once
 
 
 class BoundCall:
-    """A call with the layout of its samples: its tensors as rows, see layers.py."""
+    """A call with the layout of its samples: its tensors as rows, see layer_rule.py."""
 
     def __init__(self, call: Call, layout: Layout, samples: int) -> None:
         self.call = call

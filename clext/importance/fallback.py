@@ -16,7 +16,7 @@ from clext.tensor_lists import state_dtype
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from clext.importance.layers import Function
+    from clext.importance.layer_rule import Function
 
     GradientsOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
 

@@ -11,7 +11,7 @@ from clext.importance.attribution import Attribution, Attributions, BoundCall, b
 from clext.importance.capture import Call, Capture, stream_output_gradients
 from clext.importance.evaluation import check_outputs, single_outputs
 from clext.importance.fallback import SingleSamples, tell
-from clext.importance.layers import add_joint_, itself
+from clext.importance.layer_rule import add_joint_, itself
 from clext.parameters import allocate_state
 
 if TYPE_CHECKING:
