@@ -83,6 +83,12 @@ def trained_norm(make):
     return model
 
 
+def without(layer, name):
+    """With one of its parameters only."""
+    layer.register_parameter(name, None)
+    return layer
+
+
 def frozen_bias():
     model = conv2d(3, 2)
     model[1].bias.requires_grad_(False)
@@ -246,6 +252,8 @@ NORMS = {
         "batch norm twice": lambda: Custom(
             lambda m, x: m.n(m.n(x.view(-1, 4, 6)).tanh()), n=nn.BatchNorm1d(4)
         ),
+        "batch norm without weight": lambda: stack((4, 6), without(nn.BatchNorm1d(4), "weight")),
+        "batch norm without bias": lambda: stack((4, 6), without(nn.BatchNorm1d(4), "bias")),
         "layer norm": lambda: stack((4, 6), nn.LayerNorm(6)),
         "layer norm of two dimensions": lambda: stack((2, 3, 4), nn.LayerNorm((3, 4), bias=False)),
         "layer norm, sequence-first": lambda: Custom(

@@ -151,6 +151,7 @@ def output_gradients(
 def stream_output_gradients(
     outputs: Tensor,
     calls: Sequence[Call],
+    ends: Sequence[int],
     cotangent: Tensor,
     receive: Callable[[int, Tensor], None],
     *,
@@ -158,28 +159,34 @@ def stream_output_gradients(
 ) -> None:
     """Give `receive` the number of each call and the gradient by its output, once it is there.
 
-    As `output_gradients`, but not all gradients are in memory at the same time. Without
-    `keep_graph` what is on the way is given back as the backward pass goes.
+    As `output_gradients`, but not all gradients are in memory at the same time. `ends`: see below.
+    Without `keep_graph` what is on the way is given back as the backward pass goes.
     """
+    if not outputs.requires_grad:
+        return
+    this_pass: list[int] = []
+
+    def begin(_: object) -> None:
+        if not this_pass:
+            this_pass.append(torch._C._current_graph_task_id())
 
     def hook(c: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def deliver(gradients: tuple[Tensor | None, ...]) -> None:
-            call = calls[c]
-            g = gradients[call.edge.output_nr]
-            if g is not None:
-                receive(c, _as_output(g, call))
+            # A hook of the model's own may go through the same nodes, in a pass inside this one.
+            g = gradients[calls[c].edge.output_nr]
+            if g is not None and torch._C._current_graph_task_id() in this_pass:
+                receive(c, _as_output(g, calls[c]))
 
         return deliver
 
-    # On its way to the calls at the end, the backward pass comes through all the others.
-    nodes = {call.edge.node for call in calls}
-    ends = [c for c, call in enumerate(calls) if not _leads_to(nodes, call.edge.node)]
+    # On its way to the ends, the backward pass comes through all the others.
     passed = sorted(set(range(len(calls))).difference(ends))
-    handles = [calls[c].edge.node.register_prehook(hook(c)) for c in passed]
+    assert outputs.grad_fn is not None
+    handles = [outputs.grad_fn.register_prehook(begin)]
+    handles += [calls[c].edge.node.register_prehook(hook(c)) for c in passed]
     try:
-        found, _ = output_gradients(
-            outputs, [calls[c] for c in ends], cotangent, keep_graph=keep_graph
-        )
+        last = [calls[c] for c in ends]
+        found, _ = output_gradients(outputs, last, cotangent, keep_graph=keep_graph)
     finally:
         for handle in handles:
             handle.remove()
@@ -188,17 +195,25 @@ def stream_output_gradients(
             receive(c, g)
 
 
-def _leads_to(nodes: set[Node], start: Node) -> bool:
-    """Whether the way back from `start` comes to one of the `nodes`."""
-    waiting, seen = [start], {start}
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node in nodes:
-                return True
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return False
+def ends_of(calls: Sequence[Call]) -> list[int]:
+    """The numbers of the calls from which the way back does not come to another call."""
+    nodes = {call.edge.node for call in calls}
+    leads_on: dict[Node, bool] = {}
+    for call in calls:
+        waiting = [call.edge.node]
+        while waiting:
+            node = waiting[-1]
+            if node in leads_on:
+                waiting.pop()
+                continue
+            before = [entry for entry, _ in node.next_functions if entry is not None]
+            if any(entry in nodes or leads_on.get(entry) for entry in before):
+                leads_on[waiting.pop()] = True
+            elif unknown := [entry for entry in before if entry not in leads_on]:
+                waiting.extend(unknown)
+            else:
+                leads_on[waiting.pop()] = False
+    return [c for c, call in enumerate(calls) if not leads_on[call.edge.node]]
 
 
 def _as_output(g: Tensor, call: Call) -> Tensor:

@@ -198,6 +198,11 @@ def _sum_by_key(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 class _Norm(LayerRule):
     """Weight gradient: output gradient times normalised input, summed within each channel."""
 
+    @property
+    def parameter_dims(self) -> int:
+        """Of weight and bias, of which one may be missing."""
+        return 1
+
     def row_dims(self, dims: int) -> tuple[int, int]:
         return dims - 1, dims - 1
 
@@ -214,7 +219,7 @@ class _Norm(LayerRule):
         return features[:1].numel()
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
-        channel = 2 + self.layer.weight.dim()
+        channel = 2 + self.parameter_dims
         if name == "bias":
             return g.sum([1, *range(channel, g.dim())])
         if g.dim() == channel:
@@ -277,9 +282,12 @@ class _GroupNorm(_Norm):
 
 
 class _LayerNorm(_Norm):
+    @property
+    def parameter_dims(self) -> int:
+        return len(self.layer.normalized_shape)
+
     def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
-        row = len(self.layer.normalized_shape)
-        return row, row
+        return self.parameter_dims, self.parameter_dims
 
     def normalised(self, inputs: Tensor) -> Tensor:
         return F.layer_norm(inputs, self.layer.normalized_shape, eps=self.layer.eps)

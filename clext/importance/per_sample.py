@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
-from clext.importance.capture import Call, Capture, stream_output_gradients
+from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
 from clext.importance.evaluation import check_outputs, single_outputs
 from clext.importance.fallback import SingleSamples, tell
 from clext.importance.layer_rule import add_joint_, itself
@@ -98,6 +98,10 @@ class _Batch:
             else:
                 self._single.setdefault(c, {})[name] = sums[i]
         self._shared = {c for places in self._joint.values() for c, _ in places}
+        self._ends = ends_of([entry.call for entry in self._calls.values()])
+        # Where there is one sample, all rows are taken for its own: also those of something that
+        # the model keeps for the passes to come.
+        self._frees_graph = samples > 1
 
     def add(self, outputs: Tensor, cotangent: Tensor, *, last: bool) -> None:
         """Add one cotangent's gradients, or keep for `finish` what is needed of them.
@@ -123,7 +127,10 @@ class _Batch:
                 call.call.release()
 
         calls = [entry.call for entry in self._calls.values()]
-        stream_output_gradients(outputs, calls, cotangent, receive, keep_graph=not last)
+        keep_graph = not (last and self._frees_graph)
+        stream_output_gradients(
+            outputs, calls, self._ends, cotangent, receive, keep_graph=keep_graph
+        )
         for i, places in self._joint.items():
             uses = [self._calls[c].use(name, rows[c]) for c, name in places if c in rows]
             if uses:
