@@ -46,17 +46,6 @@ CLEXT_HOST_DEVICE void stage_rows(A* stage, int64_t width, const A* rows, int64_
   }
 }
 
-// Elements of a cache line.
-template <class A>
-static constexpr int64_t kLine = kPackBytes / static_cast<int64_t>(sizeof(A));
-
-// Fetches a line that is needed only after many others: into the second-level cache, since far more
-// lines may be on their way there than to the first.
-template <class A>
-CLEXT_HOST_DEVICE void prefetch_far(const A* at) {
-  __builtin_prefetch(at, 0, 2);
-}
-
 // More streams than the processor follows by itself: the next block is fetched during this one.
 template <class A>
 CLEXT_HOST_DEVICE void prefetch_rows(const A* at, int64_t row_stride, int64_t row_count) {
@@ -114,8 +103,9 @@ CLEXT_HOST_DEVICE bool apply_packs(const Op& op, const Pointers& at, int64_t row
   return true;
 }
 
-// Elements of a block that takes the rows one by one.
-static constexpr int64_t kRowBlock = 256;
+// Elements of a block that takes the rows one by one: the longer the pieces of a row, the better
+// the processor foresees them. The second-level cache holds the block meanwhile.
+static constexpr int64_t kRowBlock = 16 * 1024;
 
 template <class Op, class A>
 CLEXT_HOST_DEVICE void add_row(const Op& op, A* values, const A* row, int64_t size, int64_t k) {
@@ -124,8 +114,7 @@ CLEXT_HOST_DEVICE void add_row(const Op& op, A* values, const A* row, int64_t si
 }
 
 // Functors that take the rows one by one (row_by_row), lists: what it updates, and the rows. Each
-// row is read in one go for a block of elements, whose values wait in the first-level cache; what
-// the next block needs of it is fetched meanwhile.
+// row is read in one go for a block of elements.
 template <class Op, class T>
 CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, int64_t row_stride,
                                         int64_t n) {
@@ -133,7 +122,7 @@ CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, i
   using Values = Stream<typename ListAt<0, typename Op::lists>::type, T>;
   using A = accumulate_t<T>;
   constexpr bool in_place = std::is_same_v<typename Values::Element, A>;
-  alignas(kPackBytes) A converted[kRowBlock];
+  alignas(kPackBytes) A converted[in_place ? 1 : kRowBlock];
   for (int64_t start = 0; start < n; start += kRowBlock) {
     const int64_t size = std::min(kRowBlock, n - start);
     A* values = in_place ? reinterpret_cast<A*>(at[0]) + start : converted;
@@ -144,13 +133,7 @@ CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, i
     const A* row = reinterpret_cast<const A*>(at[1]) + start;
     for (int64_t k = 0; k < op.outputs; ++k, row += row_stride) {
       if (op.skip_row(k)) continue;
-      for (int64_t i = 0; i < kRowBlock; i += kLine<A>) prefetch_far(row + kRowBlock + i);
-      // The number of elements is known to the compiler for all blocks but the last.
-      if (size == kRowBlock) {
-        add_row(op, values, row, kRowBlock, k);
-      } else {
-        add_row(op, values, row, size, k);
-      }
+      add_row(op, values, row, size, k);
     }
     if constexpr (!in_place) {
 #pragma omp simd
