@@ -22,7 +22,7 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
 
     Raises:
         ValueError: they are not (x, y) batches, inputs are not finite, labels are outside the
-            outputs, or nothing comes.
+            outputs or not those of the task, or nothing comes.
     """
     device = next(method.model.parameters()).device
     classes: int | None = None
@@ -30,6 +30,8 @@ def read_examples(method: Learning, dataloader: Batches | None) -> Iterator[tupl
         _refuse_non_finite(method.name, inputs)
         classes = classes or count_outputs(method, inputs)
         labels = check_labels(method.name, labels, classes)
+        if len(method.outputs.blocks) > method.tasks:
+            method.outputs.check_labels_of_task(method.name, labels)
         yield inputs.detach(), labels + method.outputs.start
 
 

@@ -39,9 +39,7 @@ class Features:
         Raises:
             ValueError: there is no such layer, or it gets no tensor with a row for each example.
         """
-        if self._layer is None:
-            self._layer = self._head(inputs[:2])
-        model, owner, layer = self._method.model, self._method.name, self._named(self._layer)
+        model, owner, layer = self._method.model, self._method.name, self._named(self.find(inputs))
         seen: list[object] = []
         hook = layer.register_forward_pre_hook(lambda _layer, args: seen.extend(args[:1]))
         try:
@@ -57,6 +55,12 @@ class Features:
                 "expected a tensor with a row for each; name another layer with features="
             )
         return found.flatten(1) if found.dim() > 1 else found.unsqueeze(1), logits
+
+    def find(self, inputs: Tensor) -> str:
+        """The name of the layer; ValueError if there is no such."""
+        if self._layer is None:
+            self._layer = self._head(inputs[:2])
+        return self._layer
 
     def _named(self, name: str) -> nn.Module:
         """The layer of that name; ValueError if there is none."""

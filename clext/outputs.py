@@ -165,6 +165,17 @@ class Outputs:
         if low < 0 or (end is not None and high >= end):
             raise ValueError(f"loss: labels reach from {low} to {high}, expected {expected}")
 
+    def check_labels_of_task(self, owner: str, labels: Tensor) -> None:
+        """ValueError if labels, local, of the task begun last are not among its own outputs."""
+        block = self.blocks[-1]
+        low, high = int(labels.min()) + self.start, int(labels.max()) + self.start
+        if low < block.start or high >= block.stop:
+            raise ValueError(
+                f"{owner}: labels reach from {low - self.start} to {high - self.start}, expected "
+                f"{block.start - self.start} to {block.stop - 1 - self.start}: the task's own "
+                f"outputs are {block}, and labels count from the first active output, {self.start}"
+            )
+
     @contextmanager
     def selected(self, active: range | None) -> Iterator[None]:
         """The same for a while."""
@@ -236,8 +247,8 @@ class Outputs:
         ):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"begin_task: outputs {active.start} to {active.stop - 1} are active, so the model "
-                f"must return logits [N, >= {active.stop}], got {got}"
+                f"outputs {active.start} to {active.stop - 1} are active, so the model must return "
+                f"logits [N, >= {active.stop}], got {got}; say other outputs, or add them to it"
             )
 
     def __getstate__(self) -> dict[str, Any]:

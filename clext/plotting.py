@@ -102,7 +102,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
 
 def title_of(result: Result) -> str:
     """What was learned, such as "Split MNIST, class-incremental"."""
-    scenario = str(result.config.get("scenario", "")).capitalize()
+    scenario = str(result.config.get("scenario", ""))
+    scenario = scenario[:1].upper() + scenario[1:]
     data = _TITLES.get(result.data_name, result.data_name)
     return f"{scenario} {data}{result.setting}"
 

@@ -93,6 +93,13 @@ class ParameterState:
             for entry, parameter in zip(entries, self.params, strict=True)
         )
 
+    def check_shapes(self, old: ParameterState) -> None:
+        """ValueError if a parameter has shrunk, or has another number of dimensions."""
+        before = dict(zip(old.names, old.params, strict=True))
+        for name, parameter in zip(self.names, self.params, strict=True):
+            if name in before:
+                _leading_part(name, before[name], parameter)
+
     @torch.no_grad()
     def adopt(self, old: ParameterState) -> None:
         """Copy what `old` knows of parameters of the same names.
@@ -121,8 +128,8 @@ def _leading_part(name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:
     """Where `old` lies in `new`; ValueError unless it fits in."""
     if old.dim() != new.dim() or any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
         raise ValueError(
-            f"parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: its "
-            "importance and anchor can be kept only where no dimension gets smaller; give the new "
+            f"parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: "
+            "what is known of it can be kept only where no dimension gets smaller; give the new "
             "parameter another name, or make a new method for this model"
         )
     return tuple(slice(size) for size in old.shape)

@@ -53,11 +53,11 @@ class NonFiniteLossError(RuntimeError):
         if math.isfinite(loss):
             what = f"a parameter became NaN or infinite (the loss was still {loss:.4g})"
         remedy = f"try a smaller lr (now {config['lr']:g})"
-        if config["strength"] is not None:
+        if config["strength"] is not None and task > 0:  # else there was no penalty yet
             remedy += f" or strength (now {config['strength']:g})"
         return cls(
             f"{config['method']}: {what} at task {task + 1}, epoch {epoch + 1}, step {step + 1}; "
-            f"the model's weights are of no use now; {remedy}",
+            f"the model's weights are of no use now; {remedy}.",
             result,
         )
 
@@ -252,7 +252,8 @@ def learn(
                 bar.epoch_start(k, epoch)
                 with clock.measure("training"):
                     order = torch.randperm(len(examples[0]), generator=shuffle).to(device)
-                    losses = steps.run_epoch(order, step_done)
+                    with explained(len(order), k, settings.batch_size):
+                        losses = steps.run_epoch(order, step_done)
                     step = first_non_finite(losses, model)
                 if step is not None:
                     raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
@@ -277,6 +278,21 @@ def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examp
         own = Split(own.inputs, own.labels - active.start)
     examples = method.begin_task(tuple(own), block=task.outputs, active=active)
     return own, tuple(own) if examples is None else examples
+
+
+@contextmanager
+def explained(examples: int, task: int, batch_size: int) -> Iterator[None]:
+    """Say of an error inside, raised by the model, if it may be due to a last batch of one."""
+    try:
+        yield
+    except ValueError as error:
+        if examples % batch_size == 1 and batch_size > 1:
+            error.add_note(
+                f"The last batch of task {task + 1} has one example ({examples} in batches of "
+                f"{batch_size}), of which a batch norm can make no statistics; choose another "
+                "batch_size."
+            )
+        raise
 
 
 def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:

@@ -25,6 +25,7 @@ BAD_EXAMPLES = [
 AT_THE_BEGINNING = {
     "the data of the task is empty": r"float64 \[0, 5\], torch.int64 \[0\], expected a pair of t",
     "4 inputs but 3 labels": r"float64 \[4, 5\], torch.int64 \[3\], expected a pair of tensors",
+    r"labels reach from 0 to 2, expected .* \[0, 1\]": "0 to 2, expected 0 to 1: the task's own",
     "expected a pair": "of type tuple, expected a pair of tensors",
 }
 

@@ -121,6 +121,26 @@ class TestCombining:
             method.combine(clext.LwF(one))
         assert method.label == "ewc+replay"
 
+    def test_a_part_is_taken(self):
+        """Used alone it would do half of the work, or undo that of the first combination."""
+        one = model()
+        replay = clext.Replay(one)
+        method = clext.EWC(one).combine(replay)
+        with pytest.raises(ValueError, match="^replay: is part of a combination already"):
+            clext.SI(one).combine(replay)
+        x, y = batches(0)[0]
+        for call in (
+            lambda: replay.begin_task((x, y)),
+            lambda: replay.loss(x, y),
+            lambda: replay.consolidate([(x, y)]),
+            lambda: clext.optim.Adam(one.parameters(), method=replay),
+        ):
+            with pytest.raises(RuntimeError, match="^replay: .* part of a combination; use the"):
+                call()
+        assert [part.tasks for part in method.parts] == [0, 0]
+        method.consolidate([(x, y)])
+        assert [part.tasks for part in method.parts] == [1, 1]
+
     def test_the_loop_sees_the_loss_of_one_and_the_penalty_of_the_other(self):
         """Against the two apart on a copy, their gradients added by hand."""
         together, apart = model(), model()

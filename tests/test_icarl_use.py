@@ -177,6 +177,20 @@ def test_a_task_that_begins_or_ends_with_bad_data_changes_nothing(data, message)
         assert_refused_at_the_end(method, batches, message)
 
 
+def test_batches_of_several_shapes_are_refused():
+    method = ICaRL(make_model("domain"), budget=9)
+    x, y = make_examples("domain", 0)
+    with pytest.raises(ValueError, match=r"\[1, 5\] each, expected .* \[5\] as .* batch before"):
+        method.consolidate([(x, y), (x[:, None], y)])
+    assert method.tasks == 0
+
+
+def test_a_model_without_a_linear_head_is_refused_when_the_task_begins():
+    method = ICaRL(torch.nn.Sequential(make_model("domain"), torch.nn.ReLU()), budget=9)
+    with pytest.raises(ValueError, match=r"no nn.Linear makes the outputs .* features="):
+        method.begin_task(make_examples("domain", 0))
+
+
 def test_a_task_that_ends_without_data_is_refused():
     method = ICaRL(make_model("domain"))
     for data, message in ((None, "icarl needs the data of the task"), ([], "is empty")):

@@ -224,6 +224,10 @@ def test_unknown_kinds_are_refused_with_the_nearest_one():
     model = Residual()
     with pytest.raises(ValueError, match="did you mean 'empirical'"):
         fisher_information(model, params_of(model), [], kind="empiric")
+    for seed in ("a", 1.5, None, -1):
+        for function in (fisher_information, sliced_cramer_importance):
+            with pytest.raises(ValueError, match=f"{function.__name__}: seed must be an integer"):
+                function(model, params_of(model), [], seed=seed)
     with pytest.raises(ValueError, match="did you mean 'batch'"):
         output_sensitivity(model, params_of(model), [], estimator="batches")
     with pytest.raises(ValueError, match="slices must be an integer >= 1"):

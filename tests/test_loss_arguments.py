@@ -80,7 +80,7 @@ def states(method):
 def assert_refused(method, batch, kind, message):
     before, random = states(method)
     grads = [entry.grad for entry in method.model.parameters()]
-    with pytest.raises(kind, match=f"^(loss|begin_task): .*{message}") as caught:
+    with pytest.raises(kind, match=f"^(loss: |begin_task: |outputs ).*{message}") as caught:
         method.loss(*batch)
     assert "\n" not in str(caught.value)
     after, random_after = states(method)
@@ -111,6 +111,17 @@ def test_a_model_without_logits_is_refused_by_every_method(name, setting):
         assert_refused(method, batch, ValueError, said)
     model.spoil = None
     assert method.loss(*batch).isfinite()
+
+
+@every_setting
+@every_method
+def test_more_than_there_is_to_take_is_refused(name, setting):
+    """Such as the number of each example, which some loaders add."""
+    method, (inputs, labels) = second_task(name, setting)
+    logits = torch.zeros(N, 6, dtype=torch.float64)
+    for batch in ((inputs, labels, labels), (inputs, labels, logits, logits)):
+        assert_refused(method, batch, TypeError, r"loss\(x, y\)")
+    assert method.loss(inputs, labels).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])

@@ -188,6 +188,25 @@ def test_a_shape_that_no_longer_fits_is_named(kind, way, new, shapes, device):
     assert_same_state(trained.method.state_dict(), before)
 
 
+@pytest.mark.parametrize("name", ["lwf", "replay", "icarl", "dgr", "gem", "agem"])
+def test_a_shape_that_no_longer_serves_what_is_kept_is_named(name):
+    """Examples, or a model as it was, whose classes the smaller head has not."""
+    model = make_model()
+    method = METHODS[name](model)
+    x = torch.rand(8, model[0].in_features, dtype=torch.float64)
+    y = torch.arange(8) % CLASSES
+    method.begin_task((x, y))
+    method.consolidate([(x, y)])
+    model[2] = nn.Linear(6, CLASSES - 1).double()
+    message = rf"{name}: parameter '2.weight' had shape \[3, 6\] and now has \[2, 6\]: "
+    with pytest.raises(ValueError, match=message):
+        method.begin_task((x, y % (CLASSES - 1)))
+    assert method.tasks == 1
+    model[2] = nn.Linear(6, CLASSES + 1).double()
+    method.begin_task((x, y + 1))
+    assert method.loss(x[:4], y[:4]).isfinite() or name == "dgr"
+
+
 def test_a_method_that_keeps_nothing_takes_any_shape():
     model = make_model()
     method = Baseline(model)

@@ -141,8 +141,9 @@ class TestMethods:
 
         method = Refuses(model)
         method.outputs.begin_task(range(2), range(2), ended=0)
+        data = (examples(), torch.full((9,), 2))
         with pytest.raises(ValueError, match="no"):
-            method.begin_task((examples(), torch.zeros(9)), block=range(2, 4), active=range(4))
+            method.begin_task(data, block=range(2, 4), active=range(4))
         assert method.outputs.blocks == [range(2)]
         assert model(examples()).shape == (9, 2)
 
@@ -211,8 +212,8 @@ class TestMethods:
     @pytest.mark.parametrize("name", clext.METHODS)
     def test_the_first_loss_says_which_outputs_the_model_has_not(self, name, model):
         method = clext.METHODS[name](model)
-        data = (examples().sigmoid(), torch.ones(9, dtype=torch.int64))
-        with pytest.raises(ValueError, match=r"^begin_task: outputs 0 to 7 .*\[N, >= 8\], got \["):
+        data = (examples().sigmoid(), torch.full((9,), 6))
+        with pytest.raises(ValueError, match=r"^outputs 0 to 7 .*\[N, >= 8\], got \["):
             method.loss(*method.begin_task(data, block=range(6, 8), active=range(8)))
 
     def test_heads_are_said_from_the_first_task_on(self, model):
@@ -253,6 +254,38 @@ class TestMethods:
         method.begin_task(block=range(2, 4), active=range(2, 4))
         with pytest.raises(ValueError, match=r"labels reach from .* expected 0 to 1: they count"):
             method.loss(x, torch.tensor(labels))
+
+    @pytest.mark.filterwarnings("ignore:clext. .* saw no step")
+    @pytest.mark.parametrize("name", [name for name in clext.METHODS if name != "baseline"])
+    def test_labels_of_a_head_of_its_own_are_not_those_of_a_growing_head(self, name):
+        """The likeliest slip: they count from 0 where each task has a head."""
+        torch.manual_seed(0)
+        method = clext.METHODS[name](nn.Sequential(nn.Linear(5, 4)))
+        x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        method.begin_task((x, y), block=range(2), active=range(2))
+        method.consolidate([(x, y)])
+        message = "from 0 to 1, expected 2 to 3: .* count from the first active output, 0"
+        with pytest.raises(ValueError, match=f"^{name}: labels reach {message}"):
+            method.begin_task((x, y), block=range(2, 4), active=range(4))
+        assert method.outputs.blocks == [range(2)]
+        method.begin_task(block=range(2, 4), active=range(4))
+        if name in ("replay", "gem", "agem", "icarl"):  # who reads the examples
+            with pytest.raises(ValueError, match=message):
+                method.consolidate([(x, y)])
+            assert method.tasks == 1
+        method.begin_task((x, y + 2), block=range(2, 4), active=range(4))
+        method.begin_task((x, y), block=range(2, 4), active=range(2, 4))
+
+    @pytest.mark.parametrize("name", ["ewc", "icarl"])
+    def test_a_prediction_by_outputs_that_the_model_has_not(self, name):
+        method = clext.METHODS[name](nn.Sequential(nn.Linear(5, 4)))
+        x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"^outputs 0 to 8 are .*\[N, >= 9\], got \[2, 4\]"
+            ):
+                method.predict(x, active=range(9))
+            method.consolidate([(x + len(method.outputs.blocks), y)])  # another task each time
 
     def test_an_earlier_head_predicts(self, model):
         full = model(examples())

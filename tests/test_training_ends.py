@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import torch
 from quick_runs import QUICK, same, small, weights
 from torch import nn
 
@@ -105,6 +106,17 @@ class TestEarlyEnd:
         assert saved.curve == result.curve
         assert saved.stopped == str(caught.value)
         assert str(tmp_path) in " ".join(caught.value.__notes__)
+
+    def test_a_last_batch_that_a_norm_cannot_take_is_explained(self):
+        x, y = torch.rand(65, 6), torch.arange(65) % 2
+        scenario = clext.Scenario.from_datasets([((x, y), (x, y))] * 2, incremental="domain")
+        model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        options = {"scenario": scenario, "epochs": 1, "progress": False}
+        with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
+            clext.train("baseline", model=model, batch_size=32, **options)
+        note = " ".join(caught.value.__notes__)
+        assert "The last batch of task 1 has one example (65 in batches of 32)" in note
+        assert clext.train("baseline", model=model, batch_size=33, **options).complete
 
     def test_a_huge_learning_rate_is_named_with_its_place(self, tmp_path):
         with pytest.raises(

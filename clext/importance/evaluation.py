@@ -242,8 +242,8 @@ def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
     return outputs
 
 
-def check_labels(owner: str, labels: Tensor, classes: int) -> Tensor:
-    """`labels` as int64 if they are integers in [0, classes), one per sample; else ValueError."""
+def integer_labels(owner: str, labels: Tensor) -> Tensor:
+    """`labels` as int64 if they are integers, one per sample; else ValueError."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"{owner}: labels have dtype {labels.dtype}, expected integer classes")
     if labels.dim() != 1:
@@ -251,7 +251,12 @@ def check_labels(owner: str, labels: Tensor, classes: int) -> Tensor:
             f"{owner}: labels have shape {list(labels.shape)}, expected [{labels.shape[0]}] "
             "(one class per sample)"
         )
-    labels = labels.long()  # torch has no minimum for all types of integers
+    return labels.long()  # torch has no minimum for all types of integers
+
+
+def check_labels(owner: str, labels: Tensor, classes: int) -> Tensor:
+    """`labels` as int64 if they are integers in [0, classes), one per sample; else ValueError."""
+    labels = integer_labels(owner, labels)
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= classes:
         raise ValueError(

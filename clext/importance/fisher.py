@@ -16,7 +16,7 @@ from clext.importance.evaluation import (
     read_batches,
 )
 from clext.importance.per_sample import PerSampleSum
-from clext.options import choice
+from clext.options import choice, integer
 from clext.seeding import generator
 from clext.tensor_lists import state_dtype
 
@@ -56,6 +56,7 @@ def fisher_information(
         ValueError: the data or the outputs are not as described, or not finite.
     """
     choice("fisher_information", "kind", kind, FISHER_KINDS)
+    seed = integer("fisher_information", "seed", seed, minimum=0)
     owner = f"Fisher information ({kind})"
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):

@@ -60,6 +60,7 @@ def sliced_cramer_importance(
     """
     if slices != "exact":
         slices = integer("sliced_cramer_importance", "slices", slices, minimum=1)
+    seed = integer("sliced_cramer_importance", "seed", seed, minimum=0)
     owner = "SCP importance"
     samples = 0
     jacobian: _Jacobian | None = None

@@ -218,6 +218,7 @@ class Method(Learning):
                 (see `refresh_parameters`), or what the steps have left is not finite; nothing is
                 changed.
         """
+        self._refuse_if_part("consolidate")
         if self._rehearsal is not None and isinstance(dataloader, Iterator):
             batches: Batches | None = [_copied(batch) for batch in dataloader]  # it is read twice
         else:
@@ -322,6 +323,7 @@ class Method(Learning):
 
     def _attach(self) -> None:
         """From now on an optimizer's steps do what `add_penalty_grad_` and `update` did."""
+        self._refuse_if_part("an optimizer's step")
         if self.fused_state not in _FUSED_STATES or set(self.fused_state) - set(self.state_names):
             raise ValueError(
                 f"{self.name}: fused_state is {self.fused_state!r}, expected one of "

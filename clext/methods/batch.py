@@ -46,12 +46,41 @@ def checked_batch(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return inputs, labels.long(), *more
 
 
+def labelled(owner: str, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Inputs and labels; TypeError if there is more."""
+    if len(batch) > 2:
+        raise TypeError(
+            f"loss: got {len(batch)} arguments, but {owner} takes inputs and labels alone: "
+            "loss(x, y)"
+        )
+    inputs, labels = batch
+    return inputs, labels
+
+
+def added_logits(owner: str, batch: tuple[Tensor, ...]) -> Tensor | None:
+    """What `begin_task` has added to inputs and labels, [N, outputs]; None if it is not there.
+
+    TypeError if there is something else.
+    """
+    if len(batch) == 2:
+        return None
+    added = batch[2]
+    if len(batch) > 3 or added.dim() != 2 or not added.is_floating_point():
+        got = ", ".join(_described(entry) for entry in batch[2:])
+        raise TypeError(
+            f"loss: beside inputs and labels {owner} got {got}, expected a row for each example of "
+            "what begin_task has added: loss(x, y), or loss with the same rows of all that "
+            "begin_task returned"
+        )
+    return added
+
+
 def check_examples_of_task(owner: str, examples: object) -> None:
     """ValueError unless they are inputs and labels, one for each, of a whole task."""
-    pair = examples if isinstance(examples, tuple | list) and len(examples) == 2 else ()
-    tensors = [entry for entry in pair if isinstance(entry, Tensor) and entry.dim() > 0]
+    entries = examples if isinstance(examples, tuple | list) and len(examples) == 2 else ()
+    tensors = [entry for entry in entries if isinstance(entry, Tensor) and entry.dim() > 0]
     if len(tensors) < 2 or len(tensors[0]) != len(tensors[1]) or len(tensors[0]) == 0:
-        got = ", ".join(_described(entry) for entry in pair) or _described(examples)
+        got = ", ".join(_described(entry) for entry in entries) or _described(examples)
         raise ValueError(
             f"{owner}: examples for begin_task are {got}, expected a pair of tensors, the inputs "
             "[N, ...] and labels [N] of the whole task, which must not be empty; of a loader: "

@@ -18,6 +18,7 @@ from clext.generator import (
     generator_loss,
     sample_like,
 )
+from clext.methods.batch import labelled
 from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
 from clext.methods.sampling import Sampling
@@ -134,7 +135,7 @@ class DGR(Rehearsal):
         return examples
 
     def _loss(self, *batch: Tensor) -> Tensor:
-        inputs, labels = batch
+        inputs, labels = labelled(self.name, batch)
         # To look at the values on another device would wait for it: there once in a task.
         self._check_inputs(inputs, values=inputs.is_cpu or self._looked_at != self.tasks)
         # First of all that can fail: a batch that the model does not take has taught nothing.

@@ -26,6 +26,7 @@ from clext.exemplars import (
     prepared,
 )
 from clext.features import Features
+from clext.methods.batch import added_logits
 from clext.methods.snapshot import LARGE_BATCH, Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
 from clext.module_mode import module_mode
@@ -64,7 +65,8 @@ class ICaRL(Unpenalised):
     Args:
         model: see `Method`.
         strength: none; there is no penalty.
-        budget: how many exemplars are kept in all.
+        budget: how many exemplars are kept in all, at least one for each class, and where tasks
+            share classes, for each class of each task.
         features: the name of the layer whose input are the features, or its number in an
             nn.Sequential, None for the nn.Linear that makes the model's outputs.
         norm: bring features and their means to length 1.
@@ -127,6 +129,7 @@ class ICaRL(Unpenalised):
             self._current = self._means = None
             return None
         inputs, labels = own = check_examples(self, examples)
+        self._features.find(inputs)
         exemplars_per_set(self.name, self._sets, labels.unique().tolist(), self.budget)
         if (old := joined(self._sets)) is not None:
             check_alike(self.name, inputs, old[0], "of the exemplars")
@@ -168,13 +171,12 @@ class ICaRL(Unpenalised):
 
     def _loss(self, *batch: Tensor) -> Tensor:
         """As `loss`; a batch of what `begin_task` returned, or inputs and local labels."""
-        inputs, labels, *rest = batch
+        inputs, labels = batch[:2]
+        targets = added_logits(self.name, batch)
         with self.outputs.full():
             logits = self.outputs.logits(inputs, labels)
         self.outputs.check_logits(logits)
-        if rest:
-            targets = rest[0]
-        else:
+        if targets is None:
             labels = labels + self.outputs.start
             targets = self._targets(inputs, labels, self._width(logits.shape[1]))
         width = targets.shape[1]
@@ -192,6 +194,7 @@ class ICaRL(Unpenalised):
     def _predict(self, inputs: Tensor) -> Tensor:
         active = self.outputs.active
         features, logits = self._features(inputs)
+        self.outputs.check_logits(logits)
         active = range(logits.shape[1]) if active is None else active
         if not any(label in active for label in self._sets):
             return logits[:, active.start : active.stop]
@@ -247,7 +250,11 @@ class ICaRL(Unpenalised):
     def _prepare_end(self, dataloader: Batches | None) -> Commit:
         refuse_broken(self.name, self.model)
         # A loader may use the tensors of a batch again for the next one.
-        batches = [(x.clone(), y) for x, y in read_examples(self, dataloader)]
+        batches: list[tuple[Tensor, Tensor]] = []
+        for x, y in read_examples(self, dataloader):
+            if batches:
+                check_alike(self.name, x, batches[0][0], "of the batch before")
+            batches.append((x.clone(), y))
         inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
         del batches
         for known in [entry for entries in self._sets.values() for entry in entries][:1]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.examples import check_alike, check_examples
+from clext.methods.batch import labelled
 from clext.methods.unpenalised import Unpenalised
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Joint(Unpenalised):
                 f"{self.name} has not seen the examples of this task: call begin_task((inputs, "
                 "labels)) with all of them, and train on rows of what it returns"
             )
-        inputs, labels = batch
+        inputs, labels = labelled(self.name, batch)
         return self.outputs.cross_entropy(inputs, labels)
 
     def _extra_state(self) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.methods.batch import check_examples_of_task, checked_batch
+from clext.importance.evaluation import integer_labels
+from clext.methods.batch import check_examples_of_task, checked_batch, labelled
 from clext.methods.stateful import Stateful
 from clext.outputs import Outputs, check_range
 
@@ -40,6 +41,7 @@ class Learning(Stateful):
         super().__init__(model, strength=strength)
         self.outputs = Outputs(model)
         self._rehearsal: Learning | None = None
+        self._is_part = False  # the rehearsal of another method
         # Since the last task ended.
         self._was_used = False
         self._has_made_loss = False
@@ -74,8 +76,9 @@ class Learning(Stateful):
 
         Raises:
             ValueError: block or active is no such range, the examples are not what the method can
-                work on, or a parameter has shrunk; nothing is changed.
+                work on, or not of the block, or a parameter has shrunk; nothing is changed.
         """
+        self._refuse_if_part("begin_task")
         if examples is not None:
             check_examples_of_task(self.label, examples)
         self.refresh_parameters()
@@ -83,6 +86,9 @@ class Learning(Stateful):
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
         self.outputs.begin_task(block, active, ended=self.tasks)
         try:
+            if examples is not None and block is not None:
+                labels = integer_labels(self.label, examples[1])
+                self.outputs.check_labels_of_task(self.label, labels)
             return self._learner._begin_task(examples)
         except BaseException:
             self.outputs.blocks = blocks_before
@@ -102,6 +108,7 @@ class Learning(Stateful):
                 model returns no logits [N, outputs]; on the CPU also for labels that are no
                 outputs. The method is as it was before.
         """
+        self._refuse_if_part("loss")
         learner = self._learner
         batch = checked_batch(batch)
         learner.outputs.check_labels(batch[1], local=not learner._has_global_labels(batch))
@@ -112,13 +119,15 @@ class Learning(Stateful):
     def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
         """A score for each example and active output, [N, outputs]; the largest is the class.
 
+        In the mode that the model is in: call `model.eval()` before it, as before any prediction.
+
         Args:
             inputs: of the model, N examples.
             active: other outputs than those of the task that was begun last: those of an earlier
                 task, where each has a head.
 
         Raises:
-            ValueError: active is no range of outputs.
+            ValueError: active is no range of outputs, or the model has not so many.
         """
         check_range("predict: active", active)
         if active is None:
@@ -157,12 +166,7 @@ class Learning(Stateful):
 
         Must leave the method as it was if it fails.
         """
-        if len(batch) > 2:
-            raise TypeError(
-                f"loss: got {len(batch)} arguments, but {self.name} takes inputs and labels alone: "
-                "loss(x, y)"
-            )
-        inputs, labels = batch
+        inputs, labels = labelled(self.name, batch)
         return F.cross_entropy(self.outputs.logits(inputs, labels), labels)
 
     def _predict(self, inputs: Tensor) -> Tensor:
@@ -231,8 +235,11 @@ class Learning(Stateful):
                 f"{rehearsal if isinstance(rehearsal, str | type) else type(rehearsal)!r}"
             )
         for part in (self, rehearsal):
-            if part._rehearsal is not None:
-                raise ValueError(f"{part.label}: is a combination already; two methods can combine")
+            if part._rehearsal is not None or part._is_part:
+                raise ValueError(
+                    f"{part.label}: is {'part of ' if part._is_part else ''}a combination already; "
+                    "two methods can combine"
+                )
         if rehearsal.model is not self.model:
             raise ValueError(
                 f"{self.name}: {rehearsal.name} was made for another model; make both for one"
@@ -253,7 +260,16 @@ class Learning(Stateful):
                 "(such as replay)"
             )
         self._rehearsal, rehearsal.outputs = rehearsal, self.outputs
+        rehearsal._is_part = True
         return self
+
+    def _refuse_if_part(self, name: str) -> None:
+        """RuntimeError if another method stands for this one: half of the work would be done."""
+        if self._is_part:
+            raise RuntimeError(
+                f"{self.name}: {name} cannot be called: this method is part of a combination; "
+                "use the method whose combine() it was given to"
+            )
 
     @property
     def _learner(self) -> Learning:

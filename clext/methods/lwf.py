@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 
+from clext.methods.batch import added_logits
 from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
 from clext.methods.snapshot import Snapshot, refuse_broken
@@ -79,10 +80,11 @@ class LwF(Rehearsal):
         """With the teacher's logits for all outputs, [N, outputs], as third argument or without."""
         if self._teacher is None:
             return super()._loss(*batch)
-        inputs, labels, *recorded = batch
+        inputs, labels = batch[:2]
+        recorded = added_logits(self.name, batch)
         with self.outputs.full():
             logits = self.outputs.logits(inputs, labels)
-            teacher = recorded[0] if recorded else self._teacher(inputs)
+            teacher = self._teacher(inputs) if recorded is None else recorded
         active = self.outputs.active
         own = logits if active is None else logits[:, active.start : active.stop]
         losses = [

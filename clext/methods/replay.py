@@ -8,6 +8,7 @@ import torch
 
 from clext.examples import read_examples
 from clext.memory import POLICIES, Memory
+from clext.methods.batch import labelled
 from clext.methods.rehearsal import Rehearsal
 from clext.options import integer
 
@@ -75,7 +76,7 @@ class Replay(Rehearsal):
         return examples
 
     def _loss(self, *batch: Tensor) -> Tensor:
-        inputs, labels = batch
+        inputs, labels = labelled(self.name, batch)
         if self._memory.size == 0:
             return super()._loss(inputs, labels)
         self._memory.check_shape(inputs)

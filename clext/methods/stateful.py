@@ -99,6 +99,8 @@ class Stateful:
             check_parameters(named, type(self.model).__name__)
             state = ParameterState(named, self._kept_names())
             try:
+                if self.memory:  # examples, or a model as it was, that the outputs have to serve
+                    state.check_shapes(self._state)
                 state.adopt(self._state)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from None

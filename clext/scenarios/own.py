@@ -147,8 +147,9 @@ def _read_dataset(dataset: TorchDataset[Any], what: str) -> tuple[Tensor, Tensor
     except (TypeError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"{what}: examples could not be read as pairs of a tensor and a label ({reason}); for "
-            "torchvision's data sets pass transform=torchvision.transforms.ToTensor()"
+            f"{what}: examples could not be read as pairs of a tensor and a label ({reason}); all "
+            "must be of one shape, and if they are images pass the data set transform="
+            "torchvision.transforms.ToTensor()"
         ) from error
     inputs, labels = zip(*batches, strict=True)
     return torch.cat(inputs), torch.cat(labels)
