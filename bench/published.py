@@ -198,6 +198,14 @@ A_GEM = Protocol(
             sgd(0.1),
             note="variant='paper'",
         ),
+        Row(
+            "RWalk by its paper, a slower average",
+            None,
+            0.0,
+            partial(RWalk, strength=1.0, alpha=0.1),
+            sgd(0.1),
+            note="variant='paper', alpha=0.1",
+        ),
         *A_GEM_ROWS,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from protocols import Protocol, Row, adam, iterations, sgd, unchanged
+from released import ReleasedGEM
 
 from clext.methods import AGEM, DGR, GEM, ICaRL, Joint, LwF
 
@@ -43,7 +44,7 @@ VAN_DE_VEN_ROWS = (
 )
 
 
-# 25 examples a class: ours are drawn from the whole task, theirs are the last of each class.
+# 25 examples of each class in theirs, 250 of all classes together in ours.
 A_GEM_ROWS = (
     Row(
         "GEM",
@@ -53,6 +54,14 @@ A_GEM_ROWS = (
         sgd(0.1),
         "0.48",
         note="250 examples a task; margin and ridge of GEM's authors' code",
+    ),
+    Row(
+        "GEM, code of December 2018",
+        None,
+        0.0,
+        partial(ReleasedGEM, per_task=250, margin=0.5),
+        sgd(0.1),
+        note="250 examples a task; steps in conflict leave the current gradient out",
     ),
     Row(
         "A-GEM",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.methods import SI, Method
+from clext.methods import GEM, SI, Method
+from clext.methods.gem import solve_dual
 
 
 class ReleasedSI(SI):
@@ -72,3 +73,23 @@ class RunningFisherEWC(Method):
             importance.copy_((entry - lowest) / (highest - lowest))
         torch._foreach_zero_(self._state.lists["squares"])
         self._state.restart("anchor")
+
+
+class ReleasedGEM(GEM):
+    """GEM in the code of A-GEM (Chaudhry et al. 2019, arXiv:1812.00420) until December 2018.
+
+    What it gives the program as the current gradient is a row of its matrix of past gradients that
+    belongs to the current task and is filled when that is over: zeros. So a step whose gradient is
+    in conflict goes along gradients of the past alone, each weighted by `margin` or more.
+    """
+
+    name: ClassVar[str] = "released_gem"
+
+    @torch.no_grad()
+    def _weights(self, gram: Tensor) -> Tensor | None:
+        past, products = gram[:-1, :-1], gram[:-1, -1]
+        if not bool((products < 0).any()):
+            return None
+        torch._foreach_zero_([p.grad for p in self._state.params if p.grad is not None])
+        weights = solve_dual(past.cpu().numpy(), 0 * products.cpu().numpy(), self.margin)
+        return torch.from_numpy(weights).to(gram.device)

@@ -28,7 +28,7 @@ LR, MOMENTUM = 1e-3, 0.9
 METHODS: dict[str, Callable[..., clext.Method]] = {
     "ewc": clext.EWC,
     "si": clext.SI,
-    "rwalk": partial(clext.RWalk, interval=NEVER, decay=DECAY),
+    "rwalk": partial(clext.RWalk, interval=NEVER, alpha=1 - DECAY),
 }
 COURSE_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class TaskSteps:
     def take(self, rows: Tensor) -> Tensor:
         """One step on the examples `rows`; returns its loss, penalty included."""
         loss = self.backward(rows)
-        self.optimizer.step()
+        with autocast(self.device, self.precision):  # GEM and A-GEM run the model in it
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return loss + self.optimizer.penalty
 
@@ -98,7 +100,7 @@ class GraphedSteps(TaskSteps):
         capture: Callable[[Function], Function] | None = None,
     ) -> None:
         super().__init__(method, optimizer, examples, batch_size, precision)
-        self._capture = capture or capture_graph
+        self._capture = capture or partial(capture_graph, device=self.device)
         self._replay: Function | None = None
         # What the recorded step reads and writes lies here, in memory that stays.
         whole = len(examples[0]) // batch_size
@@ -174,11 +176,13 @@ def side_stream(device: torch.device) -> Iterator[None]:
     outer.wait_stream(own)
 
 
-def capture_graph(function: Function) -> Function:
-    """Record the work that `function` launches on CUDA; returns what launches it again."""
+def capture_graph(function: Function, device: torch.device) -> Function:
+    """Record the work that `function` launches on a CUDA device; returns what launches it again."""
     graph = torch.cuda.CUDAGraph()
+    # A stream of this device: torch's own for captures is of the one that was first captured on.
     # Only this thread's calls count: another one (a data loader's, say) may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()
     return graph.replay
 

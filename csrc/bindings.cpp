@@ -34,13 +34,23 @@ py::dict build_info() {
   return info;
 }
 
-// Binds a step. Python's lock is handed over while a long one runs; for a short one that would cost
-// more than the step itself.
+// Hands over Python's lock while a long step runs; for a short one that would cost more than the
+// step itself.
+class WithoutLock {
+ public:
+  explicit WithoutLock(const clext::ParameterPlan& plan) {
+    if (!plan.is_short()) release_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> release_;
+};
+
+// Binds a step.
 template <class Result, class... Arguments>
 auto step(Result (clext::ParameterPlan::*method)(Arguments...)) {
   return [method](clext::ParameterPlan& plan, Arguments... arguments) {
-    std::optional<py::gil_scoped_release> release;
-    if (!plan.is_short()) release.emplace();
+    const WithoutLock unlocked(plan);
     return (plan.*method)(arguments...);
   };
 }
@@ -54,6 +64,7 @@ std::optional<at::Tensor> sgd_step_(clext::ParameterPlan& plan,
                                     bool clear_grad, const std::optional<at::Tensor>& grad_scale,
                                     const std::optional<at::Tensor>& found_inf,
                                     const std::optional<at::Tensor>& task_scale) {
+  const WithoutLock unlocked(plan);
   return plan.sgd_step_({{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
                           grad_scale, found_inf, task_scale},
                          momentum,
@@ -68,6 +79,7 @@ std::optional<at::Tensor> adam_step_(clext::ParameterPlan& plan,
                                      bool clear_grad, const std::optional<at::Tensor>& grad_scale,
                                      const std::optional<at::Tensor>& found_inf,
                                      const std::optional<at::Tensor>& task_scale) {
+  const WithoutLock unlocked(plan);
   return plan.adam_step_({{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
                            grad_scale, found_inf, task_scale},
                           beta1,
@@ -112,9 +124,9 @@ PYBIND11_MODULE(_C, m) {
       .def("sgd_step_", &sgd_step_, py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
            py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("strength"),
            py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("task_scale"), no_gil)
+           py::arg("found_inf"), py::arg("task_scale"))
       .def("adam_step_", &adam_step_, py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("maximize"),
            py::arg("strength"), py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("task_scale"), no_gil);
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("task_scale"));
 }

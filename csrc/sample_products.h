@@ -47,9 +47,8 @@ struct PerSampleProducts {
 
 // For each group, entry n of the features and entry m of the gradients, sums[group][n][m] becomes
 // the sum over samples s of op's function of the product: the sum over rows r of
-// features[s][n][r] * grads[s][m][r]. `op` is AccumulateSum, AccumulateSquare or
-// AccumulateAbs. The result does
-// not depend on `threads`.
+// features[s][n][r] * grads[s][m][r]. `op` is AccumulateSum, AccumulateSquare or AccumulateAbs. The
+// result does not depend on `threads`.
 template <class Op, class A>
 void per_sample_sum_cpu(const PerSampleProducts<A>& products, const Op& op, A* sums, int threads);
 

@@ -139,7 +139,7 @@ class NaiveSI(Naive):
 
 
 class NaiveRWalk(Naive):
-    decay, interval, eps, mix = 0.9, 10, 1e-3, 0.5
+    alpha, interval, eps, mix = 0.9, 10, 1e-3, 0.5
 
     def __init__(self, model, strength):
         super().__init__(model, strength)
@@ -149,7 +149,7 @@ class NaiveRWalk(Naive):
     def after_step(self):
         for i, (g, new) in enumerate(zip(self.grads, self.now(), strict=True)):
             self.fall[i] -= g * (new - self.old[i])
-            self.fisher[i] = self.decay * self.fisher[i] + (1 - self.decay) * g**2
+            self.fisher[i] = self.alpha * g**2 + (1 - self.alpha) * self.fisher[i]
         self.steps += 1
         if self.steps == self.interval:
             self.close_interval()
@@ -196,7 +196,7 @@ class NaiveReleasedRWalk(NaiveRWalk):
             self.task_score[i] += self.fall[i].clamp(min=0) / (distance + self.eps)
             # The squares of the whole task so far, not those of the interval.
             added = self.squares[i] / self.interval
-            self.fisher[i] = (1 - self.decay) * self.fisher[i] + self.decay * added
+            self.fisher[i] = (1 - self.alpha) * self.fisher[i] + self.alpha * added
         self.drop_interval()
 
     def drop_interval(self):
@@ -235,13 +235,13 @@ CASES = {
     "mas gamma": (MAS, NaiveMAS, 1.0, {"gamma": 0.3}),
     "si": (SI, NaiveSI, 2.0, {"xi": 0.05}),
     "si total": (SI, NaiveSI, 2.0, {"xi": 0.05, "clamp": "total"}),
-    "rwalk": (RWalk, NaiveRWalk, 1.0, {"interval": 4, "eps": 1e-2, "decay": 0.8, "mix": 0.3}),
+    "rwalk": (RWalk, NaiveRWalk, 1.0, {"interval": 4, "eps": 1e-2, "alpha": 0.8, "mix": 0.3}),
     "rwalk whole": (RWalk, NaiveRWalk, 1.0, {"interval": STEPS}),
     "rwalk released": (
         RWalk,
         NaiveReleasedRWalk,
         1.0,
-        {"variant": "released", "interval": 5, "eps": 1e-2, "decay": 0.8, "mix": 0.3},
+        {"variant": "released", "interval": 5, "eps": 1e-2, "alpha": 0.8, "mix": 0.3},
     ),
     "scp": (SCP, NaiveSCP, 5.0, {}),
 }

@@ -53,7 +53,7 @@ def test_a_strength_without_a_penalty_is_refused(kind):
         (MAS, {"estimator": "sample"}, "did you mean 'per_sample'"),
         (SI, {"xi": 0}, "xi must be a finite number >= 1.17549e-38, got 0"),
         (SI, {"clamp": "totel"}, r"option 'clamp' of si.*did you mean 'total'"),
-        (RWalk, {"decay": 1.0}, "decay must be a finite number >= 0 and < 1"),
+        (RWalk, {"alpha": 0.0}, "alpha must be a finite number >= 1.17549e-38 and <= 1"),
         (RWalk, {"interval": 0}, "interval must be an integer >= 1, got 0"),
         (RWalk, {"eps": math.nan}, "eps must be a finite number >= 1.17549e-38"),
         (RWalk, {"mix": 2}, "mix must be"),

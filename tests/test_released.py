@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_methods import Naive
+from scipy.optimize import minimize
 from torch import nn
-from toy_training import make_model, train_tasks
+from toy_training import make_model, make_task, train_tasks
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 if not BENCH.is_dir():
@@ -101,3 +102,42 @@ def test_ewc_of_agem2019(released):
     method = released.RunningFisherEWC(make_model(), strength=STRENGTH, interval=3)
     train_tasks(method.model, method)
     assert_same(method, NaiveRunningFisherEWC(make_model(), STRENGTH, 3).train())
+
+
+def flat_gradient(model, inputs, labels, sign=1.0):
+    model.zero_grad()
+    (sign * F.cross_entropy(model(inputs), labels)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_gem_of_agem2019_steps_along_the_past_alone_where_they_conflict(released):
+    model = make_model()
+    method = released.ReleasedGEM(model, per_task=7, margin=0.5)
+    train_tasks(model, method)
+    past = torch.stack([flat_gradient(model, *kept) for kept in method._kept_tasks()])
+    x, y = make_task(1)[0]
+    kept = flat_gradient(model, x, y)
+    fits = bool((past @ kept >= 0).all())
+    before = flat_gradient(model, x, y, sign=-1.0) if fits else kept
+    assert bool((past @ before < 0).any())
+    kernel = (past @ past.T).numpy()
+    expected = minimize(
+        lambda v: 0.5 * v @ kernel @ v,
+        [1.0] * 3,
+        jac=lambda v: kernel @ v,
+        bounds=[(0.5, None)] * 3,
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    method.add_penalty_grad_()
+    after = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(after, torch.from_numpy(expected.x) @ past, rtol=1e-4, atol=1e-6)
+
+
+def test_gem_of_agem2019_leaves_a_step_without_conflict_alone(released):
+    model = make_model()
+    method = released.ReleasedGEM(model, per_task=7)
+    train_tasks(model, method, tasks=1)
+    before = flat_gradient(model, *next(iter(method._kept_tasks())))
+    method.add_penalty_grad_()
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).equal(before)

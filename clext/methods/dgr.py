@@ -148,14 +148,15 @@ class DGR(Rehearsal):
         with self._sampling.unless_it_fails():
             random = self._sampling.on(inputs.device)
             replayed = sample_like(self.name, self._previous, inputs, random)
-            self._train_generator(inputs, replayed)
-        with self.outputs.full():
-            logits, teacher = self.outputs.logits(replayed), self._teacher(replayed)
-        losses = [
-            self._replayed_loss(logits[:, now], teacher[:, then])
-            for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])
-        ]
-        return self._balanced(current, self._over_tasks(losses))
+            with self.outputs.full():
+                logits, teacher = self.outputs.logits(replayed), self._teacher(replayed)
+            losses = [
+                self._replayed_loss(logits[:, now], teacher[:, then])
+                for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])
+            ]
+            loss = self._balanced(current, self._over_tasks(losses))
+            self._train_generator(inputs, replayed)  # last, when nothing else can fail
+        return loss
 
     def _replayed_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
         if self.distill:

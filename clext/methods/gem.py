@@ -82,10 +82,22 @@ def projection_weights(
         margin: lower bound of v.
         ridge: added to the diagonal of the past gradients' part.
     """
-    products = gram[:-1, -1]
+    past, products = gram[:-1, :-1], gram[:-1, -1]
     if not np.isfinite(gram).all() or not (products < 0).any():
         return None
-    past = gram[:-1, :-1] + ridge * np.eye(len(products))
+    return solve_dual(past + ridge * np.eye(len(products)), products, margin)
+
+
+def solve_dual(
+    past: NDArray[np.float64], products: NDArray[np.float64], margin: float
+) -> NDArray[np.float64]:
+    """The v that makes 1/2 v^T past v + products^T v smallest, subject to v >= margin.
+
+    Args:
+        past: float64 [T, T], symmetric and positive semidefinite.
+        products: float64 [T], none outside of the directions that `past` reaches.
+        margin: lower bound of v.
+    """
     # With u = v - margin it is 1/2 u^T K u + c^T u over u >= 0; scaled to ones on the diagonal, or
     # tasks whose gradients are small would drown.
     size = np.sqrt(past.diagonal())

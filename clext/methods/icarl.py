@@ -111,6 +111,7 @@ class ICaRL(Unpenalised):
         self._sets: Sets = {}
         self._previous: Snapshot | None = None
         self._current: tuple[Tensor, Tensor] | None = None  # of the task, with global labels
+        self._classes: list[int] | None = None  # of these; None: all of the task's block
         # Means by class, and of which values of the model they are.
         self._means: tuple[object, dict[int, Tensor]] | None = None
 
@@ -126,16 +127,19 @@ class ICaRL(Unpenalised):
         if examples is None:
             coming = blocks[-1] if blocks else ()
             exemplars_per_set(self.name, self._sets, coming, self.budget)
-            self._current = self._means = None
+            self._current = self._classes = self._means = None
             return None
         inputs, labels = own = check_examples(self, examples)
         self._features.find(inputs)
-        exemplars_per_set(self.name, self._sets, labels.unique().tolist(), self.budget)
+        classes = labels.unique().tolist()
+        exemplars_per_set(self.name, self._sets, classes, self.budget)
         if (old := joined(self._sets)) is not None:
             check_alike(self.name, inputs, old[0], "of the exemplars")
             inputs, labels = torch.cat([inputs, old[0]]), torch.cat([labels, old[1]])
-        targets = self._targets(inputs, labels, self._width(count_outputs(self, inputs)))
-        self._current, self._means = own, None
+        width = self._width(count_outputs(self, inputs))
+        old = self._old_outputs(width, labels.device, classes)
+        targets = self._targets(inputs, labels, old)
+        self._current, self._classes, self._means = own, classes, None
         return inputs, labels, targets
 
     def _width(self, outputs: int) -> int:
@@ -143,8 +147,9 @@ class ICaRL(Unpenalised):
         active = self.outputs.active
         return outputs if active is None else max(active.stop, self.outputs.seen or 0)
 
-    def _targets(self, inputs: Tensor, labels: Tensor, width: int) -> Tensor:
-        """What the sigmoids of the first `width` outputs should be, [N, width]."""
+    def _targets(self, inputs: Tensor, labels: Tensor, old: Tensor) -> Tensor:
+        """What the sigmoids of the outputs should be that `old` tells of, [N, width]."""
+        width = len(old)
         dtype = torch.promote_types(self._state.params[0].dtype, torch.float32)
         one_hot = torch.eye(width, dtype=dtype, device=labels.device)
         targets = one_hot.index_select(0, labels)
@@ -154,16 +159,21 @@ class ICaRL(Unpenalised):
             before = (before / self.temperature).sigmoid()
             # The head may have been narrower then.
             before = F.pad(before, (0, width - before.shape[1]))
-            targets = torch.where(self._old_outputs(width, labels.device), before, targets)
+            targets = torch.where(old, before, targets)
         return targets
 
-    def _old_outputs(self, width: int, device: torch.device) -> Tensor:
-        """Which outputs are of classes that earlier tasks had and this one has not, [width]."""
+    def _old_outputs(self, width: int, device: torch.device, classes: list[int] | None) -> Tensor:
+        """Which of the first `width` outputs are of classes that only earlier tasks had, [width].
+
+        `classes` are those of the current task, None all of its block. (A block may reach over
+        classes of others, where tasks share some.)
+        """
         old = torch.zeros(width, dtype=torch.bool, device=device)
         for block in self.outputs.blocks[:-1]:
             old[block.start : block.stop] = True
         for block in self.outputs.blocks[-1:]:
-            old[block.start : block.stop] = False
+            for label in block if classes is None else classes:
+                old[label : label + 1] = False
         return old
 
     def _has_global_labels(self, batch: Examples) -> bool:
@@ -178,14 +188,15 @@ class ICaRL(Unpenalised):
         self.outputs.check_logits(logits)
         if targets is None:
             labels = labels + self.outputs.start
-            targets = self._targets(inputs, labels, self._width(logits.shape[1]))
+            old = self._old_outputs(self._width(logits.shape[1]), labels.device, self._classes)
+            targets = self._targets(inputs, labels, old)
         width = targets.shape[1]
         losses = F.binary_cross_entropy_with_logits(
             logits[:, :width].to(targets.dtype), targets, reduction="none"
         )
         if self.outputs.apart:
             counted = self.outputs.competing(logits.shape[1], labels.device)[:, :width]
-            counted = counted | self._old_outputs(width, labels.device)
+            counted = counted | self._old_outputs(width, labels.device, self._classes)
             losses = losses * counted.index_select(0, labels)
         return losses.sum(dim=1).mean()
 
@@ -276,7 +287,7 @@ class ICaRL(Unpenalised):
 
         def commit() -> None:
             self._sets, self._previous = dict(sorted(sets.items())), previous
-            self._current = self._means = None
+            self._current = self._classes = self._means = None
 
         return commit
 
@@ -303,7 +314,7 @@ class ICaRL(Unpenalised):
 
         def commit() -> None:
             self._sets, self._previous = sets, previous
-            self._current = self._means = None
+            self._current = self._classes = self._means = None
 
         return commit
 

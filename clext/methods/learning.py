@@ -25,7 +25,7 @@ Examples = tuple[Tensor, ...]
 
 
 class Learning(Stateful):
-    """One half of what `Method` does beside its penalty; the hooks of methods that learn otherwise.
+    """What `Method` does beside its penalty: the hooks of methods that learn otherwise.
 
     A subclass overrides what it needs of `_begin_task`, `_loss`, `_predict` and `_prepare_end`, and
     the three functions of extra state if it keeps anything but counters and one tensor for each
@@ -82,18 +82,19 @@ class Learning(Stateful):
         if examples is not None:
             check_examples_of_task(self.label, examples)
         self.refresh_parameters()
-        self._was_used = True
         active_before, blocks_before = self.outputs.active, self.outputs.blocks
         self.outputs.begin_task(block, active, ended=self.tasks)
         try:
             if examples is not None and block is not None:
                 labels = integer_labels(self.label, examples[1])
                 self.outputs.check_labels_of_task(self.label, labels)
-            return self._learner._begin_task(examples)
+            begun = self._learner._begin_task(examples)
         except BaseException:
             self.outputs.blocks = blocks_before
             self.outputs.select(active_before)
             raise
+        self._was_used = True
+        return begun
 
     def loss(self, *batch: Tensor) -> Tensor:
         """The loss of a batch without the penalty (0-dim, differentiable).

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class RWalk(Method):
     """Importance: Fisher information plus a path-integral score, each scaled to [0, 1].
 
-    Fisher is the moving average of the squared task gradient, F = decay * F + (1 - decay) * g^2 at
-    every step of every task. The score of a task adds, every `interval` steps,
+    Fisher is the moving average of the squared task gradient, F = alpha * g^2 + (1 - alpha) * F at
+    every step of every task (equation 6 of the paper). The score of a task adds, every `interval`
+    steps,
 
         max(0, fall of the loss) / (F * distance^2 / 2 + eps),
 
@@ -31,9 +32,9 @@ class RWalk(Method):
     variant="released" follows the formulas of the code that the authors released, which differ:
 
     - F is averaged over intervals: with S the sum of g^2 over all steps since the task began, at
-      the end of each F = (1 - decay) * F + decay * S / interval, `decay` being the weight of what
-      is new. S is not begun again with each interval, so that F weighs all steps of a task about
-      alike instead of the last `interval` of them alone;
+      the end of each F = alpha * S / interval + (1 - alpha) * F. S is not begun again with each
+      interval, so that F weighs all steps of a task about alike instead of the last `interval` of
+      them alone;
     - an interval's score is max(0, fall) / (F * distance^2 + eps), F without that interval;
     - a task's first interval is a step shorter, and its last one is dropped, score and squares
       alike, if it lacks steps;
@@ -48,7 +49,7 @@ class RWalk(Method):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        decay: weight of the old Fisher average, in [0, 1); "released": of the new squares.
+        alpha: weight of the new squares in the Fisher average, in (0, 1].
         interval: steps between two entries of the score, >= 1.
         eps: damping of the score, > 0.
         mix: weight of the new task's score, in [0, 1].
@@ -78,7 +79,7 @@ class RWalk(Method):
         model: nn.Module,
         *,
         strength: float | None = None,
-        decay: float = 0.9,
+        alpha: float = 0.9,
         interval: int = 10,
         eps: float = 1e-3,
         mix: float = 0.5,
@@ -88,7 +89,7 @@ class RWalk(Method):
         self._formulas = FORMULAS[self.variant]
         self._formulas.declare(self)
         super().__init__(model, strength=strength)
-        self.decay = number(self.name, "decay", decay, minimum=0.0, maximum=1.0, open_maximum=True)
+        self.alpha = number(self.name, "alpha", alpha, minimum=SMALLEST, maximum=1.0)
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=SMALLEST)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
@@ -119,7 +120,7 @@ class RWalk(Method):
 
     def step_options(self) -> dict[str, float]:
         """Numbers that the optimizer's pass needs."""
-        return {"strength": self._strength, "decay": self.decay}
+        return {"strength": self._strength, "decay": self._formulas.step_decay(self)}
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))

@@ -25,7 +25,7 @@ class PaperFormulas:
 
     def step_decay(self, walk: RWalk) -> float:
         """Weight of the old average of squared gradients at the next step."""
-        return walk.decay
+        return 1.0 - walk.alpha
 
     def close_interval(self, walk: RWalk) -> None:
         """Enter the interval in the score."""
@@ -71,8 +71,8 @@ class ReleasedFormulas(PaperFormulas):
             walk._state.params,
             walk.eps,
         )
-        torch._foreach_mul_(running, 1 - walk.decay)
-        torch._foreach_add_(running, squares, alpha=walk.decay * walk.task_steps / walk.interval)
+        torch._foreach_mul_(running, 1 - walk.alpha)
+        torch._foreach_add_(running, squares, alpha=walk.alpha * walk.task_steps / walk.interval)
 
     @torch.no_grad()
     def close_last_interval(self, walk: RWalk) -> None:

@@ -24,9 +24,10 @@ _LARGEST_COUNT = 2**63 - 1  # seeds are made of counts
 
 
 class Stateful:
-    """One half of `Method`: for each parameter one tensor per name in `state_names`, and counters.
+    """What a method keeps: for each parameter a tensor per name in `state_names`, and counters.
 
-    The other half, what happens in a step and at the end of a task, is in `base.py`.
+    `Learning` (learning.py) adds a task's beginning, loss and prediction, and the outputs and what
+    else these keep to the state; `Method` (base.py), on top of both, a step and a task's end.
     """
 
     name: ClassVar[str]
@@ -46,8 +47,8 @@ class Stateful:
         self.strength = self.default_strength if strength is None else strength
         self.tasks = 0  # ended so far
         self._attached = False  # to an optimizer, whose steps do the work
-        # By the replays of a CUDA graph, or a penalty of the user's own of these views, for all
-        # that is known.
+        # By the replays of a CUDA graph, or by views of its state that were given out or loaded,
+        # for all that is known.
         self._is_held_unseen = False
         self._state = ParameterState(trainable_parameters(model), self.state_names)
 
@@ -167,6 +168,9 @@ class Stateful:
                 own.copy_(other)
             for key in set(self.separate_state) - state_dict["state"].keys():
                 self._state.restart(key)
+            if self.tasks == 0 and "importance" in self.state_names:  # a hand may have given some
+                given = torch.stack([entry.any() for entry in self._state.lists["importance"]])
+                self._is_held_unseen |= bool(given.any())
 
         return commit
 

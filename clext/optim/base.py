@@ -113,7 +113,11 @@ class FusedOptimizer(Optimizer):
 
     @property
     def penalty(self) -> Tensor:
-        """The method's penalty before the last step: 0-dim; zero where there was none."""
+        """The method's penalty before the last step: 0-dim; zero where there was none.
+
+        Of several optimizers with one method each has the part of its own parameters; the constant
+        of `EWC(anchors="all")` is in each.
+        """
         value = self._penalty
         if value is None:
             params = (entry for group in self.param_groups for entry in group["params"])
@@ -148,13 +152,14 @@ class FusedOptimizer(Optimizer):
         elif method.fused_state is None:
             self._step_apart(method)
         else:
-            if type(method).after_step is not Method.after_step:
+            if any(type(part).after_step is not Method.after_step for part in method.parts):
                 self._refuse_capture(
                     f"step() of {method.name} counts on the host, which a graph does not repeat; "
                     "capture optimizer.launch() and call method.after_step() after each replay"
                 )
             self.launch()
-            method.after_step()
+            for part in method.parts:
+                part.after_step()
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

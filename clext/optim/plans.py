@@ -105,7 +105,9 @@ def _protection(optimizer: FusedOptimizer) -> _Protection:
     method = optimizer.method
     if method is None or not method.fused_state:
         return _Protection((), None)
-    if method.tasks == 0 and "path" not in method.fused_state:
+    # A hand, or a state that was loaded, may have given importance before a task has ended.
+    is_empty = method.tasks == 0 and not method._is_held_unseen
+    if is_empty and "path" not in method.fused_state:
         return _Protection((), None)
     return _Protection(method.fused_state, method._state)
 

@@ -115,8 +115,8 @@ CLEXT_HOST_DEVICE void add_lanes(double* sums, const A* lanes) {
 // Adds the pairs of R rows with C rows. On the diagonal these are the same, and each pair counts
 // once.
 template <class P, int R, int C, bool Diagonal, class Op, class A>
-CLEXT_HOST_DEVICE void add_tile(const Op& op, const PairBlock<A>& block, int64_t first_row,
-                                int64_t first_column, const RowsAhead<A>& ahead) {
+CLEXT_HOST_DEVICE void add_pair_tile(const Op& op, const PairBlock<A>& block, int64_t first_row,
+                                     int64_t first_column, const RowsAhead<A>& ahead) {
   const A* left[R];
   const A* right[C];
   for (int r = 0; r < R; ++r) left[r] = block.row(first_row + r);
@@ -148,16 +148,16 @@ CLEXT_HOST_DEVICE void add_tile(const Op& op, const PairBlock<A>& block, int64_t
 
 // The same for `rows` rows, R at most.
 template <class P, int R, int Tile, class Op, class A>
-CLEXT_HOST_DEVICE void add_tile_of(const Op& op, const PairBlock<A>& block, int64_t rows,
-                                   int64_t first_row, int64_t first_column,
-                                   const RowsAhead<A>& ahead) {
+CLEXT_HOST_DEVICE void add_pair_tile_of(const Op& op, const PairBlock<A>& block, int64_t rows,
+                                        int64_t first_row, int64_t first_column,
+                                        const RowsAhead<A>& ahead) {
   if constexpr (R > 0) {
     if (rows < R) {
-      add_tile_of<P, R - 1, Tile>(op, block, rows, first_row, first_column, ahead);
+      add_pair_tile_of<P, R - 1, Tile>(op, block, rows, first_row, first_column, ahead);
     } else if (first_row == first_column) {
-      add_tile<P, R, R, true>(op, block, first_row, first_column, ahead);
+      add_pair_tile<P, R, R, true>(op, block, first_row, first_column, ahead);
     } else {
-      add_tile<P, R, Tile, false>(op, block, first_row, first_column, ahead);
+      add_pair_tile<P, R, Tile, false>(op, block, first_row, first_column, ahead);
     }
   }
 }
@@ -166,8 +166,8 @@ CLEXT_HOST_DEVICE void add_tile_of(const Op& op, const PairBlock<A>& block, int6
 // kTile at a time, and one more at the end where it would be left alone. A single tile goes through
 // the rows in order, which the processor foresees: it reads faster than it can be told to fetch.
 template <class Unit, class Op, class A>
-CLEXT_HOST_DEVICE void add_tiles(const Op& op, const PairBlock<A>& block,
-                                 const RowsAhead<A>& ahead) {
+CLEXT_HOST_DEVICE void add_pair_tiles(const Op& op, const PairBlock<A>& block,
+                                      const RowsAhead<A>& ahead) {
   constexpr int kTile = Unit::kTile;
   const int64_t panels = std::max<int64_t>(1, (block.row_count + kTile - 2) / kTile);
   const int64_t tiles = pair_count(panels);
@@ -179,8 +179,8 @@ CLEXT_HOST_DEVICE void add_tiles(const Op& op, const PairBlock<A>& block,
       const int64_t end = ++tile * fetched / tiles;
       const RowsAhead<A> share = {ahead.rows + begin * ahead.row_stride, ahead.row_stride,
                                   end - begin};
-      add_tile_of<Pack<A, Unit::kBytes>, kTile + 1, kTile>(op, block, i + 1 < panels ? kTile : left,
-                                                           i * kTile, j * kTile, share);
+      add_pair_tile_of<Pack<A, Unit::kBytes>, kTile + 1, kTile>(
+          op, block, i + 1 < panels ? kTile : left, i * kTile, j * kTile, share);
       begin = end;
     }
   }
@@ -209,9 +209,9 @@ CLEXT_HOST_DEVICE void apply_pairs(const Op& op, const ChunkPointers& at, int64_
     const int64_t next = start + block_size;
     const A* last = in_place ? reinterpret_cast<const A*>(at[1]) + start : scratch.last();
     if constexpr (!in_place) copy_last(scratch.last(), start, size);
-    add_tiles<Unit>(op,
-                    PairBlock<A>{rows + start, row_stride, last, row_count, size, scratch.sums()},
-                    RowsAhead<A>{rows + next, row_stride, next < whole ? op.outputs : 0});
+    add_pair_tiles<Unit>(
+        op, PairBlock<A>{rows + start, row_stride, last, row_count, size, scratch.sums()},
+        RowsAhead<A>{rows + next, row_stride, next < whole ? op.outputs : 0});
   }
   if (whole < n) {
     A* rest = scratch.rest();
@@ -219,7 +219,8 @@ CLEXT_HOST_DEVICE void apply_pairs(const Op& op, const ChunkPointers& at, int64_
     stage_rows(rest, kLanes, rows + whole, row_stride, op.outputs, n - whole, kLanes);
     copy_last(last, whole, n - whole);
     std::fill(last + (n - whole), last + kLanes, A(0));
-    add_tiles<Unit>(op, PairBlock<A>{rest, kLanes, last, row_count, kLanes, scratch.sums()}, {});
+    add_pair_tiles<Unit>(op, PairBlock<A>{rest, kLanes, last, row_count, kLanes, scratch.sums()},
+                         {});
   }
   for (int64_t pair = 0; pair * kSumLanes < scratch.sum_count(); ++pair) {
     partials[pair] = fold_lanes<Reduction::Sum, kSumLanes>(scratch.sums() + pair * kSumLanes);

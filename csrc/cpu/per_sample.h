@@ -111,18 +111,18 @@ CLEXT_HOST_DEVICE void add_product(const Op& op, const A* features, const int64_
 
 // Adds a tile of one sample: as many features and vectors as it has, F and V at most.
 template <class P, int F, int V, class Op, class A>
-CLEXT_HOST_DEVICE void add_tile(const Op& op, const ProductTile& tile, const A* features,
-                                const int64_t* entries, const std::vector<int64_t>& feature_rows,
-                                const A* grads, const int64_t* grad_rows, A* sums,
-                                int64_t sum_stride) {
+CLEXT_HOST_DEVICE void add_product_tile(const Op& op, const ProductTile& tile, const A* features,
+                                        const int64_t* entries,
+                                        const std::vector<int64_t>& feature_rows, const A* grads,
+                                        const int64_t* grad_rows, A* sums, int64_t sum_stride) {
   if constexpr (F > 0) {
     if (tile.feature_count < F) {
-      add_tile<P, F - 1, V>(op, tile, features, entries, feature_rows, grads, grad_rows, sums,
-                            sum_stride);
+      add_product_tile<P, F - 1, V>(op, tile, features, entries, feature_rows, grads, grad_rows,
+                                    sums, sum_stride);
     } else if (tile.entry_count <= (V - 1) * P::kSize) {
       if constexpr (V > 1) {
-        add_tile<P, F, V - 1>(op, tile, features, entries, feature_rows, grads, grad_rows, sums,
-                              sum_stride);
+        add_product_tile<P, F, V - 1>(op, tile, features, entries, feature_rows, grads, grad_rows,
+                                      sums, sum_stride);
       }
     } else {
       add_product<P, F, V>(op, features, entries, feature_rows, grads, grad_rows,
@@ -144,7 +144,8 @@ struct ProductSums {
 
 // Does the `part`-th of `parts` equal parts of all tiles.
 template <class Unit, class Op, class A>
-CLEXT_HOST_DEVICE void add_tiles(const ProductSums<Op, A>& work, int64_t part, int64_t parts) {
+CLEXT_HOST_DEVICE void add_product_tiles(const ProductSums<Op, A>& work, int64_t part,
+                                         int64_t parts) {
   using P = Pack<A, Unit::kBytes>;
   constexpr int kFeatures = kTileFeatures<Unit>;
   const PerSampleOperand<A>& features = work.products.features;
@@ -158,7 +159,7 @@ CLEXT_HOST_DEVICE void add_tiles(const ProductSums<Op, A>& work, int64_t part, i
     for (int64_t k = tiles.count() * part / parts; k < tiles.count() * (part + 1) / parts; ++k) {
       const ProductTile tile = tiles[k];
       A* sums = work.sums + (tile.group * feature_count + tile.feature) * entry_count + tile.entry;
-      add_tile<P, kFeatures, kTileVectors>(
+      add_product_tile<P, kFeatures, kTileVectors>(
           op, tile, features.group(sample, tile.group), features.entries.data() + tile.feature,
           features.rows, sample_grads + tile.group * work.grads.group_stride + tile.entry,
           work.grads.rows, sums, entry_count);
@@ -168,30 +169,31 @@ CLEXT_HOST_DEVICE void add_tiles(const ProductSums<Op, A>& work, int64_t part, i
 
 // The same for each instruction set. Everything above is force-inlined into these.
 template <class Op, class A>
-void add_tiles_baseline(const ProductSums<Op, A>& work, int64_t part, int64_t parts) {
-  add_tiles<VectorUnit<InstructionSet::Baseline>>(work, part, parts);
+void add_product_tiles_baseline(const ProductSums<Op, A>& work, int64_t part, int64_t parts) {
+  add_product_tiles<VectorUnit<InstructionSet::Baseline>>(work, part, parts);
 }
 
 #if defined(CLEXT_X86_DISPATCH)
 template <class Op, class A>
-CLEXT_TARGET_AVX2 void add_tiles_avx2(const ProductSums<Op, A>& work, int64_t part, int64_t parts) {
-  add_tiles<VectorUnit<InstructionSet::Avx2>>(work, part, parts);
+CLEXT_TARGET_AVX2 void add_product_tiles_avx2(const ProductSums<Op, A>& work, int64_t part,
+                                              int64_t parts) {
+  add_product_tiles<VectorUnit<InstructionSet::Avx2>>(work, part, parts);
 }
 
 template <class Op, class A>
-CLEXT_TARGET_AVX512 void add_tiles_avx512(const ProductSums<Op, A>& work, int64_t part,
-                                          int64_t parts) {
-  add_tiles<VectorUnit<InstructionSet::Avx512>>(work, part, parts);
+CLEXT_TARGET_AVX512 void add_product_tiles_avx512(const ProductSums<Op, A>& work, int64_t part,
+                                                  int64_t parts) {
+  add_product_tiles<VectorUnit<InstructionSet::Avx512>>(work, part, parts);
 }
 #endif
 
 template <class Op, class A>
-auto select_add_tiles() {
+auto select_add_product_tiles() {
 #if defined(CLEXT_X86_DISPATCH)
-  return for_instruction_set(&add_tiles_baseline<Op, A>, &add_tiles_avx2<Op, A>,
-                             &add_tiles_avx512<Op, A>);
+  return for_instruction_set(&add_product_tiles_baseline<Op, A>, &add_product_tiles_avx2<Op, A>,
+                             &add_product_tiles_avx512<Op, A>);
 #else
-  return &add_tiles_baseline<Op, A>;
+  return &add_product_tiles_baseline<Op, A>;
 #endif
 }
 
@@ -283,10 +285,10 @@ void per_sample_sum_cpu(const PerSampleProducts<A>& products, const Op& op, A* s
   const int64_t work =
       products.samples * products.groups * entries * static_cast<int64_t>(grads.rows.size());
   const int parts = work > cpu::kSerialProducts ? threads : 1;
-  const auto add_tiles = cpu::select_add_tiles<Op, A>();
+  const auto add_product_tiles = cpu::select_add_product_tiles<Op, A>();
   const auto add = [&](const cpu::VectorRows<A>& rows, int64_t begin, int64_t end) {
     const cpu::ProductSums<Op, A> part_of = {products, op, sums, rows, begin, end};
-    cpu::in_parts(parts, [&](int part) { add_tiles(part_of, part, parts); });
+    cpu::in_parts(parts, [&](int part) { add_product_tiles(part_of, part, parts); });
   };
   if (grads.has_whole_vectors()) {
     add({grads.first, grads.sample_stride, grads.group_stride, grads.rows.data()}, 0,

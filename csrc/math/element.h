@@ -11,10 +11,8 @@
 //   bool clear                                with a ReadAndClear list: whether to clear it
 //   static constexpr bool Op::* mode          optional: a member worth a loop for each value
 //   static constexpr bool rounds              optional: operator() takes a StorageTag first
-//   static constexpr bool row_by_row          with a Rows list: operator() takes a single row's
-//   value
-//                                             and its number, and is called for one row after
-//                                             another
+//   static constexpr bool row_by_row          with a Rows list: operator() takes one row's value
+//                                             and its number, and is called for each row in turn
 //   bool skip_row(k)                          with row_by_row: do without row k, which is not read
 // and never loops, loads or stores by itself. Nothing here includes torch or CUDA headers.
 #pragma once
