@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import fmean, stdev
 
-from result_tables import RESULTS, Entry, by_device, markdown, newest, read_lines
+from result_tables import NOT_MEASURED, RESULTS, Entry, markdown, newest, read_lines, where
 
 from clext import Comparison, Result
 
@@ -86,9 +86,12 @@ def course_table() -> str:
             f"{min(e['final_accuracy']):.4f}",
         ]
 
-    entries = newest(read_lines("course"), "method", "formula", "strength")
+    # Accuracies do not depend on the device, but for chance: the newest run counts.
+    runs = read_lines("course")
+    entries = list({(e["method"], e["formula"], e["strength"]): e for e in runs}.values())
     methods = list(dict.fromkeys(e["method"] for e in entries))
-    return by_device(sorted(entries, key=lambda e: methods.index(e["method"])), head, row)
+    rows = [row(e) for e in sorted(entries, key=lambda e: methods.index(e["method"]))]
+    return f"{markdown(head, rows)}\n\n{where(entries)}" if rows else NOT_MEASURED
 
 
 def sweep_table() -> str:

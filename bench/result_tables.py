@@ -36,8 +36,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def where(entries: list[Entry]) -> str:
     """One line that says on what the entries were measured."""
     machines = {
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, clext {m['clext']} "
-        f"({m['date'][:10]})"
+        f"{m['device']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}, "
+        f"torch {m['torch']}, clext {m['clext']} ({m['date'][:10]})"
         for m in (entry["machine"] for entry in entries)
     }
     return "Measured on " + "; ".join(sorted(machines)) + "."

@@ -34,7 +34,7 @@ __all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Split", "load_dataset
 
 DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
-_ADVICE = {"digits": ". They are small: lr 1e-3 and 20 epochs suit them"}
+_ADVICE = {"digits": ". Digits are few: lr 1e-3 and 20 epochs suit them"}
 ENVIRONMENT_VARIABLE = "CLEXT_DATA"
 
 
@@ -226,7 +226,7 @@ def _load_idx_or_fall_back(name: str, search: _Search, show: bool) -> tuple[Data
     if name == "auto":
         return _load_digits(), (
             f"comes with scikit-learn and stands in for MNIST, which was not found: {why}. "
-            f"To use MNIST, pass data_dir or set {ENVIRONMENT_VARIABLE}"
+            f"To use MNIST, set {ENVIRONMENT_VARIABLE} or pass data_dir (--data-dir)"
         )
     raise DataError(
         f"{files.title} cannot be had: {why}. Pass data_dir or set {ENVIRONMENT_VARIABLE} to a "

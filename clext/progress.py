@@ -90,7 +90,7 @@ class Progress:
         self._bar.set_postfix_str(f"{self._place(task, epoch)}{self._last}", refresh=True)
         if self._lines:
             seconds = time.perf_counter() - self._start
-            say(f"{self._label}: {self._place(task, epoch)}{self._last}, {seconds:.1f} s")
+            say(f"{self._label}: {self._place(task, epoch)}{self._last}, after {seconds:.1f} s")
 
     def task_end(self, task: int) -> None:
         """Show that the task is being consolidated, which can take as long as an epoch."""

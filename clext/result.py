@@ -121,8 +121,14 @@ class Result:
             of the run.
 
         Raises:
+            TypeError: `joint` is no result.
             ValueError: `joint` is of another method, or of other tasks.
         """
+        if not isinstance(joint, Result):
+            raise TypeError(
+                f'intransigence: joint must be a Result, that of a run of method "joint" on the '
+                f"same tasks, got {type(joint).__name__}"
+            )
         if "joint" not in joint.label.split("+"):
             raise ValueError(
                 f'intransigence: expected a run of "joint", got one of {joint.label!r}'
@@ -192,7 +198,7 @@ class Result:
         return [PICTURE_NAME, MATRIX_NAME] if len(self.accuracy) > 1 else [PICTURE_NAME]
 
     def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
-        """Write `result.json` to `folder`, replacing an older one, and the pictures.
+        """Write `result.json` to `folder` and the pictures, in the place of older ones.
 
         They are `accuracy.png`, and for more than one task `matrix.png`.
         """
@@ -202,6 +208,8 @@ class Result:
             self.plot(target / PICTURE_NAME)
             if MATRIX_NAME in self.pictures:
                 self.plot_matrix(target / MATRIX_NAME)
+            else:  # that of an older result would not be this one's
+                (target / MATRIX_NAME).unlink(missing_ok=True)
         return target
 
     @classmethod

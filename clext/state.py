@@ -93,16 +93,37 @@ class ParameterState:
             for entry, parameter in zip(entries, self.params, strict=True)
         )
 
+    def origins(self, old: ParameterState) -> list[int | None]:
+        """The place in `old` of each parameter: of itself, else of what had its name and is gone.
+
+        So a parameter that has only got another name (its layer was wrapped, or another one put
+        before it) stays what it is.
+        """
+        itself = {id(parameter): place for place, parameter in enumerate(old.params)}
+        replaced = {
+            name: place
+            for place, (name, parameter) in enumerate(zip(old.names, old.params, strict=True))
+            if id(parameter) not in self.ids
+        }
+        return [
+            itself.get(id(parameter), replaced.get(name))
+            for name, parameter in zip(self.names, self.params, strict=True)
+        ]
+
+    def lost(self, old: ParameterState) -> list[str]:
+        """Names in `old` of parameters that are not here, neither themselves nor replaced."""
+        known = set(self.origins(old))
+        return [name for place, name in enumerate(old.names) if place not in known]
+
     def check_shapes(self, old: ParameterState) -> None:
         """ValueError if a parameter has shrunk, or has another number of dimensions."""
-        before = dict(zip(old.names, old.params, strict=True))
-        for name, parameter in zip(self.names, self.params, strict=True):
-            if name in before:
-                _leading_part(name, before[name], parameter)
+        for name, parameter, place in zip(self.names, self.params, self.origins(old), strict=True):
+            if place is not None:
+                _leading_part(name, old.params[place], parameter)
 
     @torch.no_grad()
     def adopt(self, old: ParameterState) -> None:
-        """Copy what `old` knows of parameters of the same names.
+        """Copy what `old` knows of these parameters (see `origins`).
 
         Where a parameter has grown (a head with more classes), the leading part keeps its state
         and the rest starts anew. Being given other values is not a movement: where a movement is
@@ -111,12 +132,14 @@ class ParameterState:
         Raises:
             ValueError: a parameter has shrunk, or has another number of dimensions.
         """
-        places = {name: index for index, name in enumerate(old.names)}
+        places = self.origins(old)
         for key, entries in self.lists.items():
-            for name, parameter, entry in zip(self.names, self.params, entries, strict=True):
-                if name not in places or key not in old.lists:
+            for name, parameter, entry, place in zip(
+                self.names, self.params, entries, places, strict=True
+            ):
+                if place is None or key not in old.lists:
                     continue
-                known, before = old.lists[key][places[name]], old.params[places[name]]
+                known, before = old.lists[key][place], old.params[place]
                 leading = _leading_part(name, known, entry)
                 entry[leading].copy_(known)
                 if key in _STARTS and before is not parameter:

@@ -492,6 +492,35 @@ def test_a_batch_in_the_middle_of_a_task_is_refused_before_anything_moves(
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_a_loss_that_fails_in_a_later_task_has_taught_the_generator_nothing():
+    """As where memory runs out once the generated inputs are in the model too."""
+    method = DGR(make_model(), **SMALL)
+    train_task(method, 0, "domain")
+    (inputs, labels), _, _ = make_task(1, "domain")
+    method.loss(inputs[:6], labels[:6])
+    before, calls = method.state_dict(), []
+
+    def fail_on_the_second(*_):
+        calls.append(None)
+        if len(calls) == 2:
+            raise MemoryError("no more")
+
+    hook = method.model.register_forward_pre_hook(fail_on_the_second)
+    with pytest.raises(MemoryError):
+        method.loss(inputs[:6], labels[:6])
+    hook.remove()
+    assert_same_state(method.state_dict(), before)
+    method.loss(inputs[:6], labels[:6])
+
+
+def test_a_first_task_with_another_loss_is_said_not_to_be_replayed():
+    method = DGR(make_model(), **SMALL)
+    (inputs, labels), _, _ = make_task(0, "domain")
+    F.cross_entropy(method.model(inputs), labels).backward()
+    with pytest.warns(UserWarning, match="loss.. of this dgr was not called .* learned nothing"):
+        method.consolidate([(inputs, labels)])
+
+
 @pytest.mark.parametrize("began", [False, True])
 def test_inputs_that_are_not_scaled_any_more_are_refused_in_a_later_task(began):
     method = DGR(make_model(), **SMALL)

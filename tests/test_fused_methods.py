@@ -324,3 +324,33 @@ def test_proximal_needs_a_method_that_pulls():
     for method in (None, Own(model)):
         with pytest.raises(ValueError, match="proximal=True needs a method that pulls, got"):
             optim.SGD(model.parameters(), method=method, proximal=True)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("given", [EWC, SCP, SI], ids=lambda kind: kind.name)
+def test_importance_given_by_hand_holds_in_the_first_task_too(given, loaded, device):
+    """Of a task learned elsewhere, say."""
+    ways = []
+    for way in ("apart", "fused"):
+        model = make_model().to(device)
+        method = given(model, strength=3.0)
+        for entry in method.importance.values():
+            entry.fill_(1.0)
+        if loaded:
+            state, method = method.state_dict(), given(model, strength=3.0)
+            method.load_state_dict(state)
+        optimizer = apart(model, "sgd") if way == "apart" else fused(model, method, "sgd")
+        for x, y in make_task(0, device=device):
+            F.cross_entropy(model(x), y).backward()
+            if way == "apart":
+                method.add_penalty_grad_()
+            optimizer.step()
+            if way == "apart":
+                method.update()
+            optimizer.zero_grad()
+        ways.append(model)
+    for one, other in zip(*(model.parameters() for model in ways), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    free = make_model().to(device)
+    train_steps(free, Baseline(free), apart(free, "sgd"), make_task(0, device=device))
+    assert not torch.allclose(free[0].weight, ways[1][0].weight, rtol=1e-3)

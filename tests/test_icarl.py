@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rehearsal_tasks import (
     begin,
     every_setting,
@@ -322,3 +323,23 @@ def test_checksums_of_nothing_and_of_more_than_a_block(device):
     before = checksums([many, torch.zeros(())])
     many[-1] = -0.0
     assert checksums([many, torch.zeros(())]) != before
+
+
+def test_classes_of_earlier_tasks_between_those_of_a_task_are_distilled():
+    """Tasks {0, 1}, {2, 3} and {0, 3}: the third has the outputs 0 to 3, of which two are old."""
+    method = ICaRL(make_model("class"), budget=12)
+    inputs, _ = make_examples("class", 0)
+    active = range(4)
+    for classes, block in (((0, 1), range(2)), ((2, 3), range(2, 4)), ((0, 3), range(4))):
+        labels = torch.tensor(classes).repeat(len(inputs) // 2 + 1)[: len(inputs)]
+        with torch.no_grad(), method.outputs.full():
+            before = method.model(inputs)[:, :4].sigmoid()
+        began = method.begin_task((inputs, labels), block=block, active=active)
+        targets = began[2][: len(inputs)]
+        if classes == (0, 3):
+            assert torch.allclose(targets[:, 1:3], before[:, 1:3])
+            assert torch.equal(targets[:, [0, 3]], F.one_hot(labels, 4)[:, [0, 3]].double())
+            losses = method.loss(inputs, labels), method.loss(inputs, labels, targets)
+            torch.testing.assert_close(*losses)
+        train(method, began)
+        method.consolidate([(inputs, labels)])

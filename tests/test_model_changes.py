@@ -260,3 +260,66 @@ def test_a_model_moved_within_a_task(kind, device):
                 call()
     method.refresh_parameters()
     assert method.penalty().device.type == method.add_penalty_grad_().device.type == device
+
+
+# ------------------------------------------------------------------ other names
+
+
+def sums(method):
+    return {name: entry.sum().item() for name, entry in method.importance.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.Sequential, lambda layer: torch.compile(layer, backend="eager")]
+)
+def test_a_wrapped_layer_keeps_what_is_known_of_it(kind, wrap):
+    model = make_model()
+    method = kind(model)
+    x, y = make_task(0)[0]
+    with torch.no_grad():
+        for entry in method.importance.values():
+            entry.fill_(2.0)
+    method.tasks = 1
+    before, anchor = sums(method), method.anchor["0.weight"].clone()
+    model[0] = wrap(model[0])
+    method.begin_task((x, y))
+    after = sums(method)
+    assert list(after) != list(before)
+    assert list(after.values()) == list(before.values())
+    assert method.penalty().item() == 0
+    assert next(iter(method.anchor.values())).equal(anchor)
+
+
+def test_a_layer_put_before_others_moves_no_importance_to_a_neighbour():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    method = METHODS["ewc"](model)
+    method.consolidate([(torch.randn(16, 4), torch.arange(16) % 4)])
+    before = list(sums(method).values())
+    model.insert(0, nn.Dropout(0.1))
+    method.begin_task()
+    assert list(sums(method)) == [f"{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")]
+    assert list(sums(method).values()) == before
+    assert method.penalty().item() == 0
+
+
+def test_a_path_goes_on_in_a_layer_that_was_wrapped():
+    plain, wrapped = (Trained("si", "apart", "cpu") for _ in range(2))
+    for trained in (plain, wrapped):
+        trained.step(make_task(0)[0])
+    wrapped.model[0] = nn.Sequential(wrapped.model[0])
+    for trained in (plain, wrapped):
+        trained.method.refresh_parameters()
+        trained.step(make_task(0)[1])
+        trained.end_task(make_task(0))
+    pairs = zip(plain.method.importance.values(), wrapped.method.importance.values(), strict=True)
+    assert all(torch.equal(one, other) and bool(one.any()) for one, other in pairs)
+
+
+def test_what_is_known_of_a_parameter_that_is_gone_is_not_forgotten_in_silence():
+    model = make_model()
+    method = METHODS["ewc"](model)
+    method.consolidate(make_task(0))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.warns(UserWarning, match="'0.weight' is not in the model any more, .* ewc knew"):
+        method.begin_task()

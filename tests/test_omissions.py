@@ -41,6 +41,38 @@ def said(call):
     return [str(entry.message) for entry in caught if "saw no step" not in str(entry.message)]
 
 
+class TestAnUpdateBeforeTheStep:
+    """As course notebooks have it: what is a step's is taken for the next gradient's."""
+
+    EARLY = "update.. of this .* was called before the optimizer's step"
+
+    def steps(self, name, *, early, skip=False):
+        model = make_model()
+        method = make_method(name, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, y = data()
+        for number in range(4):
+            F.cross_entropy(model(x), y).backward()
+            method.add_penalty_grad_()
+            if early:
+                method.update()
+            if not (skip and number % 2):
+                optimizer.step()
+            if not early:
+                method.update()
+            optimizer.zero_grad()
+
+    @pytest.mark.parametrize("name", ["si", "rwalk"])
+    def test_is_noticed(self, name):
+        with pytest.warns(UserWarning, match=self.EARLY):
+            self.steps(name, early=True)
+
+    @pytest.mark.parametrize("name", ["si", "rwalk", "ewc"])
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_nothing_is_said_of_the_right_order_nor_of_skipped_steps(self, name, skip):
+        assert not said(lambda: self.steps(name, early=False, skip=skip))
+
+
 class TestAModelThatChanged:
     """In a loop with an optimizer of torch and without `begin_task`."""
 
@@ -87,6 +119,7 @@ class TestAModelThatChanged:
 
 class TestTheSameEndAgain:
     @quiet
+    @pytest.mark.filterwarnings("ignore:clext. loss.. of this dgr was not called")
     @pytest.mark.parametrize("name", [*METHODS, "ewc+replay", "gem+lwf"])
     @pytest.mark.parametrize("given", [lambda: [data()], lambda: loader()], ids=["list", "loader"])
     def test_is_noticed_in_every_method(self, name, given):

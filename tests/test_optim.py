@@ -376,3 +376,20 @@ def test_compiled_models_and_loops(device):
         step(number)
     train(other, torch.optim.Adam(other.parameters(), lr=0.02), range(5))
     assert_same_parameters(one, other)
+
+
+def test_an_average_without_memory_is_the_gradient(device):
+    """A small gradient after a large one: added to their difference, it would be lost."""
+    for betas in ((0.0, 0.0), (0.0, 0.9), (0.4, 0.9)):
+        ours, theirs = (torch.ones(5, device=device, requires_grad=True) for _ in range(2))
+        pairs = [
+            (ours, optim.Adam([ours], lr=1e-3, betas=betas)),
+            (theirs, torch.optim.Adam([theirs], lr=1e-3, betas=betas)),
+        ]
+        for gradient in (1.1, 1e-8):
+            for parameter, optimizer in pairs:
+                parameter.grad = torch.full_like(parameter, gradient)
+                optimizer.step()
+        averages = [optimizer.state[entry]["exp_avg"] for entry, optimizer in pairs]
+        torch.testing.assert_close(averages[0], averages[1], rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-7)

@@ -61,6 +61,11 @@ class TestNumbers:
         assert "after 1 of 3 tasks" in str(ours)
         assert "stopped early: the power went out" in str(ours)
 
+    @pytest.mark.parametrize("given", [None, "joint"])
+    def test_intransigence_against_no_run_is_refused(self, given):
+        with pytest.raises(TypeError, match="^intransigence: joint must be a Result, .* got"):
+            result().intransigence(given)
+
     def test_intransigence_is_measured_against_a_joint_run(self):
         joint = result("joint")  # by its longer name 0.02 worse on every task
         joint.config["seed"] = 7  # one joint run can serve runs of several seeds
@@ -470,7 +475,8 @@ class TestHeatMap:
 
     def test_is_saved_where_there_is_more_than_one_task(self, tmp_path):
         result().save(tmp_path / "many")
-        result(tasks=1).save(tmp_path / "one")
+        for tasks in (3, 1):  # the second in the place of the first
+            result(tasks=tasks).save(tmp_path / "one")
         names = ["accuracy.png", "matrix.png", "result.json"]
         assert sorted(file.name for file in (tmp_path / "many").iterdir()) == names
         names.remove("matrix.png")

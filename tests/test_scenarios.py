@@ -187,6 +187,13 @@ class TestOwnDataSets:
         assert scenario.tasks[0].train().inputs.equal(inputs)
         assert scenario.tasks[0].test().labels.equal(labels)
 
+    def test_a_domain_may_be_tested_on_a_class_that_only_another_one_was_trained_on(self):
+        pairs = [own_pair(0, 1, 2), (own_pair(0, 1)[0], own_pair(2, 0)[1])]
+        scenario = Scenario.from_datasets(pairs, incremental="domain")
+        assert set(scenario.tasks[1].test().labels.tolist()) == {0, 2}
+        with pytest.raises(ValueError, match="task 2, test data: class 2 is not among the 2 clas"):
+            Scenario.from_datasets(pairs, incremental="class")
+
     def test_reading_leaves_the_random_state_alone(self):
         data = TensorDataset(torch.rand(5, 2), torch.zeros(5).long())
         before = torch.get_rng_state()
@@ -237,7 +244,7 @@ class TestOwnDataSets:
             ),
             (
                 [(own_pair(0, 1)[0], own_pair(0, 5)[0])],
-                "task 1, test data: class 5 is not among the 2 classes",
+                "task 1, test data: class 5 is not among the 2 classes of the training data",
             ),
             ([own_pair(-1, 1)], "label -1, expected numbers from 0"),
             (None, "datasets must be a list with a pair .* for each task, got NoneType$"),

@@ -123,6 +123,14 @@ class TestPrecision:
         assert result.config["precision"] == "bf16"
         assert result.average_accuracy[-1] > 0.5
 
+    @pytest.mark.parametrize("name", ["gem", "agem"])
+    def test_bf16_is_also_that_of_what_a_method_runs_in_the_step(self, name):
+        seen = []
+        model = small()
+        model.register_forward_hook(lambda layer, _x, y: seen.append((layer.training, y.dtype)))
+        clext.train(name, model=model, lr=1e-2, precision="bf16", **QUICK)
+        assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+
     def test_fp32_is_the_default_and_others_are_refused(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -204,6 +204,8 @@ class Method(Learning):
         """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
         self._refuse_if_attached("update")
         self._was_used = True
+        if "path" in self._state.lists:
+            watch.warn_of_an_early_update(self)
 
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task: importance and anchor for the tasks to come.

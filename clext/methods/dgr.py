@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -186,6 +187,13 @@ class DGR(Rehearsal):
         if self.generator is not None and self._optimizer is not None:
             refuse_broken(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
+        if previous is None and self.tasks == 0:
+            warnings.warn(
+                f"clext: loss() of this {self.name} was not called in this task, so its generator "
+                "has learned nothing and no later task will replay this one; train on loss(x, y) "
+                "of the method, in place of a loss of your own",
+                stacklevel=3,
+            )
 
         def commit() -> None:
             self._teacher, self._previous = teacher, previous

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -47,9 +48,11 @@ class Stateful:
         self.strength = self.default_strength if strength is None else strength
         self.tasks = 0  # ended so far
         self._attached = False  # to an optimizer, whose steps do the work
-        # By the replays of a CUDA graph, or by views of its state that were given out or loaded,
-        # for all that is known.
+        # By the replays of a CUDA graph, or a penalty of the user's own of these views, for all
+        # that is known.
         self._is_held_unseen = False
+        # By a hand or a state that was loaded, for all that is known: before a task has ended.
+        self._has_been_given_importance = False
         self._state = ParameterState(trainable_parameters(model), self.state_names)
 
     def _choice(self, option: str, value: object) -> str:
@@ -73,7 +76,7 @@ class Stateful:
     @property
     def importance(self) -> dict[str, Tensor]:
         """Importance of each parameter by name: views of the method's own state."""
-        self._is_held_unseen = True
+        self._is_held_unseen = self._has_been_given_importance = True
         return self._state.view("importance")
 
     @property
@@ -86,10 +89,11 @@ class Stateful:
         """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
 
         `begin_task` and `consolidate` do so by themselves, but a loop without `begin_task` has to
-        call this before its first step on a changed model. A parameter is known by its name: that
-        of a module which was replaced keeps importance and anchor, and one that has grown keeps
-        them for its leading part (the old rows of a head). New parameters and rows start without
-        importance, anchored where they are. What is no longer in the model is forgotten.
+        call this before its first step on a changed model. A parameter keeps importance and anchor
+        under another name too; one in the place of another (of its name) takes over those of the
+        other, one that has grown for its leading part (the old rows of a head). New parameters and
+        rows start without importance, anchored where they are. What is no longer in the model is
+        forgotten, with a warning where a task has ended.
 
         Raises:
             ValueError: a parameter has shrunk or has another number of dimensions, or no state can
@@ -105,7 +109,15 @@ class Stateful:
                 state.adopt(self._state)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from None
+            lost = state.lost(self._state) if self.tasks > 0 else []
             self._state = state
+            if lost and self.state_names:
+                more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+                warnings.warn(
+                    f"clext: parameter '{lost[0]}'{more} is not in the model any more, so what "
+                    f"this {self.name} knew of it is forgotten",
+                    stacklevel=3,
+                )
 
     def _parameters_now(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, and those known that were frozen since."""
@@ -170,7 +182,7 @@ class Stateful:
                 self._state.restart(key)
             if self.tasks == 0 and "importance" in self.state_names:  # a hand may have given some
                 given = torch.stack([entry.any() for entry in self._state.lists["importance"]])
-                self._is_held_unseen |= bool(given.any())
+                self._has_been_given_importance |= bool(given.any())
 
         return commit
 

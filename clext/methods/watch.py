@@ -12,6 +12,7 @@ What `clip_grad_norm_` multiplied with is of the gradients that it clipped, and 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
     from clext.methods.base import Method
 
-_stamps: WeakKeyDictionary[Method, int] = WeakKeyDictionary()
+_stamps: WeakKeyDictionary[Method, tuple[int, int]] = WeakKeyDictionary()  # and the writes then
+_updates: WeakKeyDictionary[Method, int] = WeakKeyDictionary()  # writes until the last update
 _clipped: WeakKeyDictionary[Method, Clipped] = WeakKeyDictionary()
 _is_registered = False
 
@@ -70,12 +72,13 @@ def _version(gradient: Tensor) -> int:
 def leave_stamp(method: Method) -> None:
     """From now until the step, the gradients of `method` are to stay as they are."""
     _register()
-    _stamps[method] = method._state.plan.gradient_stamp()
+    _stamps[method] = method._state.plan.gradient_stamp(), _writes(method)
 
 
 def has_stamp(method: Method) -> bool:
     """Whether the gradients of `method` are as they were when it left a stamp."""
-    return _stamps.get(method) == method._state.plan.gradient_stamp()
+    stamp, _ = _stamps.get(method, (None, 0))
+    return stamp == method._state.plan.gradient_stamp()
 
 
 def mark_clipped(method: Method) -> None:
@@ -129,6 +132,28 @@ def _register() -> None:
         _is_registered = True
 
 
+def warn_of_an_early_update(method: Method) -> None:
+    """If `update` is called ahead of the step: it then pairs a step with the next gradient.
+
+    A step that a GradScaler has skipped looks alike, but there has been no step before it either.
+    """
+    writes = _writes(method)
+    _, at_the_pull = _stamps.get(method, (None, None))
+    if writes == at_the_pull and writes != _updates.get(method, writes):
+        warnings.warn(
+            f"clext: update() of this {method.name} was called before the optimizer's step, so it "
+            "takes the last step for one along the gradient of this batch; call it after "
+            "optimizer.step() and before zero_grad()",
+            stacklevel=4,
+        )
+    _updates[method] = writes
+
+
+def _writes(method: Method) -> int:
+    """How often a parameter was written to, as far as torch counts: the first tells for all."""
+    return _version(method._state.params[0])
+
+
 def drop_stamp(method: Method) -> None:
     """The step is over, or there was none."""
     _stamps.pop(method, None)
@@ -146,7 +171,7 @@ def _compare(method: Method) -> None:
     if method not in _stamps:
         return
     # Once: the step of a first optimizer may write to gradients that a second one steps with.
-    stamp = _stamps.pop(method)
+    stamp, _ = _stamps.pop(method)
     if method._state.plan.gradient_stamp() != stamp:
         raise RuntimeError(
             f"{method.name}: the gradients were changed between add_penalty_grad_() and the "

@@ -105,8 +105,7 @@ def _protection(optimizer: FusedOptimizer) -> _Protection:
     method = optimizer.method
     if method is None or not method.fused_state:
         return _Protection((), None)
-    # A hand, or a state that was loaded, may have given importance before a task has ended.
-    is_empty = method.tasks == 0 and not method._is_held_unseen
+    is_empty = method.tasks == 0 and not method._has_been_given_importance
     if is_empty and "path" not in method.fused_state:
         return _Protection((), None)
     return _Protection(method.fused_state, method._state)

@@ -57,13 +57,16 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
     places: dict[int, int] = {}  # the output of each label
     used = 0
     tasks = []
+    of_all = {label for train, _ in pairs for label in train.labels.unique().tolist()}
     for number, (train, test) in enumerate(pairs, start=1):
         classes = [int(label) for label in train.labels.unique()]
-        strangers = set(test.labels.unique().tolist()) - set(classes)
+        # Domains share the classes.
+        known, whose = (of_all, "the") if incremental == "domain" else (set(classes), "its")
+        strangers = set(test.labels.unique().tolist()) - known
         if strangers:
             raise ValueError(
                 f"{_OWNER}: task {number}, test data: class {min(strangers)} is not among the "
-                f"{len(classes)} classes of its training data"
+                f"{len(known)} classes of {whose} training data"
             )
         if incremental == "domain":
             if classes[0] < 0:
