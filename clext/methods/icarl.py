@@ -133,9 +133,9 @@ class ICaRL(Unpenalised):
         self._features.find(inputs)
         classes = labels.unique().tolist()
         exemplars_per_set(self.name, self._sets, classes, self.budget)
-        if (old := joined(self._sets)) is not None:
-            check_alike(self.name, inputs, old[0], "of the exemplars")
-            inputs, labels = torch.cat([inputs, old[0]]), torch.cat([labels, old[1]])
+        if (kept := joined(self._sets)) is not None:
+            check_alike(self.name, inputs, kept[0], "of the exemplars")
+            inputs, labels = torch.cat([inputs, kept[0]]), torch.cat([labels, kept[1]])
         width = self._width(count_outputs(self, inputs))
         old = self._old_outputs(width, labels.device, classes)
         targets = self._targets(inputs, labels, old)
