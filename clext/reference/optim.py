@@ -154,7 +154,7 @@ def adam_step_(
         mean, square = exp_avgs[index], exp_avg_sqs[index]
         step_size = step.lr / _one_minus_power(beta1, counts[index])
         correction = 1 / math.sqrt(_one_minus_power(beta2, counts[index]))
-        mean.lerp_(grad, 1 - beta1)
+        mean.copy_(beta1 * mean + (1 - beta1) * grad)
         square.copy_(beta2 * square + (1 - beta2) * grad * grad)
         return base - step_size * mean / (square.sqrt() * correction + eps)
 

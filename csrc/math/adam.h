@@ -58,9 +58,8 @@ struct AdamStep : FusedStep<P> {
     A total = task_grad;
     const A value = this->add_pull(total, param, protection...);
     total += A(this->grad_weight) * param;
-    // As torch's lerp, from the nearer end: with beta1 = 0 the average is the gradient itself.
-    const A change = total - exp_avg;
-    exp_avg = beta1 > 0.5 ? exp_avg + A(1 - beta1) * change : total - A(beta1) * change;
+    // Not the average plus a share of the difference, in which a small gradient could be lost.
+    exp_avg = A(beta1) * exp_avg + A(1 - beta1) * total;
     exp_avg_sq = A(beta2) * exp_avg_sq + A(1 - beta2) * total * total;
     const A denominator = std::sqrt(exp_avg_sq) * A(correction) + A(eps);
     const A target = A(this->keep) * param - A(step_size) * exp_avg / denominator;
