@@ -181,8 +181,8 @@ class Stateful:
             for key in set(self.separate_state) - state_dict["state"].keys():
                 self._state.restart(key)
             if self.tasks == 0 and "importance" in self.state_names:  # a hand may have given some
-                given = torch.stack([entry.any() for entry in self._state.lists["importance"]])
-                self._has_been_given_importance |= bool(given.any())
+                given = any(bool(entry.any()) for entry in self._state.lists["importance"])
+                self._has_been_given_importance |= given
 
         return commit
 

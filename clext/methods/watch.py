@@ -149,6 +149,11 @@ def warn_of_an_early_update(method: Method) -> None:
     _updates[method] = writes
 
 
+def forget_updates(method: Method) -> None:
+    """A task is over: until the next update parameters may be written to by anyone."""
+    _updates.pop(method, None)
+
+
 def _writes(method: Method) -> int:
     """How often a parameter was written to, as far as torch counts: the first tells for all."""
     return _version(method._state.params[0])
