@@ -267,6 +267,7 @@ class TestALossOfOnesOwn:
 
     @pytest.mark.parametrize("name", ["lwf", "replay", "dgr", "icarl", "si+replay"])
     @pytest.mark.filterwarnings("ignore:clext. si saw no step")
+    @pytest.mark.filterwarnings("ignore:clext. loss.. of this dgr .* its generator")
     def test_is_noticed_from_the_second_task_on(self, name):
         method = make_method(name, model())
         method.consolidate(batches(0))  # nothing was learned before

@@ -252,6 +252,14 @@ class TestOwnDataSets:
             ([((torch.tensor(1.0), torch.tensor([0])),) * 2], "inputs are a 0-dim tensor"),
             ([((torch.rand(1, 3), ["a"]),) * 2], "training data: labels are no tensor of integers"),
             (
+                [((torch.rand(2, 3).to_sparse(), torch.tensor([0, 1])),) * 2],
+                "training data: inputs are torch.sparse_coo, expected a dense tensor with values",
+            ),
+            (
+                [((torch.rand(1, 3), torch.zeros(1, dtype=torch.int64, device="meta")),) * 2],
+                "training data: labels are on the meta device, expected a dense tensor",
+            ),
+            (
                 [((torch.ones(1, 3, dtype=torch.uint8), torch.tensor([0])),) * 2],
                 r"task 1, training data: inputs are uint8; pass .float\(\) / 255$",
             ),

@@ -121,6 +121,7 @@ class Learning(Stateful):
         """A score for each example and active output, [N, outputs]; the largest is the class.
 
         In the mode that the model is in: call `model.eval()` before it, as before any prediction.
+        Which outputs are active is the model's, so not from several threads with other ones each.
 
         Args:
             inputs: of the model, N examples.

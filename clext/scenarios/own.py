@@ -114,6 +114,10 @@ def _read(given: object, what: str) -> Split:
         raise ValueError(
             f"{what}: labels are no tensor of integers, and cannot be made one"
         ) from None
+    for part, entry in (("inputs", inputs), ("labels", labels)):
+        if entry.layout != torch.strided or entry.is_meta:
+            kind = "on the meta device" if entry.is_meta else str(entry.layout)
+            raise ValueError(f"{what}: {part} are {kind}, expected a dense tensor with values")
     if inputs.dim() == 0:
         raise ValueError(f"{what}: inputs are a 0-dim tensor, expected one row for each example")
     if labels.dim() != 1 or len(labels) != len(inputs):
