@@ -56,6 +56,14 @@ A_GEM_ROWS = (
         note="250 examples a task; margin and ridge of GEM's authors' code",
     ),
     Row(
+        "GEM without a ridge",
+        None,
+        0.0,
+        partial(GEM, per_task=250, margin=0.5),
+        sgd(0.1),
+        note="250 examples a task; as in the code of A-GEM's authors before August 2018",
+    ),
+    Row(
         "GEM, code of December 2018",
         None,
         0.0,
