@@ -239,6 +239,14 @@ class Outputs:
         self.check_logits(logits)
         return logits[:, active.start : active.stop]
 
+    def check_width(self, owner: str, outputs: int, known: int) -> None:
+        """ValueError if the model has not all the outputs that a method knows from before."""
+        if outputs < known:
+            raise ValueError(
+                f"{owner}: the model has {outputs} outputs, and {known} when earlier tasks ended: "
+                "a head may grow but not shrink; make a new method for this model"
+            )
+
     def check_logits(self, logits: object) -> None:
         """ValueError if what the model returned in full has not all the active outputs."""
         active = self.active

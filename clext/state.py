@@ -115,12 +115,6 @@ class ParameterState:
         known = set(self.origins(old))
         return [name for place, name in enumerate(old.names) if place not in known]
 
-    def check_shapes(self, old: ParameterState) -> None:
-        """ValueError if a parameter has shrunk, or has another number of dimensions."""
-        for name, parameter, place in zip(self.names, self.params, self.origins(old), strict=True):
-            if place is not None:
-                _leading_part(name, old.params[place], parameter)
-
     @torch.no_grad()
     def adopt(self, old: ParameterState) -> None:
         """Copy what `old` knows of these parameters (see `origins`).

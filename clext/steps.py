@@ -66,7 +66,8 @@ class TaskSteps:
     def take(self, rows: Tensor) -> Tensor:
         """One step on the examples `rows`; returns its loss, penalty included."""
         loss = self.backward(rows)
-        with autocast(self.device, self.precision):  # GEM and A-GEM run the model in it
+        runs_model = any(part.runs_model_in_step for part in self.method.parts)
+        with autocast(self.device, self.precision if runs_model else "fp32"):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return loss + self.optimizer.penalty

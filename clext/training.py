@@ -286,7 +286,8 @@ def explained(examples: int, task: int, batch_size: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if examples % batch_size == 1 and batch_size > 1:
+        one = examples % batch_size == 1 and batch_size > 1
+        if one and "more than 1 value per channel" in str(error):
             error.add_note(
                 f"The last batch of task {task + 1} has one example ({examples} in batches of "
                 f"{batch_size}), of which a batch norm can make no statistics; choose another "

@@ -141,6 +141,20 @@ class TestCombining:
         method.consolidate([(x, y)])
         assert [part.tasks for part in method.parts] == [1, 1]
 
+    def test_an_optimizer_counts_the_steps_of_both(self):
+        class Counting(clext.Replay):
+            count = 0
+
+            def after_step(self):
+                self.count += 1
+
+        one = model()
+        replay = Counting(one)
+        optimizer = clext.optim.SGD(one.parameters(), lr=0.1, method=clext.EWC(one).combine(replay))
+        for number in (1, 2):
+            optimizer.step()
+            assert replay.count == number
+
     def test_the_loop_sees_the_loss_of_one_and_the_penalty_of_the_other(self):
         """Against the two apart on a copy, their gradients added by hand."""
         together, apart = model(), model()

@@ -513,12 +513,17 @@ def test_a_loss_that_fails_in_a_later_task_has_taught_the_generator_nothing():
     method.loss(inputs[:6], labels[:6])
 
 
-def test_a_first_task_with_another_loss_is_said_not_to_be_replayed():
+@pytest.mark.parametrize("began", [False, True])
+def test_a_first_task_with_another_loss_is_not_replayed_and_that_is_said(began):
     method = DGR(make_model(), **SMALL)
     (inputs, labels), _, _ = make_task(0, "domain")
+    if began:
+        method.begin_task((inputs, labels))
     F.cross_entropy(method.model(inputs), labels).backward()
     with pytest.warns(UserWarning, match="loss.. of this dgr was not called .* learned nothing"):
         method.consolidate([(inputs, labels)])
+    expected = F.cross_entropy(method.model(inputs), labels)
+    torch.testing.assert_close(method.loss(inputs, labels), expected)
 
 
 @pytest.mark.parametrize("began", [False, True])

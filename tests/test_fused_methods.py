@@ -327,7 +327,7 @@ def test_proximal_needs_a_method_that_pulls():
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("given", [EWC, SCP, SI], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("given", [EWC, SCP], ids=lambda kind: kind.name)
 def test_importance_given_by_hand_holds_in_the_first_task_too(given, loaded, device):
     """Of a task learned elsewhere, say."""
     ways = []

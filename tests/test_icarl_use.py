@@ -202,13 +202,32 @@ def test_a_task_that_ends_without_data_is_refused():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({}, "holds nothing, expected exemplars and previous"),
-        ({"exemplars": [], "previous": None}, "is list, expected exemplars by class"),
-        ({"exemplars": {-1: []}, "previous": None}, "holds -1, expected a class"),
-        ({"exemplars": {0: [INPUTS[:0]]}, "previous": None}, "no list of tensors with exemplars"),
-        ({"exemplars": {0: [INPUTS] * 2}, "previous": None}, "8 exemplars and the budget is 5"),
-        ({"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "previous": None}, r"\[4\] each, expected"),
-        ({"exemplars": {}, "previous": {"a": INPUTS}}, "holds a, expected names and values"),
+        ({}, "holds nothing, expected exemplars, classes, previous"),
+        (
+            {"exemplars": {}, "classes": [0.5], "previous": None},
+            "'classes'. is .0.5., expected int",
+        ),
+        (
+            {"exemplars": [], "classes": None, "previous": None},
+            "is list, expected exemplars by class",
+        ),
+        ({"exemplars": {-1: []}, "classes": None, "previous": None}, "holds -1, expected a class"),
+        (
+            {"exemplars": {0: [INPUTS[:0]]}, "classes": None, "previous": None},
+            "no list of tensors with exemplars",
+        ),
+        (
+            {"exemplars": {0: [INPUTS] * 2}, "classes": None, "previous": None},
+            "8 exemplars and the budget is 5",
+        ),
+        (
+            {"exemplars": {0: [INPUTS, INPUTS[:, 1:]]}, "classes": None, "previous": None},
+            r"\[4\] each, expected",
+        ),
+        (
+            {"exemplars": {}, "classes": None, "previous": {"a": INPUTS}},
+            "holds a, expected names and values",
+        ),
     ],
 )
 def test_a_state_of_something_else_is_refused(extra, message):

@@ -46,10 +46,10 @@ class TestAnUpdateBeforeTheStep:
 
     EARLY = "update.. of this .* was called before the optimizer's step"
 
-    def steps(self, name, *, early, skip=False):
+    def steps(self, name, *, early, skip=False, clamp=False, **options):
         model = make_model()
         method = make_method(name, model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **options)
         x, y = data()
         for number in range(4):
             F.cross_entropy(model(x), y).backward()
@@ -61,16 +61,21 @@ class TestAnUpdateBeforeTheStep:
             if not early:
                 method.update()
             optimizer.zero_grad()
+            if clamp:
+                with torch.no_grad():
+                    model[0].weight.clamp_(-0.1, 0.1)
 
     @pytest.mark.parametrize("name", ["si", "rwalk"])
-    def test_is_noticed(self, name):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_is_noticed(self, name, fused):
         with pytest.warns(UserWarning, match=self.EARLY):
-            self.steps(name, early=True)
+            self.steps(name, early=True, fused=fused)
 
     @pytest.mark.parametrize("name", ["si", "rwalk", "ewc"])
     @pytest.mark.parametrize("skip", [False, True])
-    def test_nothing_is_said_of_the_right_order_nor_of_skipped_steps(self, name, skip):
-        assert not said(lambda: self.steps(name, early=False, skip=skip))
+    @pytest.mark.parametrize("clamp", [False, True])
+    def test_nothing_is_said_of_the_right_order_nor_of_skipped_steps(self, name, skip, clamp):
+        assert not said(lambda: self.steps(name, early=False, skip=skip, clamp=clamp))
 
 
 class TestAModelThatChanged:
@@ -130,6 +135,14 @@ class TestTheSameEndAgain:
         assert caught[0].filename == __file__
         assert len([entry for entry in caught if "saw no step" not in str(entry.message)]) == 1
         assert method.tasks == 2  # it is a warning
+
+    def test_is_noticed_after_a_task_that_was_refused(self):
+        method, task = make_method("ewc", make_model()), [data()]
+        method.consolidate(task)
+        with pytest.raises(ValueError, match="block"):
+            method.begin_task(block=range(5, 2))
+        with pytest.warns(UserWarning, match=AGAIN):
+            method.consolidate(task)
 
     @pytest.mark.parametrize("name", ["baseline", "joint"])
     def test_is_noticed_without_data(self, name):

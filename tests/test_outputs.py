@@ -285,7 +285,7 @@ class TestMethods:
                 ValueError, match=r"^outputs 0 to 8 are .*\[N, >= 9\], got \[2, 4\]"
             ):
                 method.predict(x, active=range(9))
-            method.consolidate([(x + len(method.outputs.blocks), y)])  # another task each time
+            method.consolidate([(x + method.tasks, y)])  # another task each time
 
     def test_an_earlier_head_predicts(self, model):
         full = model(examples())

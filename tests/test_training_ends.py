@@ -118,6 +118,16 @@ class TestEarlyEnd:
         assert "The last batch of task 1 has one example (65 in batches of 32)" in note
         assert clext.train("baseline", model=model, batch_size=33, **options).complete
 
+        class Refuses(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                if len(x) == 1:
+                    raise ValueError("no")
+                return super().forward(x)
+
+        with pytest.raises(ValueError, match="^no$") as caught:
+            clext.train("baseline", model=Refuses(6, 2), batch_size=32, **options)
+        assert "last batch" not in " ".join(getattr(caught.value, "__notes__", ()))
+
     def test_a_huge_learning_rate_is_named_with_its_place(self, tmp_path):
         with pytest.raises(
             clext.NonFiniteLossError,

@@ -151,6 +151,7 @@ class DGR(Rehearsal):
             replayed = sample_like(self.name, self._previous, inputs, random)
             with self.outputs.full():
                 logits, teacher = self.outputs.logits(replayed), self._teacher(replayed)
+            self.outputs.check_width(self.name, logits.shape[1], teacher.shape[1])
             losses = [
                 self._replayed_loss(logits[:, now], teacher[:, then])
                 for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])
@@ -175,6 +176,7 @@ class DGR(Rehearsal):
         if replayed is not None:
             old = generator_loss(self.name, self.generator, replayed, random)
             loss = self._balanced(loss, old)
+        self._optimizer.zero_grad()  # what a backward pass may have left that failed
         with torch.autocast(inputs.device.type, enabled=False):
             loss.backward()
             self._optimizer.step()
@@ -187,7 +189,8 @@ class DGR(Rehearsal):
         if self.generator is not None and self._optimizer is not None:
             refuse_broken(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
-        if previous is None and self.tasks == 0:
+        if self.tasks == 0 and not self._has_made_loss:
+            previous = None
             warnings.warn(
                 f"clext: loss() of this {self.name} was not called in this task, so its generator "
                 "has learned nothing and no later task will replay this one; train on loss(x, y) "

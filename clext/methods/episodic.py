@@ -37,6 +37,7 @@ class Episodic(Unpenalised):
     """
 
     keeps_by_pull: ClassVar[bool] = True
+    runs_model_in_step: ClassVar[bool] = True
     memory: ClassVar[dict[str, str]] = {"examples": "T*min(M, N)*(4*X + 8)"}
 
     def __init__(
@@ -101,7 +102,8 @@ class Episodic(Unpenalised):
     ) -> None:
         """The gradient of the mean loss of these examples, zero where a parameter has no part."""
         loss = self.outputs.cross_entropy(inputs, labels)
-        grads = torch.autograd.grad(loss, params, materialize_grads=True)
+        with torch.autocast(inputs.device.type, enabled=False):  # for the forward pass alone
+            grads = torch.autograd.grad(loss, params, materialize_grads=True)
         with torch.no_grad():
             torch._foreach_copy_([entry[k] for entry in rows], list(grads))
 

@@ -136,7 +136,10 @@ class ICaRL(Unpenalised):
         if (kept := joined(self._sets)) is not None:
             check_alike(self.name, inputs, kept[0], "of the exemplars")
             inputs, labels = torch.cat([inputs, kept[0]]), torch.cat([labels, kept[1]])
-        width = self._width(count_outputs(self, inputs))
+        outputs = count_outputs(self, inputs)
+        if self.outputs.active is None:
+            self.outputs.check_width(self.name, outputs, max(self._sets, default=-1) + 1)
+        width = self._width(outputs)
         old = self._old_outputs(width, labels.device, classes)
         targets = self._targets(inputs, labels, old)
         self._current, self._classes, self._means = own, classes, None
@@ -172,8 +175,8 @@ class ICaRL(Unpenalised):
         for block in self.outputs.blocks[:-1]:
             old[block.start : block.stop] = True
         for block in self.outputs.blocks[-1:]:
-            for label in block if classes is None else classes:
-                old[label : label + 1] = False
+            for part in [block] if classes is None else [range(k, k + 1) for k in classes]:
+                old[part.start : part.stop] = False
         return old
 
     def _has_global_labels(self, batch: Examples) -> bool:
@@ -296,15 +299,20 @@ class ICaRL(Unpenalised):
     def _extra_state(self) -> dict[str, Any]:
         return {
             "exemplars": map_sets(self._sets, torch.clone),
+            "classes": None if self._classes is None else list(self._classes),
             "previous": None if self._previous is None else self._previous.state_dict(),
         }
 
     def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
         owner = f"{self.name}: state_dict['extra']"
-        if set(extra) != {"exemplars", "previous"}:
+        expected = ("exemplars", "classes", "previous")
+        if set(extra) != set(expected):
             raise ValueError(
-                f"{owner} holds {', '.join(extra) or 'nothing'}, expected exemplars and previous"
+                f"{owner} holds {', '.join(extra) or 'nothing'}, expected {', '.join(expected)}"
             )
+        classes = extra["classes"]
+        if classes is not None and not _are_classes(classes):
+            raise ValueError(f"{owner}['classes'] is {classes!r}, expected integers >= 0, or None")
         given = checked_sets(f"{owner}['exemplars']", extra["exemplars"], self.budget)
         device = self._state.params[0].device
         sets = map_sets(given, lambda entry: entry.to(device, copy=True))
@@ -314,7 +322,8 @@ class ICaRL(Unpenalised):
 
         def commit() -> None:
             self._sets, self._previous = sets, previous
-            self._current = self._classes = self._means = None
+            self._classes = None if classes is None else list(classes)
+            self._current = self._means = None
 
         return commit
 
@@ -325,3 +334,7 @@ class ICaRL(Unpenalised):
         if self._current is not None:
             self._current = (self._current[0].to(device), self._current[1].to(device))
         self._means = None
+
+
+def _are_classes(given: object) -> bool:
+    return isinstance(given, list) and all(type(label) is int and label >= 0 for label in given)

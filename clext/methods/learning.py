@@ -34,6 +34,8 @@ class Learning(Stateful):
     """
 
     recordable: bool = True
+    # Whether `add_penalty_grad_` runs the model: in the precision of the loss then.
+    runs_model_in_step: ClassVar[bool] = False
     # Whether the loss alone keeps what was learned before: with another one nothing would.
     keeps_by_loss: ClassVar[bool] = False
 

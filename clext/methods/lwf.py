@@ -85,6 +85,7 @@ class LwF(Rehearsal):
         with self.outputs.full():
             logits = self.outputs.logits(inputs, labels)
             teacher = self._teacher(inputs) if recorded is None else recorded
+        self.outputs.check_width(self.name, logits.shape[1], teacher.shape[1])
         active = self.outputs.active
         own = logits if active is None else logits[:, active.start : active.stop]
         losses = [

@@ -14,8 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from clext.methods import watch
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -68,7 +66,6 @@ def warn_of_omissions(method: Method, end: End) -> None:
 def keep_end(method: Method, end: End) -> None:
     """The task has ended; a new one begins, in which nothing was called yet."""
     _ends[method] = end
-    watch.forget_updates(method)
     for part in method.parts:
         part._was_used = part._has_made_loss = part._has_pulled = False
 

@@ -104,8 +104,6 @@ class Stateful:
             check_parameters(named, type(self.model).__name__)
             state = ParameterState(named, self._kept_names())
             try:
-                if self.memory:  # examples, or a model as it was, that the outputs have to serve
-                    state.check_shapes(self._state)
                 state.adopt(self._state)
             except ValueError as error:
                 raise ValueError(f"{self.name}: {error}") from None
@@ -121,11 +119,11 @@ class Stateful:
 
     def _parameters_now(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, and those known that were frozen since."""
-        known = set(self._state.names)
+        known, ids = set(self._state.names), self._state.ids
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad or name in known
+            if parameter.requires_grad or name in known or id(parameter) in ids
         }
 
     def to(self, device: str | torch.device) -> Self:

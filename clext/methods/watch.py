@@ -16,7 +16,10 @@ import warnings
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
 
     from clext.methods.base import Method
 
-_stamps: WeakKeyDictionary[Method, tuple[int, int]] = WeakKeyDictionary()  # and the writes then
-_updates: WeakKeyDictionary[Method, int] = WeakKeyDictionary()  # writes until the last update
+_stamps: WeakKeyDictionary[Method, tuple[int, int]] = WeakKeyDictionary()  # and the steps then
+_steps: WeakKeyDictionary[Method, int] = WeakKeyDictionary()  # of optimizers, since the first stamp
+_updates: WeakKeyDictionary[Method, int] = WeakKeyDictionary()  # steps until the last update
 _clipped: WeakKeyDictionary[Method, Clipped] = WeakKeyDictionary()
 _is_registered = False
 
@@ -72,7 +76,7 @@ def _version(gradient: Tensor) -> int:
 def leave_stamp(method: Method) -> None:
     """From now until the step, the gradients of `method` are to stay as they are."""
     _register()
-    _stamps[method] = method._state.plan.gradient_stamp(), _writes(method)
+    _stamps[method] = method._state.plan.gradient_stamp(), _steps.setdefault(method, 0)
 
 
 def has_stamp(method: Method) -> bool:
@@ -129,34 +133,25 @@ def _register() -> None:
     global _is_registered
     if not _is_registered:
         register_optimizer_step_pre_hook(_before_a_step)
+        register_optimizer_step_post_hook(_after_a_step)
         _is_registered = True
 
 
 def warn_of_an_early_update(method: Method) -> None:
     """If `update` is called ahead of the step: it then pairs a step with the next gradient.
 
-    A step that a GradScaler has skipped looks alike, but there has been no step before it either.
+    So it is if there was a step since the last `update`, but none since the pull.
     """
-    writes = _writes(method)
+    steps = _steps.get(method, 0)
     _, at_the_pull = _stamps.get(method, (None, None))
-    if writes == at_the_pull and writes != _updates.get(method, writes):
+    if steps == at_the_pull and steps != _updates.get(method, steps):
         warnings.warn(
             f"clext: update() of this {method.name} was called before the optimizer's step, so it "
             "takes the last step for one along the gradient of this batch; call it after "
             "optimizer.step() and before zero_grad()",
             stacklevel=4,
         )
-    _updates[method] = writes
-
-
-def forget_updates(method: Method) -> None:
-    """A task is over: until the next update parameters may be written to by anyone."""
-    _updates.pop(method, None)
-
-
-def _writes(method: Method) -> int:
-    """How often a parameter was written to, as far as torch counts: the first tells for all."""
-    return _version(method._state.params[0])
+    _updates[method] = steps
 
 
 def drop_stamp(method: Method) -> None:
@@ -166,10 +161,25 @@ def drop_stamp(method: Method) -> None:
 
 def _before_a_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     for method in dict.fromkeys([*_stamps.keys(), *_clipped.keys()]):
-        known = method._state.ids
-        if any(id(entry) in known for group in optimizer.param_groups for entry in group["params"]):
+        if _has_parameters_of(optimizer, method):
             _compare(method)
             _check_clipped(method)
+
+
+def _after_a_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    for method in list(_steps.keys()):
+        if _has_parameters_of(optimizer, method):
+            note_step(method)
+
+
+def note_step(method: Method) -> None:
+    """There was a step with the gradients of `method`."""
+    _steps[method] = _steps.get(method, 0) + 1
+
+
+def _has_parameters_of(optimizer: Optimizer, method: Method) -> bool:
+    known = method._state.ids
+    return any(id(entry) in known for group in optimizer.param_groups for entry in group["params"])
 
 
 def _compare(method: Method) -> None:

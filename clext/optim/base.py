@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clext.methods import watch
 from clext.methods.base import Method
 from clext.optim.options import flag
 from clext.optim.plans import Plans, identical
@@ -237,6 +238,7 @@ class FusedOptimizer(Optimizer):
             )
         self._launch(None, clear_grad=False)
         self._penalty = value.detach()
+        watch.note_step(method)  # to torch it is not over yet
         method.update()
         if self.clear_grad:
             self._clear_grads()
