@@ -137,7 +137,7 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
     extension_class = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     extension: Extension = extension_class(
         "clext._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])),
+        sources("csrc/torch/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if cuda else [])),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[
             ("CLEXT_TORCH_VERSION", f'"{torch.__version__}"'),

@@ -18,8 +18,8 @@ from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clext.core.seeding import generator
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
-from clext.seeding import generator
 
 ESTIMATES = ["fisher", "mas", "exact fisher"]
 LOOPED = 8  # samples of the loop over samples

@@ -21,7 +21,7 @@ from course_loop import COURSE_METHODS, course_protocol
 from timing import machine, record
 
 import clext
-from clext.data import whereabouts
+from clext.data.datasets import whereabouts
 
 METHODS = ("ewc", "si")
 PRECISIONS = ("fp32", "bf16")

@@ -22,9 +22,9 @@ from torch.nn import functional
 import clext
 from clext.methods import make_method
 from clext.methods.learning import Examples
-from clext.models import mlp
 from clext.optim import Adam
-from clext.steps import make_steps
+from clext.training.models import mlp
+from clext.training.steps import make_steps
 
 TEMPERATURE = 2.0
 BY_HAND = " by hand"

@@ -15,13 +15,13 @@ import torch
 from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch.nn import functional
 
-from clext.comparison import DEFAULT_METHODS
-from clext.data import Split
-from clext.evaluation import autocast
+from clext.data.datasets import Split
 from clext.methods import make_method
-from clext.models import mlp
 from clext.optim import Adam
-from clext.steps import make_steps
+from clext.training.compare import DEFAULT_METHODS
+from clext.training.evaluate import autocast
+from clext.training.models import mlp
+from clext.training.steps import make_steps
 
 BATCH = 128
 # A round is short beside the spells of a busy machine; a GPU needs more steps to be measurable.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clext import ops
-from clext._extension import C
+from clext.ops._extension import C
 
 STRENGTH, DECAY, EPS, XI, SCALE, GAMMA = 1e-4, 0.9, 1e-3, 0.1, 0.5, 0.9
 

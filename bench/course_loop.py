@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from clext.models import mlp
+from clext.training.models import mlp
 
 BATCH, LR, XI = 128, 1e-4, 0.1
 Loaders = tuple[DataLoader[tuple[Tensor, Tensor]], DataLoader[tuple[Tensor, Tensor]]]

@@ -25,13 +25,13 @@ from torch import nn
 
 import clext
 from clext import course
-from clext.data import Batches, Dataset, Split, load_dataset
-from clext.evaluation import evaluate
+from clext.core.seeding import Seeds, generator, isolated_rng
+from clext.data.datasets import Batches, Dataset, Split, load_dataset
+from clext.data.scenarios import make_scenario
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
-from clext.models import mlp
-from clext.scenarios import make_scenario
-from clext.seeding import Seeds, generator, isolated_rng
-from clext.settings import resolve_device
+from clext.training.evaluate import evaluate
+from clext.training.models import mlp
+from clext.training.settings import resolve_device
 
 TASKS, BATCH, LR = 5, 128, 1e-4
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clext.models import mlp
+from clext.training.models import mlp
 
 CLASSES = 10
 VOCABULARY, WIDTH, LENGTH = 1000, 128, 32

@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from clext.data import Batches, Dataset, Split
+from clext.core.seeding import generator
+from clext.data.datasets import Batches, Dataset, Split
 from clext.methods import Method
 from clext.optim import SGD, Adam
-from clext.seeding import generator
 
 Order = Callable[[int, torch.Generator], Iterator[Tensor]]
 

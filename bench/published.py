@@ -14,7 +14,7 @@ from published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
 from released import ReleasedSI, RunningFisherEWC
 from torch import nn
 
-from clext.data import Batches, Dataset, Split
+from clext.data.datasets import Batches, Dataset, Split
 from clext.methods import EWC, MAS, SI, Baseline, RWalk
 
 # ---------------------------------------------------------------------- Zenke et al. 2017

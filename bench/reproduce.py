@@ -19,15 +19,15 @@ from protocols import Protocol, Row, verdict, with_shuffled_classes
 from published import PROTOCOLS
 from timing import machine, record
 
-from clext.data import DataError, Dataset, load_dataset
-from clext.evaluation import Examiner
-from clext.module_mode import module_mode
-from clext.scenarios import make_scenario
-from clext.scenarios.scenario import as_it_is
-from clext.seeding import Seeds, generator, isolated_rng
-from clext.settings import resolve_device
-from clext.steps import TaskSteps
-from clext.training import begin_task
+from clext.core.modes import module_mode
+from clext.core.seeding import Seeds, generator, isolated_rng
+from clext.data.datasets import DataError, Dataset, load_dataset
+from clext.data.scenario import as_it_is
+from clext.data.scenarios import make_scenario
+from clext.training.evaluate import Examiner
+from clext.training.loop import begin_task
+from clext.training.settings import resolve_device
+from clext.training.steps import TaskSteps
 
 
 @click.command(help=__doc__)

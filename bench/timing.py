@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from clext._extension import build_info
+from clext.ops._extension import build_info
 
 RESULTS = Path(__file__).parent / "results"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -8,12 +8,10 @@ reg = clext.SI(model)                    # drop-in, for any module and any loop
 optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 """
 
-import clext.registration  # noqa: F401  (for its effect)
-from clext import course, ops, optim, reference
-from clext._extension import build_info
+from clext import course, ops, optim
 from clext._version import __version__
-from clext.comparison import Comparison, compare
-from clext.data import DataError
+from clext.data.datasets import DataError
+from clext.data.scenarios import Scenario
 from clext.methods import (
     AGEM,
     DGR,
@@ -31,9 +29,11 @@ from clext.methods import (
     Replay,
     RWalk,
 )
-from clext.result import Result
-from clext.scenarios import Scenario
-from clext.training import NonFiniteLossError, train
+from clext.ops import reference
+from clext.ops._extension import build_info
+from clext.training.compare import Comparison, compare
+from clext.training.loop import NonFiniteLossError, train
+from clext.training.result import Result
 
 __all__ = [
     "AGEM",

@@ -14,14 +14,14 @@ import click
 import torch
 
 import clext
-from clext.comparison import DEFAULT_METHODS
-from clext.data import DATASETS, DataError, whereabouts
-from clext.description import describe_method, option_values
-from clext.progress import say
-from clext.result import PICTURE_NAME
-from clext.scenarios import INCREMENTAL, SCENARIOS
-from clext.settings import PRECISIONS
-from clext.training import NonFiniteLossError
+from clext.data.datasets import DATASETS, DataError, whereabouts
+from clext.data.scenarios import INCREMENTAL, SCENARIOS
+from clext.training.compare import DEFAULT_METHODS
+from clext.training.describe import describe_method, option_values
+from clext.training.loop import NonFiniteLossError
+from clext.training.progress import say
+from clext.training.result import PICTURE_NAME
+from clext.training.settings import PRECISIONS
 
 _WRONG_INPUT = 2
 _FAILED = 1

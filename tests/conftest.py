@@ -72,7 +72,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with compiled plans, and with the ones for devices without kernels."""
     if request.param == "plain torch":
-        monkeypatch.setattr("clext.parameters.has_kernels", lambda _device: False)
+        monkeypatch.setattr("clext.ops.plan.has_kernels", lambda _device: False)
     return request.param
 
 

@@ -40,7 +40,7 @@ float32, and arguments that do not fit raise one sentence and leave the model as
 """
 
 from clext.course.base import baseline
-from clext.course.guarded import ewc, mas, scp
-from clext.course.walk import rwalk, si
+from clext.course.measured import ewc, mas, scp
+from clext.course.path import rwalk, si
 
 __all__ = ["baseline", "ewc", "mas", "rwalk", "scp", "si"]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.parameters import trainable_parameters
-from clext.tensor_lists import state_dtype
+from clext.core.lists import state_dtype
+from clext.core.parameters import trainable_parameters
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 Device = str | int | torch.device
 Tensors = dict[str, Tensor]

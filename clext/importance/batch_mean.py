@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from clext import ops
-from clext.importance.evaluation import check_outputs, gradients
-from clext.parameters import allocate_state
+from clext.core.parameters import allocate_state
+from clext.importance.passes import check_outputs, gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from clext.importance.layers import rule_for
-from clext.tensor_lists import widest
+from clext.core.lists import widest
+from clext.importance.rules import rule_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.autograd.graph import Node
 
-    from clext.importance.layer_rule import LayerRule
+    from clext.importance.rule import LayerRule
 
 
 @dataclass

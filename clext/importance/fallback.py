@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clext.importance.evaluation import gradients, single_outputs
-from clext.tensor_lists import state_dtype
+from clext.core.lists import state_dtype
+from clext.importance.passes import gradients, single_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from clext.importance.layer_rule import Function
+    from clext.importance.rule import Function
 
     GradientsOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
 

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clext.core.checks import choice, integer
+from clext.core.lists import state_dtype
+from clext.core.seeding import generator
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.evaluation import (
+from clext.importance.passes import (
     averaged,
     check_labels,
     evaluation,
@@ -16,14 +19,11 @@ from clext.importance.evaluation import (
     read_batches,
 )
 from clext.importance.per_sample import PerSampleSum
-from clext.options import choice, integer
-from clext.seeding import generator
-from clext.tensor_lists import state_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 FISHER_KINDS = ("empirical", "exact", "sample", "batch")
 

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from clext.core.checks import choice
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.evaluation import averaged, evaluation, parameter_list, read_inputs
+from clext.importance.passes import averaged, evaluation, parameter_list, read_inputs
 from clext.importance.per_sample import PerSampleSum
-from clext.options import choice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 MAS_ESTIMATORS = ("per_sample", "batch")
 

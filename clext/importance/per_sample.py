@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
+from clext.core.parameters import allocate_state
 from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
-from clext.importance.evaluation import check_outputs, single_outputs
 from clext.importance.fallback import SingleSamples, tell
-from clext.importance.layer_rule import add_joint_, itself
-from clext.parameters import allocate_state
+from clext.importance.passes import check_outputs, single_outputs
+from clext.importance.rule import add_joint_, itself
+from clext.importance.sample_gradients import Attribution, Attributions, BoundCall, bind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.importance.attribution import Attribution, Attributions, BoundCall, bind
+from clext.core.checks import integer
+from clext.core.parameters import allocate_rows, allocate_state
+from clext.core.seeding import generator
 from clext.importance.capture import Call, Capture, output_gradients
-from clext.importance.evaluation import (
+from clext.importance.passes import (
     averaged,
     check_outputs,
     evaluation,
@@ -18,14 +20,12 @@ from clext.importance.evaluation import (
     read_inputs,
     single_outputs,
 )
-from clext.options import integer
-from clext.parameters import allocate_rows, allocate_state
-from clext.seeding import generator
+from clext.importance.sample_gradients import Attribution, Attributions, BoundCall, bind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20

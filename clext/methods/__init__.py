@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from clext.core.checks import unknown_name
 from clext.methods.agem import AGEM
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
@@ -20,7 +21,6 @@ from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP
 from clext.methods.si import SI
-from clext.options import unknown_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from clext.methods.episodic import Episodic
-from clext.options import integer
+from clext.core.checks import integer
+from clext.methods.projection import Episodic
 
 
 class AGEM(Episodic):

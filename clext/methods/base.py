@@ -20,7 +20,7 @@ from clext.methods.stateful import option_names
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 __all__ = ["Method", "option_names"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from clext.tensor_lists import state_dtype
+from clext.core.lists import state_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

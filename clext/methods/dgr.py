@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.generator import (
+from clext.core.checks import integer, number, softening
+from clext.core.seeding import Seeds, isolated_rng
+from clext.methods.parts.batch import labelled
+from clext.methods.parts.distillation import SCALES, distillation_loss, old_heads
+from clext.methods.parts.sampling import Sampling
+from clext.methods.parts.teacher import Snapshot, refuse_broken
+from clext.methods.parts.vae import (
     VAE,
     check_generator,
     check_inputs,
@@ -19,18 +25,12 @@ from clext.generator import (
     generator_loss,
     sample_like,
 )
-from clext.methods.batch import labelled
-from clext.methods.distillation import SCALES, distillation_loss, old_heads
 from clext.methods.rehearsal import Rehearsal
-from clext.methods.sampling import Sampling
-from clext.methods.snapshot import Snapshot, refuse_broken
-from clext.options import integer, number, softening
-from clext.seeding import Seeds, isolated_rng
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
     from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
     from clext.optim import Adam
@@ -66,8 +66,8 @@ class DGR(Rehearsal):
         temperature: of the softening, from 1e-4 to 1e4.
         scale: of the distillation loss: "squared" for the factor temperature^2, "mean" for that
             divided by the number of outputs that compete, "none" for none.
-        hidden: widths of the layers of the variational auto-encoder (`clext.generator.VAE`), which
-            takes inputs in [0, 1].
+        hidden: widths of the layers of the variational auto-encoder (`VAE` of
+            parts/vae.py), which takes inputs in [0, 1].
         latent: numbers in its code of an input.
         generator: a module of your own instead, trained in place; `loss(inputs)` is 0-dim and
             differentiable, `sample(count, generator)` returns as many inputs, drawn with that

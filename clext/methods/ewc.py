@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from clext.core.checks import integer, number
 from clext.importance import FISHER_KINDS, fisher_information
 from clext.methods.base import Method
-from clext.options import integer, number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class EWC(Method):

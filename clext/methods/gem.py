@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from clext.methods.episodic import Episodic
-from clext.options import number
+from clext.core.checks import number
+from clext.methods.projection import Episodic
 
 # Of the iterations that the solver is given, for each unknown; its own default is 3.
 _ITERATIONS = 100

@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.checksum import checksums
-from clext.examples import (
+from clext.core.checks import integer, softening
+from clext.core.modes import module_mode
+from clext.methods.parts.batch import added_logits
+from clext.methods.parts.checksum import checksums
+from clext.methods.parts.examples import (
     check_alike,
     check_examples,
     count_outputs,
     read_examples,
 )
-from clext.exemplars import (
+from clext.methods.parts.exemplars import (
     Sets,
     checked_sets,
     class_mean,
@@ -25,17 +28,14 @@ from clext.exemplars import (
     map_sets,
     prepared,
 )
-from clext.features import Features
-from clext.methods.batch import added_logits
-from clext.methods.snapshot import LARGE_BATCH, Snapshot, refuse_broken
+from clext.methods.parts.features import Features
+from clext.methods.parts.teacher import LARGE_BATCH, Snapshot, refuse_broken
 from clext.methods.unpenalised import Unpenalised
-from clext.module_mode import module_mode
-from clext.options import integer, softening
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
     from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.examples import check_alike, check_examples
-from clext.methods.batch import labelled
+from clext.methods.parts.batch import labelled
+from clext.methods.parts.examples import check_alike, check_examples
 from clext.methods.unpenalised import Unpenalised
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.importance.evaluation import integer_labels
-from clext.methods.batch import check_examples_of_task, checked_batch, labelled
+from clext.importance.passes import integer_labels
+from clext.methods.parts.batch import check_examples_of_task, checked_batch, labelled
+from clext.methods.parts.heads import Outputs, check_range
 from clext.methods.stateful import Stateful
-from clext.outputs import Outputs, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
     from clext.methods.stateful import Commit
 
 # What a task is trained on: tensors with one row for each example. A row of each is what the loss

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 
-from clext.methods.batch import added_logits
-from clext.methods.distillation import SCALES, distillation_loss, old_heads
+from clext.core.checks import softening
+from clext.methods.parts.batch import added_logits
+from clext.methods.parts.distillation import SCALES, distillation_loss, old_heads
+from clext.methods.parts.teacher import Snapshot, refuse_broken
 from clext.methods.rehearsal import Rehearsal
-from clext.methods.snapshot import Snapshot, refuse_broken
-from clext.options import softening
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, device, nn
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
     from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
 

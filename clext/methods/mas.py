@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from clext.core.checks import number
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
 from clext.methods.base import Method
-from clext.options import number
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class MAS(Method):

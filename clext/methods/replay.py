@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from clext.examples import read_examples
-from clext.memory import POLICIES, Memory
-from clext.methods.batch import labelled
+from clext.core.checks import integer
+from clext.methods.parts.batch import labelled
+from clext.methods.parts.buffer import POLICIES, Memory
+from clext.methods.parts.examples import read_examples
 from clext.methods.rehearsal import Rehearsal
-from clext.options import integer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
     from clext.methods.learning import Examples
     from clext.methods.stateful import Commit
 

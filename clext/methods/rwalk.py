@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from clext.core.checks import SMALLEST, integer, number
 from clext.methods.base import Method
+from clext.methods.parts.state import COPIES_OF_PARAMETERS
 from clext.methods.rwalk_formulas import FORMULAS
-from clext.options import SMALLEST, integer, number
-from clext.state import COPIES_OF_PARAMETERS
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class RWalk(Method):

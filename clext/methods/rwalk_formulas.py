@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from clext import ops
-from clext.reference.arithmetic import maximum
+from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
     from torch import Tensor

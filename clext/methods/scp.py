@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from clext.core.checks import integer, unknown_name
 from clext.importance import sliced_cramer_importance
 from clext.methods.base import Method
-from clext.options import integer, unknown_name
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class SCP(Method):

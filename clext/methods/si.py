@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from clext.core.checks import SMALLEST, number
 from clext.methods.base import Method
-from clext.options import SMALLEST, number
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class SI(Method):

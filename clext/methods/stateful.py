@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from clext.options import choice, integer, number
-from clext.parameters import check_parameters, trainable_parameters
-from clext.state import ParameterState
+from clext.core.checks import choice, integer, number
+from clext.core.parameters import check_parameters, trainable_parameters
+from clext.methods.parts.state import ParameterState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ class Stateful:
     state_names: tuple[str, ...] = ("anchor", "importance")
     counter_names: tuple[str, ...] = ("tasks",)
     separate_state: ClassVar[tuple[str, ...]] = ()
-    # What is kept beside `state_names` -> bytes, in the letters of `clext.description`.
+    # What is kept beside `state_names` -> bytes, in the letters of `clext.training.describe`.
     memory: ClassVar[dict[str, str]] = {}
     # The values that an option in words may have, the default first.
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from clext.methods.base import Method
 
 if TYPE_CHECKING:
-    from clext.importance.evaluation import Batches
+    from clext.importance.passes import Batches
 
 
 class Unpenalised(Method):

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clext.core.checks import flag
 from clext.methods import watch
 from clext.methods.base import Method
-from clext.optim.options import flag
 from clext.optim.plans import Plans, identical
 from clext.optim.state import allocate_states, check_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from clext.reference import ReferencePlan
+    from clext.ops.plan import ReferencePlan
 
 Group = dict[str, Any]
 

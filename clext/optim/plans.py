@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clext.core.parameters import check_parameters
+from clext.ops.plan import make_plan
 from clext.optim.state import allocate_states, without_state
-from clext.parameters import check_parameters, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clext.methods.parts.state import ParameterState
+    from clext.ops.plan import ReferencePlan
     from clext.optim.base import FusedOptimizer
-    from clext.reference import ReferencePlan
-    from clext.state import ParameterState
 
 Group = dict[str, Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from clext.core.checks import flag, learning_rate, refuse, scalar
 from clext.optim.base import FusedOptimizer
-from clext.optim.options import flag, learning_rate, refuse, scalar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clext.methods.base import Method
-    from clext.reference import ReferencePlan
+    from clext.ops.plan import ReferencePlan
 
 
 class SGD(FusedOptimizer):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clext.parameters import allocate_state
-from clext.tensor_lists import same_layout, state_dtype
+from clext.core.lists import same_layout, state_dtype
+from clext.core.parameters import allocate_state
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence

@@ -12,8 +12,8 @@
 
 #include "cpu/instruction_set.h"
 #include "cpu/pack.h"
+#include "cpu/sample_products.h"
 #include "math/element.h"
-#include "sample_products.h"
 
 namespace clext {
 namespace cpu {

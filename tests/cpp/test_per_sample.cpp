@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "check.h"
+#include "cpu/sample_products.h"
 #include "math/importance.h"
-#include "sample_products.h"
 
 using namespace clext;
 using namespace clext::test;

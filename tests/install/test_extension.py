@@ -13,7 +13,7 @@ import toolchain
 import torch
 
 import clext
-from clext import _extension
+from clext.ops import _extension
 
 
 def load_anew() -> ModuleType:

@@ -1,0 +1,1 @@
+"""The ground that every other folder stands on: checks, seeds, modes, lists of tensors."""

@@ -1,0 +1,114 @@
+"""Checks of user-given options: one clear sentence for a bad value, the nearest name for a typo."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `valid`, with the nearest one suggested."""
+    names = list(valid)
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    suggestion = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
+    listed = ", ".join(repr(candidate) for candidate in names) or "none"
+    return ValueError(f"unknown {kind} {name!r}{suggestion} (valid: {listed})")
+
+
+def choice(owner: str, option: str, value: object, valid: Iterable[str]) -> str:
+    """`value` if it is one of `valid`, else ValueError with the nearest one suggested."""
+    names = list(valid)
+    if isinstance(value, str) and value in names:
+        return value
+    raise unknown_name(f"value of option '{option}' of {owner}:", value, names)
+
+
+# Of normal numbers in float32, in which state is kept: what is smaller may be zero there.
+SMALLEST = float(torch.finfo(torch.float32).tiny)
+
+
+def number(
+    owner: str,
+    option: str,
+    value: object,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    open_minimum: bool = False,
+    open_maximum: bool = False,
+) -> float:
+    """`value` as a finite float between the bounds, else ValueError (an open bound is excluded)."""
+    if type(value) is not bool and isinstance(value, Real):
+        try:
+            converted = float(value)
+        except OverflowError:  # an int beyond all floats
+            converted = math.inf
+        above = converted > minimum if open_minimum else converted >= minimum
+        below = converted < maximum if open_maximum else converted <= maximum
+        if math.isfinite(converted) and above and below:
+            return converted
+    bounds = []
+    if math.isfinite(minimum):
+        bounds.append(f"{'>' if open_minimum else '>='} {minimum:g}")
+    if math.isfinite(maximum):
+        bounds.append(f"{'<' if open_maximum else '<='} {maximum:g}")
+    expected = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}")
+
+
+def softening(owner: str, temperature: object) -> float:
+    """A temperature between 1e-4 and 1e4, beyond which float32 has too few digits of logits."""
+    return number(owner, "temperature", temperature, minimum=1e-4, maximum=1e4)
+
+
+def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
+    """`value` as an int that is at least `minimum`, else ValueError."""
+    if type(value) is not bool and isinstance(value, Integral) and int(value) >= minimum:
+        return int(value)
+    raise ValueError(f"{owner}: {option} must be an integer >= {minimum}, got {value!r}")
+
+
+def flag(owner: str, option: str, value: object) -> bool:
+    """`value` if it is a bool, else ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}: {option} must be True or False, got {value!r}")
+    return value
+
+
+def scalar(owner: str, option: str, value: object, **bounds: Any) -> float:  # noqa: ANN401
+    """`value`, a number or a tensor of one, as a float within `bounds` (see `number`)."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    return number(owner, option, value, **bounds)
+
+
+def learning_rate(owner: str, value: object) -> float | Tensor:
+    """`value` as a float >= 0; a tensor of one float stays, so that others can change it."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{owner}: lr must be a number or a float tensor of one element, got "
+                f"{value.dtype} of shape {list(value.shape)}"
+            )
+        scalar(owner, "lr", value, minimum=0.0)
+        return value
+    return number(owner, "lr", value, minimum=0.0)
+
+
+def refuse(owner: str, group: dict[str, Any], *options: str) -> None:
+    """ValueError for options of torch's class that the fused step does not have."""
+    for option in options:
+        if flag(owner, option, group[option]):
+            raise ValueError(
+                f"{owner}: {option}=True is not supported by the fused step; use "
+                f"torch.optim.{owner} with the method's add_penalty_grad_() and update()"
+            )

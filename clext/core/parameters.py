@@ -1,0 +1,96 @@
+"""The trainable tensors of a model by name, and a method's state for them in flat buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from clext.core.lists import PARAMETER_DTYPES, is_dense, state_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# A cache line, and more than the widest vector load of CPU or CUDA.
+_ALIGNMENT_BYTES = 64
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `model` that require a gradient, by name, in the order of the model.
+
+    A tied parameter appears once, under its first name. Raises ValueError for a model without any,
+    for parameters on several devices, and for parameters no state can be laid out for: not yet
+    initialised, sparse, not dense in memory, or (TypeError) neither float nor half precision.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    named = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
+    check_parameters(named, type(model).__name__)
+    return named
+
+
+def check_parameters(
+    named: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]], owner: str
+) -> None:
+    """Raise unless `named` are dense float parameters of one device, at least one of them."""
+    named = list(named.items() if isinstance(named, Mapping) else named)
+    if not named:
+        raise ValueError(
+            f"{owner} has no trainable parameter: expected at least one with requires_grad=True"
+        )
+    first, device = next((name, entry.device) for name, entry in named)
+    for name, entry in named:
+        label = f"parameter '{name}' of {owner}"
+        if is_lazy(entry):
+            raise ValueError(
+                f"{label} is not initialised yet: run one batch through the model first"
+            )
+        if entry.device.type == "meta":
+            raise ValueError(f"{label} is on the meta device and holds no values")
+        if entry.device != device:
+            raise ValueError(
+                f"{label} is on {entry.device}, but parameter '{first}' is on {device}: "
+                "expected all trainable parameters on one device"
+            )
+        if entry.dtype not in PARAMETER_DTYPES:
+            raise TypeError(
+                f"{label} has dtype {entry.dtype}, expected float32, float64, bfloat16 or float16"
+            )
+        if entry.layout != torch.strided or not is_dense(entry):
+            raise ValueError(
+                f"{label} has layout {entry.layout} and strides "
+                f"{list(entry.stride()) if entry.layout == torch.strided else None}, expected a "
+                "dense tensor without overlap; make it contiguous()"
+            )
+
+
+def allocate_state(params: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros shaped and laid out like each of `params`, in its state dtype and on its device.
+
+    All tensors of one dtype are views of one flat buffer, each starting at a multiple of 64 bytes,
+    so that a pass over the state runs through memory once.
+    """
+    views: list[Tensor | None] = [None] * len(params)
+    for dtype in (torch.float32, torch.float64):
+        chosen = [i for i, entry in enumerate(params) if state_dtype(entry.dtype) == dtype]
+        step = _ALIGNMENT_BYTES // dtype.itemsize
+        offsets, total = [], 0
+        for index in chosen:
+            offsets.append(total)
+            total += -(-params[index].numel() // step) * step
+        if chosen:
+            buffer = torch.zeros(total, dtype=dtype, device=params[chosen[0]].device)
+            for index, offset in zip(chosen, offsets, strict=True):
+                entry = params[index]
+                views[index] = buffer.as_strided(entry.shape, entry.stride(), offset)
+    return cast("list[Tensor]", views)
+
+
+def allocate_rows(parameter: Tensor, count: int) -> Tensor:
+    """Zeros [count, *parameter.shape], each row laid out like the parameter, in its state dtype."""
+    size = parameter.numel()
+    flat = torch.zeros(count * size, dtype=state_dtype(parameter.dtype), device=parameter.device)
+    return flat.as_strided((count, *parameter.shape), (size, *parameter.stride()))

@@ -1,0 +1,312 @@
+"""The data sets of the main job: MNIST, Fashion-MNIST, or scikit-learn's digits with no network.
+
+`load_dataset` looks on this machine first, may download through torchvision (the optional extra
+`vision`), and always says in one line which data it took and why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from clext.core.checks import unknown_name
+from clext.core.seeding import generator
+from clext.data.download import download, torchvision_problem
+from clext.data.idx import (
+    CLASSES,
+    DataError,
+    IdxFiles,
+    find_idx_files,
+    opening_labels,
+    read_images,
+    read_labels,
+)
+from clext.training.progress import say
+from clext.training.storage import as_path
+
+__all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Split", "load_dataset", "whereabouts"]
+
+DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
+# The defaults of `clext.train` are made for MNIST, which has forty times as many images.
+_ADVICE = {"digits": ". Digits are few: lr 1e-3 and 20 epochs suit them"}
+ENVIRONMENT_VARIABLE = "CLEXT_DATA"
+
+
+class Split(NamedTuple):
+    """Examples and their labels: `inputs` [N, features], `labels` [N] int64."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Split:
+        """The same examples on `device`, the inputs as `dtype`."""
+        return Split(self.inputs.to(device, dtype), self.labels.to(device))
+
+
+class Batches:
+    """A split in its own order, in batches that are views of it; can be iterated many times."""
+
+    def __init__(self, split: Split, batch_size: int) -> None:
+        self._split, self._batch_size = split, batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs, labels = self._split
+        return zip(inputs.split(self._batch_size), labels.split(self._batch_size), strict=True)
+
+    def __len__(self) -> int:
+        return -(-len(self._split.labels) // self._batch_size)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory: float32 inputs in [0, 1], flattened to [N, features], labels int64.
+
+    `source` is the kind of place it came from and never a path: results record it.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    source: str
+
+    @property
+    def features(self) -> int:
+        """Numbers in one example."""
+        return self.train.inputs.shape[1]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Dataset:
+        """The same data set with its tensors on `device`, the inputs as `dtype`."""
+        return Dataset(
+            self.name,
+            self.train.to(device, dtype),
+            self.test.to(device, dtype),
+            self.num_classes,
+            self.source,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a result records about its data."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "train": len(self.train.labels),
+            "test": len(self.test.labels),
+            "features": self.features,
+            "classes": self.num_classes,
+        }
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What distinguishes the data sets that come as IDX files."""
+
+    title: str
+    folder: str
+    # MNIST's successors use its file names, so only the content tells them apart. These are the
+    # first labels of the original training files.
+    opening: bytes
+    advice: str = ""
+
+
+_IDX_DATASETS = {
+    "mnist": _Files("MNIST", "MNIST", bytes((5, 0, 4, 1, 9, 2, 1, 3, 1, 4))),
+    "fashion_mnist": _Files(
+        "Fashion-MNIST",
+        "FashionMNIST",
+        bytes((9, 0, 0, 3, 0, 2, 7, 2, 5, 5)),
+        "; on Debian, the package dataset-fashion-mnist has the files",
+    ),
+}
+
+
+@dataclass
+class _Search:
+    """The folders to look in, the kind of place each is, and what was wrong with them.
+
+    A download goes to the last one.
+    """
+
+    roots: list[tuple[Path, str]]
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def download_root(self) -> Path:
+        return self.roots[-1][0]
+
+
+def load_dataset(
+    name: str = "auto", data_dir: str | os.PathLike[str] | None = None, *, show: bool = True
+) -> Dataset:
+    """Load a data set by name and say on stderr, in one line, which one and why.
+
+    Args:
+        name: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
+            "mnist", "fashion_mnist" or "digits".
+        data_dir: folder with the IDX files, plain or gzipped, in itself, in `raw` or in
+            `MNIST/raw` (`FashionMNIST/raw`). By default $CLEXT_DATA, then the cache folder. A
+            download goes to `data_dir`, else to the cache folder.
+        show: let a download show its progress.
+
+    Raises:
+        ValueError: unknown name.
+        DataError: the data cannot be had, or its files are damaged or of another kind.
+    """
+    check_dataset(name)
+    if name == "digits":
+        dataset, reason = _load_digits(), "comes with scikit-learn"
+    else:
+        dataset, reason = _load_idx_or_fall_back(name, _search(data_dir), show)
+    say(
+        f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
+        f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
+        f"{_ADVICE.get(dataset.name, '')}"
+    )
+    return dataset
+
+
+def check_dataset(name: str) -> None:
+    """ValueError if there is no data set called `name`."""
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
+
+
+def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """Where each data set would come from, without reading or downloading it."""
+    places = {}
+    for name in _IDX_DATASETS:
+        search = _search(data_dir)
+        located = _locate(name, search)
+        if located is not None:
+            files, source = located
+            places[name] = f"{files.train_images.parent} ({source})"
+        else:
+            problem = torchvision_problem() or f"would be downloaded to {search.download_root}"
+            places[name] = f"not found: {'; '.join([*search.reasons, problem])}"
+    places["digits"] = "comes with scikit-learn"
+    return places
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/clext, by default ~/.cache/clext."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "clext"
+
+
+def _search(data_dir: str | os.PathLike[str] | None) -> _Search:
+    if data_dir is not None:
+        root = as_path(data_dir, "data_dir")
+        return _Search([(root, "data_dir")])
+    roots = [(cache_folder(), "the cache folder")]
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
+    if from_environment:
+        roots.insert(0, (Path(from_environment).expanduser(), f"${ENVIRONMENT_VARIABLE}"))
+    return _Search(roots)
+
+
+def _load_idx_or_fall_back(name: str, search: _Search, show: bool) -> tuple[Dataset, str]:
+    wanted = "mnist" if name == "auto" else name
+    files = _IDX_DATASETS[wanted]
+    located = _locate(wanted, search)
+    if located is None:
+        problem = download(files.folder, search.download_root, show=show)
+        if problem is None:
+            located = _locate(wanted, _Search([(search.download_root, "a download")]))
+        else:
+            search.reasons.append(problem)
+    if located is not None:
+        return _load_idx(wanted, *located), f"from {located[1]} ({located[0].train_images.parent})"
+    why = "; ".join(search.reasons)
+    if name == "auto":
+        return _load_digits(), (
+            f"comes with scikit-learn and stands in for MNIST, which was not found: {why}. "
+            f"To use MNIST, set {ENVIRONMENT_VARIABLE} or pass data_dir (--data-dir)"
+        )
+    raise DataError(
+        f"{files.title} cannot be had: {why}. Pass data_dir or set {ENVIRONMENT_VARIABLE} to a "
+        f"folder with its four IDX files (plain or gzipped), or install torchvision (pip install "
+        f"'clext[vision]') and run once with a network{files.advice}"
+    )
+
+
+def _locate(name: str, search: _Search) -> tuple[IdxFiles, str] | None:
+    """The files and the kind of place they are in; what is wrong elsewhere goes to the reasons."""
+    files = _IDX_DATASETS[name]
+    for root, source in search.roots:
+        if not root.is_dir():
+            what = "is not a folder" if root.exists() else "does not exist"
+            search.reasons.append(f"{source} ({root}) {what}")
+            continue
+        problem = f"no {files.title} files in {source} ({root})"
+        for folder in (root / files.folder / "raw", root / files.folder, root / "raw", root):
+            located, missing = find_idx_files(folder)
+            if located is None:
+                if len(missing) < len(IdxFiles._fields):
+                    problem = f"{folder} lacks {', '.join(missing)}"
+                continue
+            other = _other_dataset(name, located)
+            if other is None:
+                return located, source
+            problem = f"the files in {folder} are {other}"
+        search.reasons.append(problem)
+    return None
+
+
+def _other_dataset(name: str, located: IdxFiles) -> str | None:
+    """The title of the known data set these files are, if it is not the one called `name`."""
+    try:
+        opening = opening_labels(located.train_labels)
+    except DataError:
+        return None  # reading the whole file says exactly what is wrong with it
+    for other, files in _IDX_DATASETS.items():
+        if other != name and opening == files.opening:
+            return files.title
+    return None
+
+
+def _load_idx(name: str, located: IdxFiles, source: str) -> Dataset:
+    train = _read_split(located.train_images, located.train_labels)
+    test = _read_split(located.test_images, located.test_labels)
+    return Dataset(name, train, test, CLASSES, source)
+
+
+def _read_split(images_path: Path, labels_path: Path) -> Split:
+    images = read_images(images_path)
+    labels = read_labels(labels_path, expected=len(images))
+    inputs = torch.from_numpy(images.reshape(len(images), -1).astype("float32")).div_(255)
+    return Split(inputs, torch.from_numpy(labels.astype("int64")))
+
+
+def _load_digits() -> Dataset:
+    """The 1,797 digits of 8 x 8 pixels (values 0 to 16) that scikit-learn ships."""
+    try:
+        from sklearn.datasets import load_digits
+    except Exception as error:
+        raise DataError(
+            f"the digits cannot be had: scikit-learn cannot be imported ({error}); "
+            "pip install scikit-learn"
+        ) from error
+    pixels, digits = load_digits(return_X_y=True)
+    inputs = torch.from_numpy(pixels.astype("float32")).div_(16)
+    train, test = _stratified_split(Split(inputs, torch.from_numpy(digits.astype("int64"))))
+    return Dataset("digits", train, test, CLASSES, "scikit-learn")
+
+
+def _stratified_split(split: Split) -> tuple[Split, Split]:
+    """A fifth of every class for testing, the same in every run whatever its seed."""
+    fixed = generator(0)
+    train, test = [], []
+    for label in split.labels.unique():
+        rows = (split.labels == label).nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=fixed)]
+        test.append(rows[: len(rows) // 5])
+        train.append(rows[len(rows) // 5 :])
+    parts = (torch.cat(rows).sort().values for rows in (train, test))
+    train_split, test_split = (Split(split.inputs[rows], split.labels[rows]) for rows in parts)
+    return train_split, test_split

@@ -1,0 +1,1 @@
+"""What methods are made of: heads, replay buffers, teachers, exemplars, a generator."""

@@ -1,0 +1,335 @@
+"""The ops of `torch.ops.clext` as typed functions.
+
+Formulas and arguments of each op are those of its namesake in `clext.reference`. Kernels for CPU
+and CUDA are compiled in csrc/; torch_library.py adds shapes, autograd and all other devices.
+Bad arguments raise ValueError (TypeError for dtypes and sparse tensors) and change nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+import clext.ops._extension  # noqa: F401  (loading it defines the ops)
+
+if TYPE_CHECKING:
+    from clext.core.lists import TensorList
+
+_ops: Any = torch.ops.clext
+
+
+def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
+    """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`.
+
+    By backward passes, once or twice; torch.func's transforms and forward-mode derivatives do not
+    see through a custom op, and need `clext.reference.quadratic_penalty`.
+    """
+    return cast("Tensor", _ops.quadratic_penalty.default(params, anchors, importances))
+
+
+def quadratic_penalty_backward(
+    grad: Tensor, params: TensorList, anchors: TensorList, importances: TensorList
+) -> list[Tensor]:
+    """2 * grad * importance * (parameter - anchor), in the dtype of `params`; `grad` is 0-dim."""
+    op = _ops.quadratic_penalty_backward.default
+    return cast("list[Tensor]", op(grad, params, anchors, importances))
+
+
+def add_quadratic_penalty_grad_(
+    grads: TensorList,
+    params: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+) -> Tensor:
+    """Add the gradient of strength * `quadratic_penalty` to `grads`; returns its value."""
+    op = _ops.add_quadratic_penalty_grad_.default
+    return cast("Tensor", op(grads, params, anchors, importances, strength))
+
+
+def accumulate_path_integral_(
+    path: TensorList,
+    previous: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
+) -> None:
+    """Subtract task gradient * step from `path`; `previous` becomes the parameters (SI)."""
+    _ops.accumulate_path_integral_.default(
+        path,
+        previous,
+        params,
+        grads,
+        anchors,
+        importances,
+        strength,
+        task_scale=task_scale,
+        pull_scale=pull_scale,
+    )
+
+
+def riemannian_walk_step_(
+    path: TensorList,
+    previous: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    grads: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    strength: float,
+    decay: float,
+    *,
+    task_scale: Tensor | None = None,
+    pull_scale: Tensor | None = None,
+) -> None:
+    """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
+    _ops.riemannian_walk_step_.default(
+        path,
+        previous,
+        fisher,
+        params,
+        grads,
+        anchors,
+        importances,
+        strength,
+        decay,
+        task_scale=task_scale,
+        pull_scale=pull_scale,
+    )
+
+
+def accumulate_riemannian_walk_score_(
+    task_score: TensorList,
+    path: TensorList,
+    interval_start: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    eps: float,
+) -> None:
+    """Close an interval: task_score += max(0, path) / (fisher * step^2 / 2 + eps) (RWalk)."""
+    _ops.accumulate_riemannian_walk_score_.default(
+        task_score, path, interval_start, fisher, params, eps
+    )
+
+
+def accumulate_square_(acc: TensorList, grads: TensorList, scale: float) -> None:
+    """Add scale * grads^2 to `acc`, which is in the state dtype of `grads`."""
+    _ops.accumulate_square_.default(acc, grads, scale)
+
+
+def accumulate_abs_(acc: TensorList, grads: TensorList, scale: float) -> None:
+    """Add scale * |grads| to `acc`, which is in the state dtype of `grads`."""
+    _ops.accumulate_abs_.default(acc, grads, scale)
+
+
+def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, scale: float) -> None:
+    """Add scale * sum over l of (sum over k of slices[l, k] * jacobian[i][k])^2 to `acc` (SCP).
+
+    `jacobian[i]`: [K, *acc[i].shape] in the dtype of acc[i]; `slices`: [L, K].
+    """
+    _ops.sliced_importance_.default(acc, jacobian, slices, scale)
+
+
+def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square") -> Tensor:
+    """Sum over samples of a function of each entry of features[s, g] @ grads[s, g]^T.
+
+    `function`: "square", "absolute" (its absolute value) or "identity" (the entry itself).
+    """
+    op = _ops.per_sample_sum.default
+    return cast("Tensor", op(features, grads, function=function))
+
+
+def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
+    """Products of all pairs of K past gradients and the current one, summed over all tensors.
+
+    `rows[i]`: [K, *grads[i].shape], the gradients of K past tasks by parameter i, in the state
+    dtype of grads[i] (float64 for float64, else float32); K <= 1024. Returns float64
+    [K + 1, K + 1] on their device, symmetric: entry (k, l) is <rows[k], rows[l]>, the last row and
+    column belong to `grads`. No entry depends on the number of threads, and the rows are read once.
+    GEM (Lopez-Paz and Ranzato 2017, arXiv:1706.08840), A-GEM (Chaudhry et al. 2019,
+    arXiv:1812.00420).
+    """
+    return cast("Tensor", _ops.gradient_gram.default(rows, grads))
+
+
+def project_gradient_(grads: TensorList, rows: TensorList, weights: Tensor) -> None:
+    """Add the sum over k of weights[k] * rows[i][k] to grads[i] (GEM, A-GEM).
+
+    `rows[i]`: [K, *grads[i].shape] in the state dtype of grads[i]; `weights`: float64 [K] on their
+    device, where it is read: the host does not wait. A row whose weight is zero is not read, and
+    where all are zero nothing is; NaN is not zero. The sum is formed in the state dtype.
+    """
+    _ops.project_gradient_.default(grads, rows, weights)
+
+
+def consolidate_importance_(
+    importances: TensorList,
+    anchors: TensorList,
+    estimate: TensorList,
+    params: TensorList,
+    gamma: float,
+) -> None:
+    """Set importance to gamma * importance + estimate, anchor to the parameter."""
+    _ops.consolidate_importance_.default(importances, anchors, estimate, params, gamma)
+
+
+def consolidate_all_anchors_(
+    importances: TensorList,
+    anchors: TensorList,
+    estimate: TensorList,
+    params: TensorList,
+    gamma: float,
+) -> Tensor:
+    """Merge gamma * (A, anchor) with (F, parameter) into one quadratic; returns the constant."""
+    op = _ops.consolidate_all_anchors_.default
+    return cast("Tensor", op(importances, anchors, estimate, params, gamma))
+
+
+def consolidate_path_integral_(
+    importances: TensorList,
+    anchors: TensorList,
+    path: TensorList,
+    params: TensorList,
+    xi: float,
+    *,
+    clamp_total: bool = False,
+) -> None:
+    """Add max(0, path) / (step^2 + xi) to importance; anchor = parameter; path = 0 (SI).
+
+    With `clamp_total`: importance = max(0, importance + path / (step^2 + xi)).
+    """
+    _ops.consolidate_path_integral_.default(
+        importances, anchors, path, params, xi, clamp_total=clamp_total
+    )
+
+
+def consolidate_riemannian_walk_(
+    importances: TensorList,
+    anchors: TensorList,
+    score: TensorList,
+    task_score: TensorList,
+    fisher: TensorList,
+    params: TensorList,
+    mix: float,
+) -> None:
+    """Merge the scores; importance = fisher / max(fisher) + score / max(score) (RWalk)."""
+    _ops.consolidate_riemannian_walk_.default(
+        importances, anchors, score, task_score, fisher, params, mix
+    )
+
+
+def sgd_step_(
+    params: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList,
+    steps: TensorList,
+    path: TensorList,
+    fisher: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    *,
+    lr: Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    strength: float = 0.0,
+    decay: float = 0.0,
+    proximal: bool = False,
+    clear_grad: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
+) -> Tensor:
+    """One protected step of SGD in one pass; returns the penalty's value before it."""
+    return cast(
+        "Tensor",
+        _ops.sgd_step_.default(
+            params,
+            grads,
+            momentum_buffers,
+            steps,
+            path,
+            fisher,
+            anchors,
+            importances,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            task_scale=task_scale,
+        ),
+    )
+
+
+def adam_step_(
+    params: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    steps: TensorList,
+    path: TensorList,
+    fisher: TensorList,
+    anchors: TensorList,
+    importances: TensorList,
+    *,
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    maximize: bool = False,
+    strength: float = 0.0,
+    decay: float = 0.0,
+    proximal: bool = False,
+    clear_grad: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    task_scale: Tensor | None = None,
+) -> Tensor:
+    """One protected step of Adam (AdamW if `decoupled`) in one pass; returns as `sgd_step_`."""
+    return cast(
+        "Tensor",
+        _ops.adam_step_.default(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            path,
+            fisher,
+            anchors,
+            importances,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+            maximize=maximize,
+            strength=strength,
+            decay=decay,
+            proximal=proximal,
+            clear_grad=clear_grad,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            task_scale=task_scale,
+        ),
+    )

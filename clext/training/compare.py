@@ -1,0 +1,335 @@
+"""Several methods on the same tasks: one table, one picture, one file."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from clext.core.checks import unknown_name
+from clext.data.scenarios import Scenario
+from clext.methods import METHODS, part_names
+from clext.training.loop import NonFiniteLossError, chosen_scenario, run
+from clext.training.result import PICTURE_NAME, Result
+from clext.training.settings import Settings
+from clext.training.spec import LearnerSpec
+from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE_NAME = "comparison.json"
+
+_KIND = "comparison"
+# What the titles of the table mean.
+_LEGEND = {
+    "accuracy": "mean over the tasks learned, after the last of them",
+    "forgetting": "drop from the best accuracy, mean of the earlier tasks; lower is better",
+    "BWT": "backward transfer: change since it was learned, mean of the earlier tasks",
+    "FWT": "forward transfer: accuracy before a task was learned, minus the untrained model's",
+    "LA": "learning accuracy: on each task just after learning it",
+    "min-ACC": "minimum accuracy: lowest since learned, mean of the earlier tasks",
+    "intr.": "intransigence: what joint does better just after learning; lower is better",
+}
+_LEFT = ("method", "accuracy")
+# The course's six. The others need a memory, a generator or all the data, or take far longer.
+DEFAULT_METHODS = ("baseline", "ewc", "mas", "si", "rwalk", "scp")
+
+
+@dataclass(eq=False, repr=False)
+class Comparison:
+    """The results of several methods on the same number of tasks and epochs, by label."""
+
+    results: dict[str, Result]
+
+    def __post_init__(self) -> None:
+        sizes = {(r.config["tasks"], r.config["epochs"]) for r in self.results.values()}
+        if len(sizes) > 1:
+            listed = ", ".join(
+                f"{label}: {r.config['tasks']} tasks of {r.config['epochs']} epochs"
+                for label, r in self.results.items()
+            )
+            raise ValueError(
+                f"Comparison: expected results with the same tasks and epochs, got {listed}"
+            )
+
+    def __getitem__(self, label: str) -> Result:
+        if label not in self.results:
+            raise unknown_name("result", label, self.results)
+        return self.results[label]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw average accuracy against epoch, a line per method; save it at `path` if given."""
+        from clext.training.plots import plot_curves
+
+        return plot_curves(self.results, path)
+
+    def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
+        """Write `comparison.json`, and the picture `accuracy.png`, to `folder`."""
+        target = writable_folder(folder, "save")
+        content = {label: result.to_json() for label, result in self.results.items()}
+        write_json(target / FILE_NAME, _KIND, {"results": content})
+        if picture:
+            self.plot(target / PICTURE_NAME)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a comparison from its folder or its JSON file; ValueError if it is not one."""
+        file, content = read_json(path, _KIND, FILE_NAME)
+        results = content.get("results")
+        if not isinstance(results, dict) or not results:
+            raise ValueError(f"{file}: not a valid comparison: it holds no results")
+        return cls(
+            {
+                label: Result.from_json(entry, f"{file}, results[{label!r}]")
+                for label, entry in results.items()
+            }
+        )
+
+    def table(self) -> str:
+        """Final accuracy, the metrics of `Result` and the time of each method, the best first.
+
+        Intransigence is among them where one of the results is of method "joint".
+        """
+        joint = next((r for r in self.results.values() if r.config["method"] == "joint"), None)
+        ranked = sorted(
+            self.results.items(),
+            key=lambda item: (item[1].complete, item[1].average_accuracy[-1:]),
+            reverse=True,
+        )
+        rows = [_cells(label, result, joint) for label, result in ranked]
+        table = [{title: title for title in rows[0]}, *rows] if rows else []
+        lines = ["  ".join(cells) for cells in zip(*_columns(table), strict=True)]
+        for number, (_, result) in enumerate(ranked, 1):
+            lines[number] += f"  stopped early: {result.stopped}" if result.stopped else ""
+        return "\n".join([*lines, "", *self._legend(rows)])
+
+    def _legend(self, rows: list[dict[str, str]]) -> list[str]:
+        """A line for each title that needs one."""
+        meanings = {title: _LEGEND[title] for row in rows[:1] for title in row if title in _LEGEND}
+        for result in self.results.values():
+            learned, tasks = len(result.average_accuracy), len(result.accuracy)
+            if learned < tasks:
+                meanings["accuracy"] = (
+                    f"{_LEGEND['accuracy']}; ({learned} of {tasks}): tasks learned"
+                )
+            if result.config.get("incremental") == "class":
+                meanings["FWT"] = f"{_LEGEND['FWT']}; none with class-incremental tasks"
+        return [f"{title:<11} {meaning}" for title, meaning in meanings.items()]
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def compare(
+    methods: str | Sequence[str | Sequence[str]] | None = None,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    dataset: str = "auto",
+    scenario: str | Scenario = "permuted",
+    incremental: str | None = None,
+    tasks: int | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 1e-4,
+    precision: str = "fp32",
+    evaluate_every: int | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run several methods on the same tasks, from the same initial weights, in the same order.
+
+    A method whose loss becomes NaN or infinite, or that cannot work on the data of a task, is
+    stopped with a warning and keeps what it did; the others go on.
+
+    Args:
+        methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay", or a list of the
+            two in the list); by default the six that only protect: baseline, ewc, mas, si, rwalk,
+            scp.
+        options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
+            `{"ewc+replay": {"replay.strength": 3.0}}`.
+        dataset: as in `clext.train`, like all that follow.
+        scenario: how the data set becomes tasks, or tasks of your own.
+        incremental: "domain", "task" or "class".
+        tasks: number of tasks.
+        epochs: passes over the data of each task.
+        batch_size: examples in a step.
+        lr: learning rate of Adam.
+        precision: "fp32", or "bf16" for forward and backward in bfloat16.
+        evaluate_every: also take accuracies every so many steps.
+        model: by default the course's perceptron; each method trains a copy of a given one.
+        seed: of everything random, the same for all methods.
+        device: by default CUDA if there is one, else the CPU.
+        data_dir: folder with the data set's files.
+        out: folder for `comparison.json` (also written after each task) and the picture.
+        progress: show progress.
+
+    Returns:
+        The result of each method, see `Comparison`.
+
+    Raises:
+        ValueError: an argument is wrong; nothing was done.
+        DataError: the data set cannot be had, or its files are damaged.
+        OSError: `out` cannot be written; nothing was done.
+    """
+    settings = Settings.checked(
+        dataset=dataset,
+        scenario=scenario,
+        incremental=incremental,
+        tasks=tasks,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        precision=precision,
+        evaluate_every=evaluate_every,
+        seed=seed,
+        device=device,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    specs = _checked_specs(methods, model, {} if options is None else options)
+    with claimed_folder(out, "compare: out") as folder:
+        chosen = chosen_scenario(settings)
+        for spec in specs.values():
+            spec.check(chosen)
+    comparison = Comparison({})
+    for name, spec in specs.items():
+
+        def save(result: Result, name: str = name) -> Path | None:
+            comparison.results[name] = result
+            return None if folder is None else comparison.save(folder, picture=False)
+
+        try:
+            # Copied only now, so that no more than one model is held beside the given one; and with
+            # it the modules among the options (a generator), which are trained too.
+            own = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
+            run(own, chosen, settings, save)
+        except (NonFiniteLossError, ValueError) as error:
+            if name not in comparison.results:
+                raise  # before anything was done
+            warnings.warn(str(error), stacklevel=2)
+    if folder is not None:
+        keep(lambda: comparison.save(folder))
+    return comparison
+
+
+def _checked_specs(
+    methods: str | Sequence[str | Sequence[str]] | None,
+    model: nn.Module | None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, LearnerSpec]:
+    names = _checked_names(methods)
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            "compare: options must be a dict from a method's name to its options, such as "
+            f"{{'ewc': {{'strength': 100.0}}}}, got {options!r}"
+        )
+    for label, given in options.items():
+        if label not in names:
+            raise unknown_name("method in options", label, names)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"compare: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
+                f"{given!r}"
+            )
+    specs = {}
+    for label, parts in names.items():
+        of_method = dict(options.get(label, {}))
+        specs[label] = LearnerSpec(parts, model, of_method.pop("strength", None), of_method)
+        specs[label].check()
+    return specs
+
+
+def _checked_names(
+    methods: str | Sequence[str | Sequence[str]] | None,
+) -> dict[str, list[str]]:
+    """The parts of each method by its label; ValueError for what is none."""
+    if isinstance(methods, str):
+        if "," in methods:
+            raise ValueError(
+                f"compare: expected a list of names, got {methods!r}; write "
+                f"{[name.strip() for name in methods.split(',')]}"
+            )
+        methods = [methods]
+    if methods is not None and not isinstance(methods, Iterable):
+        raise ValueError(
+            f"compare: methods must be a list of names, such as ['ewc', 'si'], got {methods!r}"
+        )
+    given = DEFAULT_METHODS if methods is None else methods
+    if not given:
+        raise ValueError(
+            f"compare: expected at least one method, got none; choose from {[*METHODS]}"
+        )
+    names: dict[str, list[str]] = {}
+    for entry in given:
+        if not isinstance(entry, str | Sequence):
+            raise ValueError(
+                f"compare: methods must be names of clext.METHODS, got {type(entry).__name__}; "
+                "pass the settings of a method in options"
+            )
+        parts = part_names(entry)
+        label = entry if isinstance(entry, str) else "+".join(parts)
+        if label in names:
+            raise ValueError(f"compare: method {label!r} is given twice; name each method once")
+        names[label] = parts
+    return names
+
+
+def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
+    """The row of a result: what stands under each title of the table."""
+    average, tasks = result.average_accuracy, len(result.accuracy)
+    part = "" if result.complete else f" ({len(average)} of {tasks})"
+    cells = {
+        "method": label,
+        "strength": ", ".join(f"{strength:g}" for strength in result.strengths) or "-",
+        "accuracy": (f"{average[-1]:.4f}" if average else "-") + part,
+        "forgetting": _number(result.forgetting, ".4f"),
+        "BWT": _number(result.backward_transfer, "+.4f"),
+        "FWT": _number(result.forward_transfer, "+.4f"),
+        "LA": _number(result.learning_accuracy, ".4f"),
+        "min-ACC": _number(result.worst_accuracy, ".4f"),
+    }
+    if joint is not None:
+        cells["intr."] = _number(_mean_intransigence(result, joint), "+.4f")
+    return {**cells, "time": f"{result.seconds:.1f} s"}
+
+
+def _mean_intransigence(result: Result, joint: Result) -> float:
+    """NaN if no task was learned by both, or the runs are of other tasks."""
+    try:
+        missed = result.intransigence(joint)
+    except ValueError:
+        return math.nan
+    missed = missed[np.isfinite(missed)]
+    return float(missed.mean()) if len(missed) else math.nan
+
+
+def _columns(table: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """The cells below each title, all of one width."""
+    columns = []
+    for title in table[0] if table else ():
+        width = max(len(row[title]) for row in table)
+        align = "<" if title in _LEFT else ">"
+        columns.append([f"{row[title]:{align}{width}}" for row in table])
+    return columns
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

@@ -1,0 +1,326 @@
+"""The main job: learn a sequence of tasks with one method, and measure what is remembered."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+from clext.core.checks import unknown_name
+from clext.core.modes import module_mode
+from clext.core.parameters import trainable_parameters
+from clext.core.seeding import Seeds, generator, isolated_rng
+from clext.data.datasets import Batches, Split, load_dataset
+from clext.data.scenarios import Scenario, make_scenario
+from clext.methods import METHODS, Method, part_names
+from clext.methods.base import option_names
+from clext.methods.learning import Examples
+from clext.optim import Adam
+from clext.training.evaluate import Examiner, Trace
+from clext.training.progress import Progress
+from clext.training.result import Result
+from clext.training.settings import Settings, describe_machine
+from clext.training.spec import LearnerSpec, describe_learner, input_dtype
+from clext.training.steps import make_steps
+from clext.training.storage import claimed_folder, keep
+
+Save = Callable[[Result], Path | None]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss, or a parameter, became NaN or infinite; `result` holds what was done until then."""
+
+    def __init__(self, message: str, result: Result) -> None:
+        super().__init__(message)
+        self.result = result
+
+    @classmethod
+    def at(
+        cls, result: Result, task: int, epoch: int, step: int, loss: float
+    ) -> NonFiniteLossError:
+        """The error for a place in the run, everything counted from 0."""
+        config = result.config
+        what = f"the loss became {loss}"
+        if math.isfinite(loss):
+            what = f"a parameter became NaN or infinite (the loss was still {loss:.4g})"
+        remedy = f"try a smaller lr (now {config['lr']:g})"
+        if config["strength"] is not None and task > 0:  # else there was no penalty yet
+            remedy += f" or strength (now {config['strength']:g})"
+        return cls(
+            f"{config['method']}: {what} at task {task + 1}, epoch {epoch + 1}, step {step + 1}; "
+            f"the model's weights are of no use now; {remedy}.",
+            result,
+        )
+
+
+def train(
+    method: str | Sequence[str] | Method,
+    *,
+    dataset: str = "auto",
+    scenario: str | Scenario = "permuted",
+    incremental: str | None = None,
+    tasks: int | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 1e-4,
+    precision: str = "fp32",
+    evaluate_every: int | None = None,
+    strength: float | None = None,
+    model: nn.Module | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **method_options: object,
+) -> Result:
+    """Learn a sequence of tasks with one method; by default five permutations of MNIST.
+
+    Every task gets a new Adam. After every epoch the accuracy on all tasks seen is taken. The same
+    seed gives the same bits on the same machine; the global random state is left as it was.
+
+    Args:
+        method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
+            combine a penalty with a method that rehearses; or an instance (then its model is
+            trained).
+        dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
+            "mnist", "fashion_mnist" or "digits".
+        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
+            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
+        incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
+            known when tested) or "class" (one head that grows; all classes seen compete); see
+            `clext.Scenario`.
+        tasks: number of tasks, 5 unless a given scenario has its own.
+        epochs: passes over the data of each task.
+        batch_size: examples in a step; the last, smaller batch of an epoch is used too.
+        lr: learning rate of Adam.
+        precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
+            parameters, optimizer and method state in float32 as before.
+        evaluate_every: also take the accuracy on all tasks seen every so many steps, for
+            `Result.worst_accuracy`; by default only after each epoch.
+        strength: weight of the method's penalty; by default the method's own.
+        model: any module from examples ([N, features], or shaped as those of your own `Scenario`)
+            to logits [N, outputs], trained in place and moved to `device`; by default the course's
+            784-1024-512-256-10 perceptron, with the outputs that the scenario needs.
+        seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
+        device: by default CUDA if there is one, else the CPU.
+        data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
+        out: folder for `result.json` (also written after each task) and the picture.
+        progress: show a progress bar, or a line per epoch where stderr is no terminal.
+        **method_options: options of the method, such as `xi` of "si"; in a combination
+            `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
+
+    Returns:
+        The accuracies, timings and settings, see `Result`.
+
+    Raises:
+        ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
+            data of a task: the model has learned the tasks before, and `out` holds their results.
+        DataError: the data set cannot be had, or its files are damaged.
+        OSError: `out` cannot be written; nothing was done.
+        NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
+    """
+    settings = Settings.checked(
+        dataset=dataset,
+        scenario=scenario,
+        incremental=incremental,
+        tasks=tasks,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        precision=precision,
+        evaluate_every=evaluate_every,
+        seed=seed,
+        device=device,
+        data_dir=data_dir,
+        progress=progress,
+    )
+    _check_option_names(method, method_options)
+    spec = LearnerSpec(method, model, strength, method_options)
+    spec.check()
+    with claimed_folder(out, "train: out") as folder:
+        chosen = chosen_scenario(settings)
+        spec.check(chosen)
+
+    def save(result: Result) -> Path | None:
+        return None if folder is None else result.save(folder, picture=result.complete)
+
+    return run(spec, chosen, settings, save)
+
+
+def _check_option_names(method: str | Sequence[str] | Method, options: dict[str, object]) -> None:
+    """ValueError for an option that neither `train` nor the method has."""
+    if isinstance(method, Method):
+        label, kinds = method.label, [type(part) for part in method.parts]
+    else:
+        names = part_names(method)
+        label, kinds = "+".join(names), [METHODS[name] for name in names]
+    own = inspect.signature(train).parameters.values()
+    valid = [entry.name for entry in own if entry.kind is entry.KEYWORD_ONLY]
+    valid += [name for kind in kinds for name in option_names(kind)]
+    for option in options:
+        # That of a part is the method's to check.
+        if "." not in option and option not in valid:
+            raise unknown_name(
+                f"option, neither of train nor of {label}:", option, dict.fromkeys(valid)
+            )
+
+
+def chosen_scenario(settings: Settings) -> Scenario:
+    """The scenario that was given, or is made of the data set, which is loaded."""
+    if isinstance(settings.scenario, Scenario):
+        return settings.scenario
+    data = load_dataset(settings.dataset, settings.data_dir, show=settings.progress)
+    seed = Seeds.derive(settings.seed).scenario
+    return make_scenario(settings.scenario, data, settings.tasks, seed, settings.incremental)
+
+
+def run(spec: LearnerSpec, scenario: Scenario, settings: Settings, save: Save) -> Result:
+    """`train` on checked arguments and loaded data.
+
+    `save` is called with the result after each task, and when the run ends early.
+    """
+    seeds = Seeds.derive(settings.seed)
+    with isolated_rng(seeds.model, settings.device):
+        method = spec.build(scenario, settings.device, seeds.method)
+        result = Result.empty(
+            settings.tasks,
+            {
+                **describe_learner(method),
+                **settings.describe(),
+                "data": scenario.data,
+                "seeds": asdict(seeds),
+                **describe_machine(settings.device),
+            },
+        )
+        try:
+            with module_mode(method.model, training=True), method.outputs.selected(None):
+                learn(method, scenario, settings, result, save)
+        except BaseException as error:
+            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
+            interrupted = isinstance(error, KeyboardInterrupt)
+            result.stopped = "interrupted" if interrupted else str(error) or type(error).__name__
+            place = keep(lambda: save(result))
+            if place is not None:
+                error.add_note(f"What was done so far is saved in {place}.")
+            raise
+    return result
+
+
+def learn(
+    method: Method, scenario: Scenario, settings: Settings, result: Result, save: Save
+) -> None:
+    """The loop itself, one task after the other; `result` is filled in as it goes."""
+    model, device = method.model, settings.device
+    scenario = scenario.to(device, input_dtype(model))
+    shuffle = generator(result.config["seeds"]["shuffle"])
+    clock = Clock(result.timings, device)
+    examiner = Examiner(method, scenario, settings.precision)
+    trace = Trace(
+        examiner, settings.evaluate_every, result.steps, lambda: clock.measure("evaluation")
+    )
+    with clock.measure("evaluation"):
+        result.untrained[:] = [examiner.accuracy(k, k) for k in range(len(scenario.tasks))]
+    with Progress(method.label, settings.tasks, settings.epochs, show=settings.progress) as bar:
+
+        def step_done() -> None:
+            bar.step()
+            trace.step()
+
+        for k in range(len(scenario.tasks)):
+            with clock.measure("evaluation"):
+                result.before[k] = examiner.accuracy(k, k)
+            with clock.measure("training"):
+                own, examples = begin_task(method, scenario, k)
+                parameters = trainable_parameters(model).values()
+                optimizer = Adam(parameters, lr=settings.lr, method=method)
+                steps = make_steps(
+                    method, optimizer, examples, settings.batch_size, settings.precision
+                )
+            bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
+            trace.begin_task(k)
+            for epoch in range(settings.epochs):
+                bar.epoch_start(k, epoch)
+                with clock.measure("training"):
+                    order = torch.randperm(len(examples[0]), generator=shuffle).to(device)
+                    with explained(len(order), k, settings.batch_size):
+                        losses = steps.run_epoch(order, step_done)
+                    step = first_non_finite(losses, model)
+                if step is not None:
+                    raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
+                if epoch == settings.epochs - 1:
+                    # Before the last look at the task: a method may predict by what it remembers.
+                    bar.task_end(k)
+                    with clock.measure("consolidation"):
+                        method.consolidate(Batches(own, settings.batch_size))
+                with clock.measure("evaluation"):
+                    accuracies = examiner.accuracies(k)
+                result.curve.append(fmean(accuracies))
+                bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
+            result.accuracy[k, : k + 1] = accuracies
+            keep(lambda: save(result))
+
+
+def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:
+    """Begin task k: its own examples with local labels, and what the method trains on."""
+    task, active = scenario.tasks[k], scenario.active(k, k)
+    own = task.train()
+    if active is not None:
+        own = Split(own.inputs, own.labels - active.start)
+    examples = method.begin_task(tuple(own), block=task.outputs, active=active)
+    return own, tuple(own) if examples is None else examples
+
+
+@contextmanager
+def explained(examples: int, task: int, batch_size: int) -> Iterator[None]:
+    """Say of an error inside, raised by the model, if it may be due to a last batch of one."""
+    try:
+        yield
+    except ValueError as error:
+        one = examples % batch_size == 1 and batch_size > 1
+        if one and "more than 1 value per channel" in str(error):
+            error.add_note(
+                f"The last batch of task {task + 1} has one example ({examples} in batches of "
+                f"{batch_size}), of which a batch norm can make no statistics; choose another "
+                "batch_size."
+            )
+        raise
+
+
+def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
+    """The first step whose loss, or after the last of which a parameter, is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) > 0:
+        return int(bad[0])
+    # The last update can break the model without any loss that shows it.
+    finite = all(bool(p.detach().isfinite().all()) for p in model.parameters())
+    return None if finite else len(losses) - 1
+
+
+class Clock:
+    """Adds up the seconds of each kind of work, including what the device still has to do."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self._seconds, self._device = seconds, device
+        self._apart = 0.0  # seconds of what was measured inside what is being measured
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count the time inside as `name`, without what is measured inside."""
+        outer, self._apart = self._apart, 0.0
+        start = time.perf_counter()
+        yield
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        seconds = time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds - self._apart
+        self._apart = outer + seconds

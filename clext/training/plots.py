@@ -1,0 +1,248 @@
+"""The course's picture: average accuracy over the tasks seen against the epoch, line by line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from clext.training.storage import as_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from clext.training.result import Result
+
+_SIZE = (7.2, 4.3)
+_AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
+_LABEL_POINTS = 9.0
+_TEXT = "#222222"
+# A scenario of one's own may have a name longer than the picture is wide.
+TITLE_STYLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "wrap": True}
+_MOST_TASK_NAMES = 12
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+
+
+class _Style(NamedTuple):
+    """Colour, dashes and marker: any one of the three is enough to tell the lines apart."""
+
+    color: str
+    dashes: str | tuple[float, tuple[float, ...]]
+    marker: str
+
+
+# The course's six and lwf have the colours of Okabe & Ito (2008), which the colour-blind can tell
+# apart; yellow is left out because it vanishes on white paper. The others have dark ones of Tol's.
+# A method keeps its style from picture to picture.
+_STYLES = {
+    "baseline": _Style("#000000", (0, (1, 1.5)), "x"),
+    "ewc": _Style("#0072B2", "-", "o"),
+    "mas": _Style("#E69F00", (0, (5, 1.5)), "s"),
+    "si": _Style("#009E73", (0, (6, 1.5, 1, 1.5)), "^"),
+    "rwalk": _Style("#D55E00", "-", "D"),
+    "scp": _Style("#CC79A7", (0, (3, 1)), "v"),
+    "lwf": _Style("#56B4E9", "-", "P"),
+    "gem": _Style("#332288", "-", "p"),
+    "agem": _Style("#999933", (0, (3, 1)), "h"),
+    "replay": _Style("#882255", (0, (5, 1.5)), "X"),
+    "icarl": _Style("#8C510A", "-", "*"),
+    "dgr": _Style("#117733", "-", "<"),
+    "joint": _Style("#777777", "-", "d"),
+}
+_OTHER_STYLES = (
+    _Style("#AA4499", (0, (5, 1.5)), ">"),
+    _Style("#44AA99", (0, (6, 1.5, 1, 1.5)), "8"),
+    _Style("#CC6677", (0, (1, 1.5)), "H"),
+    _Style("#444444", "-", "s"),
+)
+
+
+_Line = tuple[str, Sequence[float], _Style]
+
+
+def plot_curves(
+    results: Mapping[str, Result], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw one line for each result, labelled with its key; save the picture if `path` is given.
+
+    All results must have the same numbers of tasks and epochs. The figure is made without pyplot,
+    so that no display is needed and no global state of matplotlib is touched.
+    """
+    first = next(iter(results.values()))
+    tasks, epochs = int(first.config["tasks"]), int(first.config["epochs"])
+    figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
+    axes = figure.add_subplot()
+    styles = _styles(results)
+    lines = [(label, result.curve, styles[label]) for label, result in results.items()]
+    lines = [line for line in lines if line[1]]
+    for rank, (_, curve, style) in enumerate(lines):
+        # One marker a task, each line at another epoch of it, or they would cover each other.
+        offset = int((rank + 0.5) / len(lines) * epochs)
+        _draw_line(axes, curve, style, markers=(offset, epochs))
+    _draw_frame(axes, tasks, epochs)
+    title = title_of(first) if len(results) > 1 else f"{next(iter(results))}: {title_of(first)}"
+    axes.set_title(title, pad=20, **TITLE_STYLE)
+    _label_ends(axes, lines, tasks, epochs)
+    save_figure(figure, path)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
+    """Save it at `path`, if that is given, in a folder that is made if need be."""
+    if path is not None:
+        file = as_path(path, "plot: path")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+
+
+def title_of(result: Result) -> str:
+    """What was learned, such as "Split MNIST, class-incremental"."""
+    scenario = str(result.config.get("scenario", ""))
+    scenario = scenario[:1].upper() + scenario[1:]
+    data = _TITLES.get(result.data_name, result.data_name)
+    return f"{scenario} {data}{result.setting}"
+
+
+def _styles(labels: Iterable[str]) -> dict[str, _Style]:
+    """The style of each label, no two alike while there are enough.
+
+    A combination takes that of its second method unless this is drawn as well.
+    """
+    styles: dict[str, _Style] = {label: _STYLES[label] for label in labels if label in _STYLES}
+    others = cycle(_OTHER_STYLES)
+    for label in labels:
+        if label not in styles:
+            second = _STYLES.get(label.rpartition("+")[2])
+            is_free = second is not None and second not in styles.values()
+            styles[label] = second if second and is_free else next(others)
+    return styles
+
+
+def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple[int, int]) -> None:
+    axes.plot(
+        range(1, len(curve) + 1),
+        curve,
+        color=style.color,
+        linestyle=style.dashes,
+        linewidth=1.6,
+        marker=style.marker,
+        markersize=6,
+        markeredgecolor=style.color if style.marker == "x" else "white",
+        markeredgewidth=1.4 if style.marker == "x" else 0.6,
+        markevery=markers,
+        clip_on=False,  # the last point lies on the frame
+    )
+
+
+def _draw_frame(axes: Axes, tasks: int, epochs: int) -> None:
+    axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
+    axes.set_ylabel("Average accuracy over the tasks seen")
+    axes.set_xlim(0, tasks * epochs)
+    every = -(-tasks // _MOST_TASK_NAMES)
+    borders = range(every * epochs, tasks * epochs + 1, every * epochs)
+    counted = MaxNLocator(integer=True).tick_values(1, epochs)  # within the only task
+    axes.set_xticks([e for e in counted if 1 <= e <= epochs] if tasks == 1 else list(borders))
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for k in range(tasks):
+        if k > 0:
+            axes.axvline(k * epochs, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
+        if k % every == 0:
+            axes.annotate(
+                f"task {k + 1}" if k == 0 or tasks <= 8 else f"{k + 1}",
+                ((k + 0.5) * epochs, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=_LABEL_POINTS,
+                color=_TEXT,
+            )
+
+
+def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> None:
+    """Name each line at the right margin, the names moved apart where they would overlap.
+
+    From one that ends before, fine dots lead there, and its name says how far it came.
+    """
+    last = tasks * epochs
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    points = _AXES_HEIGHT * 72 / (high - low)
+    heights = [curve[-1] * points for _, curve, _ in lines]
+    for (label, curve, style), height, place in zip(
+        lines,
+        heights,
+        spread(heights, _LABEL_POINTS * 1.35, (low * points, high * points)),
+        strict=True,
+    ):
+        text = f"{label} {curve[-1]:.3f}"
+        if len(curve) < last:
+            text += f" ({len(curve) // epochs} of {tasks})"
+            axes.hlines(
+                curve[-1], len(curve), last, style.color, linestyle=(0, (1, 4)), linewidth=0.9
+            )
+        axes.annotate(
+            text,
+            (last, curve[-1]),
+            xytext=(18, place - height),
+            textcoords="offset points",
+            va="center",
+            fontsize=_LABEL_POINTS,
+            color=_TEXT,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": style.color,
+                "linewidth": 1.2,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )
+
+
+def spread(
+    places: Sequence[float], gap: float, within: tuple[float, float] = (-math.inf, math.inf)
+) -> list[float]:
+    """The places moved as little as possible so that neighbours are at least `gap` apart.
+
+    Least squares for a fixed order (pool adjacent violators): groups that collide are set around
+    their mean. All lie `within` the lowest and the highest place given, if there is room for them.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    groups: list[list[int]] = []
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and _top(groups[-2], places, gap) > _bottom(groups[-1], places, gap):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [0.0] * len(places)
+    for group in groups:
+        for rank, index in enumerate(group):
+            moved[index] = _centre(group, places) + (rank - (len(group) - 1) / 2) * gap
+    low, high = within
+    room = high - (len(places) - 1) * gap
+    if room < low:
+        return moved
+    # Of places `gap` apart, those that bounds leave are the nearest ones again.
+    for rank, index in enumerate(order):
+        moved[index] = rank * gap + min(max(moved[index] - rank * gap, low), room)
+    return moved
+
+
+def _centre(group: Sequence[int], places: Sequence[float]) -> float:
+    return sum(places[index] for index in group) / len(group)
+
+
+def _top(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return _centre(group, places) + len(group) / 2 * gap
+
+
+def _bottom(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return _centre(group, places) - len(group) / 2 * gap

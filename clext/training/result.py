@@ -1,0 +1,322 @@
+"""What a run leaves behind: numbers, settings, a table, a picture and a file."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clext.training import metrics
+from clext.training.storage import read_json, writable_folder, write_json
+from clext.training.summary import summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILE_NAME = "result.json"
+PICTURE_NAME = "accuracy.png"
+MATRIX_NAME = "matrix.png"
+
+_KIND = "result"
+
+
+@dataclass(eq=False, repr=False)
+class Result:
+    """The outcome of `clext.train`. Accuracies are fractions between 0 and 1.
+
+    Attributes:
+        accuracy: float64 [T, T]; [k, j] is the accuracy on task j after learning task k, both
+            counted from 0. NaN for j > k and for tasks that were not finished.
+        curve: average accuracy over the tasks seen so far, one entry per epoch.
+        before: float64 [T]; accuracy on each task just before it was learned, NaN where it was not
+            begun.
+        untrained: float64 [T]; accuracy on each task of the model as it was given.
+        steps: accuracies on the tasks seen taken every `evaluate_every` steps, if that was asked.
+        config: every setting, the data set really used, seeds, device, threads and versions.
+        timings: the seconds spent on "training", "evaluation" and "consolidation".
+        stopped: why the run ended early, or None.
+    """
+
+    accuracy: metrics.Matrix
+    curve: list[float]
+    config: dict[str, Any]
+    before: metrics.Vector
+    untrained: metrics.Vector
+    steps: list[metrics.Step] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
+
+    @classmethod
+    def empty(cls, tasks: int, config: dict[str, Any]) -> Self:
+        """A result in which nothing has been learned yet."""
+        unknown = np.full(tasks, np.nan)
+        return cls(np.full((tasks, tasks), np.nan), [], config, unknown, unknown.copy())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tasks were learned."""
+        return metrics.tasks_learned(self.accuracy) == len(self.accuracy)
+
+    @property
+    def seconds(self) -> float:
+        """Time of the run, without loading the data and saving."""
+        return sum(self.timings.values())
+
+    @property
+    def average_accuracy(self) -> list[float]:
+        """Entry k: mean accuracy over tasks 0..k after learning task k."""
+        return metrics.average_accuracy(self.accuracy)
+
+    @property
+    def forgetting(self) -> float:
+        """Mean drop of the earlier tasks from their best accuracy (Chaudhry et al. 2018)."""
+        return metrics.forgetting(self.accuracy)
+
+    @property
+    def backward_transfer(self) -> float:
+        """Mean change of the earlier tasks since they were learned (Lopez-Paz & Ranzato 2017)."""
+        return metrics.backward_transfer(self.accuracy)
+
+    @property
+    def forward_transfer(self) -> float:
+        """Mean gain on later tasks before they were learned (Lopez-Paz & Ranzato 2017).
+
+        NaN in a class-incremental run: a class that no task has shown cannot be the answer.
+        """
+        if self.config.get("incremental") == "class":
+            return math.nan
+        return metrics.forward_transfer(self.before, self.untrained)
+
+    @property
+    def learning_accuracy(self) -> float:
+        """Mean accuracy on each task just after learning it (Riemer et al. 2019)."""
+        return metrics.learning_accuracy(self.accuracy)
+
+    @property
+    def worst_accuracy(self) -> float:
+        """Minimum accuracy (min-ACC): how low the earlier tasks fell (De Lange et al. 2023).
+
+        The lowest accuracy found on each task since it was learned, mean over all tasks but the
+        last; the value just after learning it does not count. Within tasks it is looked for in
+        `steps`, which `evaluate_every` fills.
+        """
+        return metrics.worst_accuracy(self.accuracy, self.steps)
+
+    def intransigence(self, joint: Result) -> metrics.Vector:
+        """What a joint run does better on each task just after learning it (Chaudhry et al. 2018).
+
+        Seeds may differ, so that one joint run can serve several: another seed draws other weights
+        and permutations, and tasks that are as hard. With one seed for both the chance is less.
+
+        Args:
+            joint: the result of method "joint" on the same tasks.
+
+        Returns:
+            float64 [T], NaN for tasks that either has not learned; its mean is the intransigence
+            of the run.
+
+        Raises:
+            TypeError: `joint` is no result.
+            ValueError: `joint` is of another method, or of other tasks.
+        """
+        if not isinstance(joint, Result):
+            raise TypeError(
+                f'intransigence: joint must be a Result, that of a run of method "joint" on the '
+                f"same tasks, got {type(joint).__name__}"
+            )
+        if "joint" not in joint.label.split("+"):
+            raise ValueError(
+                f'intransigence: expected a run of "joint", got one of {joint.label!r}'
+            )
+        if joint.accuracy.shape != self.accuracy.shape:
+            raise ValueError(
+                f"intransigence: expected a joint run of {len(self.accuracy)} tasks, got one of "
+                f"{len(joint.accuracy)}"
+            )
+        theirs = joint._learned()
+        for what, ours in self._learned().items():
+            if theirs[what] != ours:
+                raise ValueError(
+                    f"intransigence: expected a joint run with {what} {ours!r}, got {what} "
+                    f"{theirs[what]!r}; both must have learned the same tasks"
+                )
+        return metrics.intransigence(self.accuracy, joint.accuracy)
+
+    def _learned(self) -> dict[str, object]:
+        """What a run was about, as far as that is recorded."""
+        data = self.config.get("data", {})
+        return {
+            "scenario": self.config.get("scenario"),
+            "incremental": self.config.get("incremental", "domain"),
+            "data set": self.data_name,
+            "training examples": data.get("train"),
+            "test examples": data.get("test"),
+        }
+
+    @property
+    def label(self) -> str:
+        """The method's name, as in pictures and tables."""
+        return str(self.config["method"])
+
+    @property
+    def strengths(self) -> list[float]:
+        """The strength of the method, or of each part of a combination; none without one."""
+        options, names = self.config.get("method_options", {}), self.label.split("+")
+        parts = [options.get(name) for name in names] if len(names) > 1 else []
+        found = [
+            part["strength"] for part in parts if isinstance(part, dict) and "strength" in part
+        ]
+        strength = self.config.get("strength")
+        return found or ([] if strength is None else [strength])
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the average accuracy over the tasks seen against the epoch; save it at `path`.
+
+        The suffix of `path` chooses the format (png, pdf, svg). No display is needed.
+        """
+        from clext.training.plots import plot_curves
+
+        return plot_curves({self.label: self}, path)
+
+    def plot_matrix(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the accuracy on each task after each task as a heat map; save it at `path`.
+
+        Up to ten tasks the accuracies are written into the cells.
+        """
+        from clext.training.heat_map import plot_matrix
+
+        return plot_matrix(self, path)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The names of the pictures that `save` draws."""
+        return [PICTURE_NAME, MATRIX_NAME] if len(self.accuracy) > 1 else [PICTURE_NAME]
+
+    def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
+        """Write `result.json` to `folder` and the pictures, in the place of older ones.
+
+        They are `accuracy.png`, and for more than one task `matrix.png`.
+        """
+        target = writable_folder(folder, "save")
+        write_json(target / FILE_NAME, _KIND, self.to_json())
+        if picture:
+            self.plot(target / PICTURE_NAME)
+            if MATRIX_NAME in self.pictures:
+                self.plot_matrix(target / MATRIX_NAME)
+            else:  # that of an older result would not be this one's
+                (target / MATRIX_NAME).unlink(missing_ok=True)
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a result from its folder or its JSON file; ValueError if it is not a result."""
+        file, content = read_json(path, _KIND, FILE_NAME)
+        return cls.from_json(content, str(file))
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values; the summary is written for readers and ignored by `load`."""
+        return {
+            "summary": {
+                "average_accuracy": self.average_accuracy,
+                "forgetting": self.forgetting,
+                "backward_transfer": self.backward_transfer,
+                "forward_transfer": self.forward_transfer,
+                "learning_accuracy": self.learning_accuracy,
+                "worst_accuracy": self.worst_accuracy,
+                "seconds": self.seconds,
+            },
+            "stopped": self.stopped,
+            "timings": self.timings,
+            "accuracy": self.accuracy.tolist(),
+            "before": self.before.tolist(),
+            "untrained": self.untrained.tolist(),
+            "curve": self.curve,
+            "steps": self.steps,
+            "config": self.config,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], origin: str) -> Self:
+        """The result that `to_json` described; `origin` is named in errors.
+
+        What older versions did not record is NaN, and there are no steps.
+        """
+        try:
+            config = dict(content["config"])
+            tasks = int(config["tasks"])
+            unknown = [None] * tasks
+            result = cls(
+                _accuracies("accuracy", content["accuracy"], (tasks, tasks)),
+                _accuracies("curve", content["curve"], missing=False).tolist(),
+                config,
+                _accuracies("before", content.get("before", unknown), (tasks,)),
+                _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
+                [_checked_step(step, tasks) for step in content.get("steps", [])],
+                dict(content["timings"]),
+                content["stopped"],
+            )
+            if not {"method", "epochs"} <= result.config.keys():
+                raise ValueError("config lacks the method or the epochs")
+        except KeyError as error:
+            raise ValueError(f"{origin}: not a complete result: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{origin}: not a valid result: {error}") from error
+        return result
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return summary(self)
+
+    @property
+    def data_name(self) -> str:
+        """The data set that was really used; older results know only the one asked for."""
+        return str(self.config.get("data", {}).get("name", self.config.get("dataset", "")))
+
+    @property
+    def setting(self) -> str:
+        """For titles: ", class-incremental", say; nothing for a domain-incremental run."""
+        incremental = self.config.get("incremental", "domain")
+        return "" if incremental == "domain" else f", {incremental}-incremental"
+
+
+def _accuracies(
+    name: str,
+    values: Any,  # noqa: ANN401  (as it was read)
+    shape: tuple[int, ...] | None = None,
+    *,
+    missing: bool = True,
+) -> NDArray[np.float64]:
+    """`values` as accuracies, NaN where they are missing and may be; ValueError if they are not."""
+    array = np.array(values, dtype=np.float64)
+    shape = (len(values),) if shape is None else shape
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
+    fits = ((array >= 0) & (array <= 1)) | (np.isnan(array) & missing)
+    if not fits.all():
+        raise ValueError(f"{name} holds {array[~fits].flat[0]:g}, expected accuracies in [0, 1]")
+    return array
+
+
+def _checked_step(entry: Any, tasks: int) -> metrics.Step:  # noqa: ANN401  (as it was read)
+    """An entry of `steps`; ValueError if it is none."""
+    if (
+        not isinstance(entry, dict)
+        or entry.keys() != {"task", "step", "accuracy"}
+        or type(entry["task"]) is not int
+        or type(entry["step"]) is not int
+        or not 0 <= entry["task"] < tasks
+        or entry["step"] < 1
+    ):
+        raise ValueError(
+            f"steps holds {entry!r}, expected a task below {tasks}, its step and accuracies"
+        )
+    shape = (entry["task"] + 1,)
+    accuracy = _accuracies("accuracy of a step", entry["accuracy"], shape, missing=False)
+    return {"task": entry["task"], "step": entry["step"], "accuracy": accuracy.tolist()}

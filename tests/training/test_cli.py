@@ -1,0 +1,219 @@
+"""The command line, as its users meet it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import clext
+from clext import cli
+from clext.methods.base import option_names
+from clext.training.describe import option_meanings, option_values
+
+QUICK = ("--dataset", "digits", "--tasks", "2", "--epochs", "1", "--quiet")
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, arguments)
+
+
+class TestTrain:
+    def test_prints_the_table_and_saves_by_default(self, tmp_path):
+        outcome = run("train", "--method", "si", *QUICK)
+        assert outcome.exit_code == 0, outcome.output
+        assert "si on permuted digits: average accuracy 0." in outcome.stdout
+        assert "after task 2" in outcome.stdout
+        assert "Saved in runs/si: result.json, accuracy.png, matrix.png" in outcome.stdout
+        assert clext.Result.load(tmp_path / "runs" / "si").complete
+
+    def test_never_replaces_an_earlier_result_unasked(self, tmp_path):
+        for _ in range(3):
+            run("train", "--method", "baseline", *QUICK)
+        assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+            "baseline",
+            "baseline-2",
+            "baseline-3",
+        ]
+
+    def test_options_reach_the_method(self):
+        outcome = run(
+            *("train", "--method", "ewc", "--strength", "3", "--out", "here", *QUICK),
+            *("--option", "fisher=batch", "--option", "gamma=0.5"),
+        )
+        assert outcome.exit_code == 0, outcome.output
+        config = clext.Result.load("here").config
+        assert config["strength"] == 3
+        assert config["method_options"]["fisher"] == "batch"
+        assert config["method_options"]["gamma"] == 0.5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--method", "ewx"], "Error: unknown method 'ewx'"),
+            (["--dataset", "minst"], "Error: unknown dataset 'minst'"),
+            (["--tasks", "0"], "Error: train: tasks must be an integer >= 1, got 0"),
+            (["--tasks", "x"], "Error: Invalid value for '--tasks'"),
+            (["--strength", "nan"], "strength must be"),
+            (["--option", "xi"], "Error: --option xi: expected NAME=VALUE"),
+            (["--option", "xi=large"], "xi must be"),
+            (["--option", "strength=1"], "Error: --option strength: use --strength instead"),
+            (["--option", "batch_size=1"], "use --batch-size instead"),
+            (["--option", "method=si"], "use --method instead"),
+            (["--out", "file/below"], "Error: train: out: cannot write in file/below"),
+            (["--dataset", "mnist", "--data-dir", "nowhere"], "Error: MNIST cannot be had"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message, tmp_path, monkeypatch):
+        monkeypatch.setattr("clext.data.datasets.download", lambda *_args, **_kwargs: "no network")
+        (tmp_path / "file").touch()
+        outcome = run("train", "--method", "si", *QUICK, *arguments)
+        assert outcome.exit_code == 2
+        assert message in outcome.stderr
+        assert "Traceback" not in outcome.output
+        assert outcome.stdout == ""
+
+    def test_a_diverged_loss_is_exit_code_1_and_says_what_is_saved(self):
+        outcome = run("train", "--method", "si", "--lr", "1e30", *QUICK)
+        assert outcome.exit_code == 1
+        last = outcome.stderr.splitlines()[-1]
+        assert last.startswith("Error: si: ")
+        assert "at task 1, epoch 1, step" in last
+        assert last.endswith("What was done so far is saved in runs/si.")
+
+    def test_a_result_that_cannot_be_saved_is_an_error_and_leaves_no_part(self, tmp_path):
+        (tmp_path / "out" / "result.json").mkdir(parents=True)  # in the way of the file
+        outcome = run("train", "--method", "baseline", "--out", "out", *QUICK)
+        assert outcome.exit_code != 0
+        assert "could not be saved" in outcome.stderr
+        assert "Saved in" not in outcome.stdout
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
+
+    def test_ctrl_c_says_what_is_saved(self, monkeypatch):
+        def interrupt(*_args: object) -> float:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("clext.training.evaluate.evaluate", interrupt)
+        outcome = run("train", "--method", "baseline", *QUICK)
+        assert outcome.exit_code == 130
+        assert outcome.stderr.splitlines()[-1] == (
+            "Interrupted. What was done so far is saved in runs/baseline."
+        )
+
+
+class TestCompare:
+    def test_prints_the_table_and_draws_the_picture(self, tmp_path):
+        outcome = run(
+            *("compare", "--methods", "baseline, si", "--option", "si.strength=3", *QUICK)
+        )
+        assert outcome.exit_code == 0, outcome.output
+        assert "Saved in runs/compare: comparison.json, accuracy.png" in outcome.stdout
+        comparison = clext.Comparison.load(tmp_path / "runs" / "compare")
+        assert comparison["si"].config["strength"] == 3
+        assert str(comparison) in outcome.stdout
+
+    @pytest.mark.parametrize("command", [("compare",), ("train", "--method", "si")])
+    def test_a_refused_run_leaves_no_folder(self, command, tmp_path):
+        outcome = run(*command, *QUICK, "--scenario", "split", "--tasks", "3")
+        assert outcome.exit_code == 2
+        assert list((tmp_path / "runs").iterdir()) == []
+
+    def test_a_diverged_method_is_exit_code_1_after_all_have_run(self):
+        outcome = run(
+            *("compare", "--methods", "si,baseline", "--option", "si.strength=1e300", *QUICK)
+        )
+        assert outcome.exit_code == 1
+        assert "Warning: si: the loss became nan" in outcome.stderr
+        assert "baseline" in outcome.stdout
+
+    def test_the_method_of_an_option_ends_at_the_first_dot(self, tmp_path):
+        options = ("--option", "ewc+replay.replay.strength=3", "--option", "ewc+replay.budget=50")
+        outcome = run("compare", "--methods", "ewc,ewc+replay", *options, *QUICK)
+        assert outcome.exit_code == 0, outcome.output
+        comparison = clext.Comparison.load(tmp_path / "runs" / "compare")
+        assert comparison["ewc+replay"].strengths == [250, 3]
+        assert comparison["ewc+replay"].config["method_options"]["replay"]["budget"] == 50
+        assert "250, 3" in outcome.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--methods", "baseline,sii"], "Error: unknown method 'sii'"),
+            (["--option", "strength=3"], "Error: --option strength: expected METHOD.NAME=VALUE"),
+            (["--option", "foo.strength=3"], "Error: unknown method in options 'foo'"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message):
+        outcome = run("compare", *QUICK, *arguments)
+        assert outcome.exit_code == 2
+        assert message in outcome.stderr
+
+
+def test_info_shows_versions_build_data_and_methods():
+    outcome = run("info")
+    assert outcome.exit_code == 0, outcome.output
+    for expected in (clext.__version__, "cpu_path", "fashion_mnist", "scikit-learn", "rwalk"):
+        assert expected in outcome.stdout
+
+
+@pytest.mark.parametrize("kind", clext.METHODS.values(), ids=clext.METHODS)
+def test_info_lists_the_values_of_options_in_words_the_default_first(kind):
+    method = kind(torch.nn.Linear(2, 2))
+    line = next(row for row in run("info").stdout.splitlines() if row.split()[:1] == [kind.name])
+    worded = {name for name in option_names(kind) if isinstance(getattr(method, name), str)}
+    assert worded - {"slices"} == set(kind.choices)  # slices: a number or "exact"
+    for name, values in kind.choices.items():
+        assert f" {name}={'|'.join(values)}" in line
+        assert getattr(method, name) == values[0]
+
+
+@pytest.mark.parametrize("kind", clext.METHODS.values(), ids=clext.METHODS)
+def test_info_on_a_method_says_what_each_option_means(kind):
+    assert option_values(kind).keys() <= option_meanings(kind).keys()
+    words = " ".join(run("info", "--method", kind.name).stdout.split())
+    for name, value in option_values(kind).items():
+        assert f"{name} {value} {option_meanings(kind)[name]}" in words
+
+
+def test_a_meaning_is_the_first_phrase_of_the_docstring():
+    class Documented(clext.SI):
+        """Title.
+
+        Args:
+            xi: damping, > 0
+                everywhere: `really`; and more. And more.
+            seed: of et al
+                all. More.
+
+                xo: not an argument.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert option_meanings(Documented) == {
+        "xi": "damping, > 0 everywhere: really",
+        "seed": "of et al all",
+    }
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("info",)])
+def test_help_shows_examples_and_every_choice(command):
+    outcome = run(*command, "--help")
+    assert outcome.exit_code == 0
+    if command in {("train",), ("compare",)}:
+        for expected in (f"clext {command[0]} --method", "fashion_mnist", "permuted", "rwalk"):
+            assert expected in outcome.stdout
+
+
+def test_python_m_clext_is_the_same_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "clext", "--version"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == f"clext, version {clext.__version__}\n"

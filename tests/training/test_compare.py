@@ -1,0 +1,132 @@
+"""`clext.compare`: the same start and the same tasks for every method."""
+
+import copy
+
+import pytest
+import torch
+from quick_runs import QUICK, same, small, weights
+from torch import nn
+
+import clext
+from clext.methods.parts.vae import VAE
+
+
+class TestCompare:
+    def test_all_start_from_the_same_weights_and_see_the_same_tasks(self):
+        model = small()
+        before = weights(model)
+        comparison = clext.compare(["baseline", "ewc"], model=model, **QUICK)
+        assert same(before, weights(model))
+        assert list(comparison.results) == ["baseline", "ewc"]
+        alone = clext.train("baseline", model=copy.deepcopy(model), **QUICK)
+        assert comparison["baseline"].curve == alone.curve
+        assert comparison["ewc"].curve[:2] == alone.curve[:2]  # no penalty in the first task
+
+    def test_runs_on_other_tasks_than_joint_have_no_intransigence(self):
+        options = {**QUICK, "epochs": 1}
+        results = {
+            "joint": clext.train("joint", model=small(), **options),
+            "other": clext.train("baseline", model=small(), scenario="rotated", **options),
+        }
+        lines = clext.Comparison(results).table().splitlines()
+        assert lines[0].split()[-2:] == ["intr.", "time"]
+        shown = {line.split()[0]: line.split()[-3] for line in lines[1:3]}
+        assert shown == {"joint": "+0.0000", "other": "-"}
+
+    def test_an_instance_is_refused_before_any_work(self):
+        with pytest.raises(ValueError, match="methods must be names of clext.METHODS, got SI"):
+            clext.compare([clext.SI(small())], **QUICK)
+
+    def test_options_reach_their_method(self):
+        comparison = clext.compare(
+            ["ewc", "si"],
+            model=small(),
+            options={"ewc": {"strength": 3.0, "gamma": 0.5}, "si": {"xi": 0.3}},
+            **QUICK,
+        )
+        assert comparison["ewc"].config["strength"] == 3.0
+        assert comparison["ewc"].config["method_options"]["gamma"] == 0.5
+        assert comparison["si"].config["method_options"] == {"xi": 0.3, "clamp": "task"}
+
+    def test_a_generator_given_for_two_entries_is_trained_by_each_from_the_start(self):
+        generator = VAE((64,), (8,), 4)
+        before = weights(generator)
+        given = {name: {"generator": generator} for name in ("dgr", "ewc+dgr")}
+        comparison = clext.compare([*given], model=small(), options=given, **QUICK)
+        assert same(before, weights(generator))
+        own = {"ewc+dgr": {"generator": generator}}
+        alone = clext.compare([*own], model=small(), options=own, **QUICK)
+        assert comparison["ewc+dgr"].curve == alone["ewc+dgr"].curve
+
+    def test_two_names_in_a_list_are_combined(self):
+        comparison = clext.compare(
+            [["ewc", "replay"], "baseline"],
+            model=small(),
+            options={"ewc+replay": {"budget": 7}},
+            **{**QUICK, "epochs": 1},
+        )
+        assert list(comparison.results) == ["ewc+replay", "baseline"]
+        assert comparison["ewc+replay"].label == "ewc+replay"
+        assert comparison["ewc+replay"].config["method_options"]["replay"]["budget"] == 7
+
+    def test_a_method_that_diverges_does_not_stop_the_others(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"si: the loss became nan at task 1"):
+            comparison = clext.compare(
+                ["si", "baseline"],
+                model=small(),
+                lr=1e-2,
+                options={"si": {"strength": 1e300}},
+                out=tmp_path,
+                **QUICK,
+            )
+        assert not comparison["si"].complete
+        assert comparison["baseline"].complete
+        loaded = clext.Comparison.load(tmp_path)
+        assert "stopped early: si" in str(loaded)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy.png", "comparison.json"]
+
+    def test_a_method_that_cannot_learn_a_task_does_not_stop_the_others(self, tmp_path):
+        x, y = torch.rand(20, 4), torch.arange(20) % 3
+        tasks = [((x, y), (x, y)), ((x - 1, y), (x - 1, y))]
+        with pytest.warns(UserWarning, match=r"^dgr: inputs lie between"):
+            comparison = clext.compare(
+                ["baseline", "dgr", "ewc"],
+                scenario=clext.Scenario.from_datasets(tasks),
+                epochs=1,
+                progress=False,
+                out=tmp_path,
+            )
+        assert [r.complete for r in comparison.results.values()] == [True, False, True]
+        assert "stopped early: dgr: inputs lie" in str(clext.Comparison.load(tmp_path))
+
+    def test_a_model_that_does_not_fit_stops_all(self, tmp_path):
+        with pytest.raises(ValueError, match="model must turn inputs"):
+            clext.compare(["si", "ewc"], model=nn.Linear(3, 10), out=tmp_path, **QUICK)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"methods": ["si"], "options": 3}, "options must be a dict .*, got 3$"),
+            ({"methods": ["ewc", "sii"]}, "unknown method 'sii'.*'si'"),
+            ({"methods": []}, "at least one method"),
+            ({"methods": ["si", "si"]}, "'si' is given twice"),
+            ({"methods": ["si"], "options": {"ewc": {}}}, "unknown method in options 'ewc'"),
+            ({"methods": ["si"], "options": {"si": {"xii": 1}}}, "'xii'.*'xi'"),
+            ({"methods": ["si"], "tasks": 0}, "tasks must be"),
+            ({"methods": 3}, r"methods must be a list of names, such as \['ewc', 'si'\], got 3$"),
+            ({"methods": clext.EWC}, "methods must be a list of names, .* got <class '.*EWC'>$"),
+            ({"methods": [clext.EWC]}, "methods must be names of clext.METHODS"),
+            ({"methods": "ewc, si"}, r"list of names, got 'ewc, si'; write \['ewc', 'si'\]$"),
+            ({"methods": [["ewc", "si"]]}, "ewc does not combine with si"),
+            ({"methods": [["ewc", "lwf"], "ewc+lwf"]}, "'ewc.lwf' is given twice"),
+            ({"methods": "si", "options": {"si": 3}}, r"options of 'si' must be a dict, .* got 3$"),
+            ({"methods": "si", "out": 5}, "^compare: out must be a path, .* got 5$"),
+        ],
+    )
+    def test_bad_input_before_any_work(self, arguments, message, monkeypatch):
+        monkeypatch.setattr(
+            "clext.training.compare.chosen_scenario", lambda *_args, **_kwargs: pytest.fail("work")
+        )
+        with pytest.raises(ValueError, match=message):
+            clext.compare(**{**QUICK, **arguments})

@@ -1,0 +1,519 @@
+"""Results: what is kept, how it reads, files and pictures."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
+
+from clext import Comparison, Result
+from clext.training import plots as plotting
+from clext.training.plots import spread
+
+NAN = math.nan
+
+
+def result(method: str = "ewc", tasks: int = 3, epochs: int = 2, done: int | None = None) -> Result:
+    done = tasks if done is None else done
+    accuracy = np.full((tasks, tasks), NAN)
+    for k in range(done):
+        accuracy[k, : k + 1] = 0.9 - 0.1 * (k - np.arange(k + 1)) - 0.01 * len(method)
+    curve = [0.8 - 0.01 * e for e in range(done * epochs)]
+    config = {
+        "method": method,
+        "strength": 2.5,
+        "tasks": tasks,
+        "epochs": epochs,
+        "scenario": "permuted",
+        "data": {"name": "digits"},
+    }
+    result = Result.empty(len(accuracy), config)
+    result.accuracy[:], result.curve = accuracy, curve
+    result.untrained[:] = 0.1
+    result.before[: done + 1] = 0.15
+    result.timings |= {"training": 2.0, "evaluation": 0.5}
+    return result
+
+
+class TestNumbers:
+    def test_summary_numbers_come_from_the_accuracy_matrix(self):
+        ours = result()
+        assert ours.average_accuracy == pytest.approx([0.87, 0.82, 0.77])
+        assert ours.forgetting == pytest.approx(0.15)
+        assert ours.backward_transfer == pytest.approx(-0.15)
+        assert ours.forward_transfer == pytest.approx(0.05)
+        assert ours.learning_accuracy == pytest.approx(0.87)
+        assert ours.worst_accuracy == pytest.approx((0.67 + 0.77) / 2)
+        ours.steps = [{"task": 2, "step": 1, "accuracy": [0.5, 0.9, 0.1]}]
+        assert ours.worst_accuracy == pytest.approx((0.5 + 0.77) / 2)
+        assert ours.seconds == 2.5
+        assert ours.complete
+
+    def test_an_unfinished_run_says_so(self):
+        ours = result(done=1)
+        ours.stopped = "the power went out"
+        assert not ours.complete
+        assert ours.average_accuracy == pytest.approx([0.87])
+        assert "after 1 of 3 tasks" in str(ours)
+        assert "stopped early: the power went out" in str(ours)
+
+    @pytest.mark.parametrize("given", [None, "joint"])
+    def test_intransigence_against_no_run_is_refused(self, given):
+        with pytest.raises(TypeError, match="^intransigence: joint must be a Result, .* got"):
+            result().intransigence(given)
+
+    def test_intransigence_is_measured_against_a_joint_run(self):
+        joint = result("joint")  # by its longer name 0.02 worse on every task
+        joint.config["seed"] = 7  # one joint run can serve runs of several seeds
+        assert result().intransigence(joint) == pytest.approx([-0.02] * 3)
+        with pytest.raises(ValueError, match="expected a joint run of 3 tasks, got one of 2"):
+            result().intransigence(result("joint", tasks=2))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"method": "ewc"}, "expected a run of \"joint\", got one of 'ewc'$"),
+            ({"scenario": "split"}, "with scenario 'permuted', got scenario 'split'; both must"),
+            ({"incremental": "class"}, "with incremental 'domain', got incremental 'class'"),
+            ({"data": {"name": "mnist"}}, "with data set 'digits', got data set 'mnist'"),
+            ({"data": {"name": "digits", "train": 9}}, "with training examples None, got .* 9"),
+        ],
+    )
+    def test_intransigence_against_a_run_of_something_else_is_refused(self, change, message):
+        joint = result("joint")
+        assert result().intransigence(result("ewc+joint")).shape == (3,)
+        joint.config.update(change)
+        with pytest.raises(ValueError, match=message):
+            result().intransigence(joint)
+
+    def test_nothing_done_can_still_be_read(self):
+        assert "no task finished" in str(result(done=0))
+
+
+class TestText:
+    def test_the_table_shows_each_accuracy_where_it_was_taken(self):
+        assert str(result()).splitlines() == [
+            "ewc on permuted digits: average accuracy 0.7700 after 3 of 3 tasks, 2 epochs each",
+            "",
+            "accuracy on      task 1   task 2   task 3  average",
+            "after task 1     0.8700                     0.8700",
+            "after task 2     0.7700   0.8700            0.8200",
+            "after task 3     0.6700   0.7700   0.8700   0.7700",
+            "",
+            "forgetting 0.1500, backward transfer -0.1500, forward transfer +0.0500",
+            "learning accuracy 0.8700, minimum accuracy 0.7200 "
+            "(lowest since learned, mean of earlier tasks)",
+            "2.5 s (training 2.0, evaluation 0.5)",
+        ]
+        assert repr(result()) == str(result())
+
+    def test_many_tasks_still_fit_a_terminal(self):
+        text = str(result(tasks=30))
+        assert max(map(len, text.splitlines())) < 100
+        assert "after task 30" in text
+
+    def test_a_comparison_lists_the_best_first_and_the_unfinished_last(self):
+        runs = {"ewc": result("ewc"), "si": result("si"), "rwalk": result("rwalk", done=1)}
+        lines = str(Comparison(runs)).splitlines()
+        assert lines[0].split() == [
+            "method",
+            "strength",
+            "accuracy",
+            "forgetting",
+            *("BWT", "FWT", "LA", "min-ACC"),
+            "time",
+        ]
+        assert [line.split()[0] for line in lines[1:4]] == ["si", "ewc", "rwalk"]
+        numbers = ["0.7700", "0.1500", "-0.1500", "+0.0500", "0.8700", "0.7200"]
+        assert lines[2].split() == ["ewc", "2.5", *numbers, "2.5", "s"]
+        assert lines[3].split() == [
+            *("rwalk", "2.5", "0.8500", "(1", "of", "3)", "-", "-", "+0.0500", "0.8500", "-"),
+            *("2.5", "s"),
+        ]
+        assert lines[4] == ""
+        legend = [line.split()[0] for line in lines[5:]]
+        assert legend == ["accuracy", "forgetting", "BWT", "FWT", "LA", "min-ACC"]
+        assert "(1 of 3)" in lines[5]
+
+    def test_tasks_that_are_missing_are_told_though_nothing_says_why(self):
+        assert "of 3" not in str(Comparison({"ewc": result()}))
+        killed = result("si", done=2)
+        assert killed.stopped is None
+        assert "0.8300 (2 of 3)" in str(Comparison({"ewc": result(), "si": killed}))
+        assert "- (0 of 3)" in str(Comparison({"si": result("si", done=0)}))
+
+    def test_the_columns_of_a_comparison_stand_below_their_titles(self):
+        runs = {"ewc": result(), "si": result("si", done=1), "a long name": result("rwalk")}
+        lines = str(Comparison(runs)).splitlines()[:4]
+        assert len({line.index("0.") for line in lines[1:]}) == 1
+        assert len({len(line) for line in lines}) == 1
+
+    def test_classes_that_cannot_be_answered_have_no_forward_transfer(self):
+        ours = result()
+        ours.config["incremental"] = "class"
+        assert math.isnan(ours.forward_transfer)
+        assert "forward transfer" not in str(ours)
+        lines = str(Comparison({"ewc": ours})).splitlines()
+        assert lines[1].split()[5] == "-"
+        assert any(line.endswith("none with class-incremental tasks") for line in lines)
+
+    def test_a_combination_shows_the_strength_of_both_parts(self):
+        pair = result("ewc+replay")
+        pair.config["method_options"] = {"ewc": {"strength": 250.0}, "replay": {"strength": 1.0}}
+        assert pair.strengths == [250.0, 1.0]
+        assert "250, 1  " in str(Comparison({"ewc+replay": pair})).splitlines()[1]
+        del pair.config["method_options"]  # as older versions wrote it
+        assert pair.strengths == [2.5]
+
+    def test_a_comparison_with_a_joint_run_has_intransigence(self):
+        lines = str(Comparison({"ewc": result("ewc"), "joint": result("joint")})).splitlines()
+        assert lines[0].split()[-2:] == ["intr.", "time"]
+        rows = {line.split()[0]: line.split() for line in lines[1:3]}
+        assert rows["ewc"][8] == "-0.0200"
+        assert rows["joint"][8] == "+0.0000"
+        assert lines[-1].startswith("intr.       intransigence: what joint does better")
+
+    def test_no_strength_is_a_dash(self):
+        ours = result("gem")
+        ours.config["strength"] = None
+        assert str(Comparison({"gem": ours})).splitlines()[1].split()[:2] == ["gem", "-"]
+
+    @pytest.mark.parametrize("incremental", ["task", "class"])
+    def test_what_is_told_apart_is_in_the_titles(self, incremental):
+        ours = result()
+        ours.config["incremental"] = incremental
+        expected = f"ewc on permuted digits, {incremental}-incremental: average"
+        assert str(ours).startswith(expected)
+        title = f"Permuted digits, {incremental}-incremental"
+        assert ours.plot().axes[0].get_title(loc="left") == f"ewc: {title}"
+        pair = Comparison({"ewc": ours, "si": result("si")})
+        assert pair.plot().axes[0].get_title(loc="left") == title
+        assert ours.plot_matrix().axes[0].get_title(loc="left") == f"ewc\n{title}"
+        ours.config["incremental"] = "domain"
+        assert "incremental" not in str(ours)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("done", [0, 1, 3])
+    def test_what_is_saved_is_loaded(self, tmp_path, done):
+        ours = result(done=done)
+        ours.stopped = "why" if done < 3 else None
+        ours.save(tmp_path / "new" / "folder")
+        for path in (tmp_path / "new/folder", tmp_path / "new/folder/result.json"):
+            theirs = Result.load(path)
+            np.testing.assert_array_equal(theirs.accuracy, ours.accuracy)
+            assert theirs.accuracy.dtype == np.float64
+            assert (theirs.curve, theirs.config) == (ours.curve, ours.config)
+            assert (theirs.timings, theirs.stopped) == (ours.timings, ours.stopped)
+
+    def test_the_file_is_strict_json_with_a_row_on_a_line(self, tmp_path):
+        result().save(tmp_path)
+        text = (tmp_path / "result.json").read_text()
+        assert "NaN" not in text
+        assert '"accuracy": [\n    [0.87, null, null],' in text
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        content = json.loads(text, parse_constant=refuse)
+        assert (content["format"], content["kind"]) == (1, "result")
+        assert content["summary"]["forgetting"] == pytest.approx(0.15)
+
+    def test_odd_settings_become_text(self, tmp_path):
+        ours = result()
+        ours.config["method_options"] = {"kernel": object, "rate": math.inf, "pair": (1, "[a,\n")}
+        ours.save(tmp_path, picture=False)
+        options = Result.load(tmp_path).config["method_options"]
+        assert options["rate"] is None
+        assert options["pair"] == [1, "[a,\n"]
+        assert "object" in options["kernel"]
+
+    def test_comparisons_too(self, tmp_path):
+        ours = Comparison({"mine": result(), "theirs": result("si", done=1)})
+        ours.save(tmp_path)
+        theirs = Comparison.load(tmp_path)
+        assert str(theirs) == str(ours)
+        np.testing.assert_array_equal(theirs["mine"].accuracy, ours["mine"].accuracy)
+        assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+    def test_an_interrupted_save_leaves_the_old_file(self, tmp_path, monkeypatch):
+        result().save(tmp_path, picture=False)
+        before = (tmp_path / "result.json").read_text()
+        broken = result("si")
+        monkeypatch.setattr("pathlib.Path.replace", lambda *_args: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(OSError):  # noqa: PT011
+            broken.save(tmp_path, picture=False)
+        assert (tmp_path / "result.json").read_text() == before
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "not a JSON file"),
+            ("[]", "expected a result saved by clext, found kind None"),
+            ('{"kind": "comparison", "format": 1}', "found kind 'comparison'"),
+            ('{"kind": "result", "format": 99}', "expected format 1, found 99"),
+            ('{"kind": "result", "format": 1}', "not a complete result: 'config' is missing"),
+        ],
+    )
+    def test_foreign_files_are_refused_by_name(self, tmp_path, content, message):
+        (tmp_path / "result.json").write_text(content)
+        with pytest.raises(ValueError, match=message) as caught:
+            Result.load(tmp_path)
+        assert "result.json" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("accuracy", [[1.0], [1.0, 2.0]], "not a valid result"),
+            ("accuracy", [[1.0]], r"shape \[1, 1\], not \[3, 3\]"),
+            ("accuracy", "high", "not a valid result"),
+            ("curve", [None], "not a valid result"),
+            ("curve", [[0.5]], "not a valid result"),
+            ("curve", [80.0], r"curve holds 80, expected accuracies in \[0, 1\]"),
+            ("accuracy", [[1.5, None, None], [1, 1, None], [1, 1, 1]], "accuracy holds 1.5"),
+            ("accuracy", [[-0.5, None, None], [1, 1, None], [1, 1, 1]], "accuracy holds -0.5"),
+            ("before", [0.1, 0.2], r"before has shape \[2\], not \[3\]"),
+            ("untrained", 0.1, r"untrained has shape \[\], not \[3\]"),
+            ("untrained", [0.1, 2, 0.1], "untrained holds 2"),
+            ("steps", [3], "steps holds 3, expected a task below 3"),
+            ("steps", [{"task": 3, "step": 1, "accuracy": [0.1] * 4}], "a task below 3"),
+            ("steps", [{"task": 0, "step": 0, "accuracy": [0.1]}], "steps holds"),
+            ("steps", [{"task": 1, "step": 1, "accuracy": [0.1]}], r"shape \[1\], not \[2\]"),
+            ("steps", [{"task": 0, "step": 1, "accuracy": [None]}], "a step holds nan"),
+            ("steps", "abc", "steps holds 'a'"),
+            ("config", {"tasks": 3}, "lacks the method"),
+            ("config", {"method": "x"}, "'tasks' is missing"),
+        ],
+    )
+    def test_damaged_results_are_refused(self, tmp_path, key, value, message):
+        result().save(tmp_path, picture=False)
+        file = tmp_path / "result.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+        with pytest.raises(ValueError, match=message):
+            Result.load(file)
+
+    def test_results_of_older_versions_load_without_what_they_lack(self, tmp_path):
+        result().save(tmp_path, picture=False)
+        file = tmp_path / "result.json"
+        content = json.loads(file.read_text())
+        for key in ("before", "untrained", "steps"):
+            del content[key]
+        file.write_text(json.dumps(content))
+        theirs = Result.load(file)
+        assert np.isnan(theirs.before).all()
+        assert np.isnan(theirs.untrained).all()
+        assert theirs.steps == []
+        assert math.isnan(theirs.forward_transfer)
+        assert "forward transfer" not in str(theirs)
+
+    def test_missing_files(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"result\.json: no such file"):
+            Result.load(tmp_path)
+        with pytest.raises(FileNotFoundError, match="expected a comparison"):
+            Comparison.load(tmp_path / "nowhere")
+
+    def test_what_is_no_path(self):
+        for use in (result().save, Result.load, result().plot):
+            with pytest.raises(ValueError, match="must be a path, such as 'runs/ewc', got 5$"):
+                use(5)
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(OSError, match="is a file, not a folder"):
+            result().save(tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+class TestComparison:
+    def test_other_tasks_or_epochs_cannot_be_compared(self):
+        with pytest.raises(ValueError, match=r"a: 3 tasks of 2 epochs, b: 3 tasks of 5 epochs"):
+            Comparison({"a": result(), "b": result(epochs=5)})
+
+    def test_an_unknown_label_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"unknown result 'ewk'.*'ewc'"):
+            Comparison({"ewc": result()})["ewk"]
+
+
+class TestPicture:
+    def test_a_line_per_method_and_a_border_per_task(self):
+        comparison = Comparison({name: result(name) for name in ("ewc", "si", "mine")})
+        axes = comparison.plot().axes[0]
+        curves = [line for line in axes.lines if len(line.get_xdata()) == 6]
+        borders = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+        assert borders == [2, 4]
+        assert [list(line.get_ydata()) for line in curves] == [result().curve] * 3
+        looks = {(line.get_color(), line.get_marker()) for line in curves}
+        assert len(looks) == 3
+        texts = {text.get_text() for text in axes.texts}
+        assert texts >= {"task 1", "task 2", "task 3", "ewc 0.750", "si 0.750", "mine 0.750"}
+
+    def test_names_at_the_ends_do_not_overlap(self):
+        figure = Comparison({name: result(name) for name in ("ewc", "si", "mas", "scp")}).plot()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        labels = [text for text in figure.axes[0].texts if "0." in text.get_text()]
+        for label in labels:
+            label.update_positions(canvas.get_renderer())
+        # Text's own method: an annotation's would include its leader line.
+        boxes = [Text.get_window_extent(label) for label in labels]
+        assert len(boxes) == 4
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+            assert figure.bbox.x1 >= box.x1
+
+    def test_many_names_at_the_top_leave_the_lines_their_room(self):
+        one, many = (
+            Comparison({f"run {i}": result(f"run {i}") for i in range(count)}).plot()
+            for count in (1, 14)
+        )
+        for figure in (one, many):
+            FigureCanvasAgg(figure).draw()
+        heights = [figure.axes[0].get_window_extent().height for figure in (one, many)]
+        assert heights[1] > 0.95 * heights[0]
+
+    def test_a_long_title_is_broken_and_not_cut(self):
+        ours = result(tasks=2)
+        ours.config["scenario"] = "permuted and then some more of it " * 4
+        for figure in (ours.plot(), ours.plot_matrix()):
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            title = figure.axes[0]._left_title.get_window_extent(canvas.get_renderer())
+            assert title.x1 <= figure.bbox.x1
+            assert title.y1 <= figure.bbox.y1
+
+    @pytest.mark.parametrize("done", [0, 1])
+    def test_unfinished_runs_can_be_drawn(self, done, tmp_path):
+        result(done=done).plot(tmp_path / "new" / "picture.pdf")
+        assert (tmp_path / "new" / "picture.pdf").exists()
+
+    def test_a_run_that_ended_early_is_named_at_the_margin_and_says_how_far_it_came(self):
+        axes = Comparison({"ewc": result(), "si": result("si", done=1)}).plot().axes[0]
+        names = {text.get_text(): text for text in axes.texts if "0." in text.get_text()}
+        assert set(names) == {"ewc 0.750", "si 0.790 (1 of 3)"}
+        assert {text.xy[0] for text in names.values()} == {6}
+
+    @pytest.mark.parametrize(
+        ("tasks", "epochs", "ticks"),
+        [(5, 10, [10, 20, 30, 40, 50]), (3, 1, [1, 2, 3]), (1, 4, [1, 2, 3, 4]), (1, 1, [1])],
+    )
+    def test_epochs_are_counted_at_the_borders_of_tasks(self, tasks, epochs, ticks):
+        axes = result(tasks=tasks, epochs=epochs).plot().axes[0]
+        assert list(axes.get_xticks()) == ticks
+        assert len(result(tasks=50, epochs=epochs).plot().axes[0].get_xticks()) <= 12
+
+    def test_a_style_for_every_line_of_a_large_comparison(self):
+        axes = Comparison({f"run {i}": result() for i in range(12)}).plot().axes[0]
+        assert sum(len(line.get_xdata()) == 6 for line in axes.lines) == 12
+
+    def test_no_display_and_no_global_state_is_touched(self, tmp_path):
+        code = (
+            "import sys, clext; from clext import Result;"
+            f"Result.load({str(tmp_path)!r}).plot({str(tmp_path / 'x.png')!r});"
+            "print('matplotlib.pyplot' in sys.modules)"
+        )
+        result().save(tmp_path)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (run.stdout.strip(), run.stderr) == ("False", "")
+
+    def test_a_method_keeps_its_style_and_a_combination_takes_its_seconds_if_free(self):
+        def looks(*names: str) -> dict[str, tuple]:
+            lines = Comparison({name: result(name) for name in names}).plot().axes[0].lines
+            curves = [line for line in lines if len(line.get_xdata()) == 6]
+            return {
+                name: (line.get_color(), line.get_marker(), line._dash_pattern)
+                for name, line in zip(names, curves, strict=True)
+            }
+
+        known = tuple(plotting._STYLES)
+        alone = {name: looks(name)[name] for name in known}
+        assert looks(*known) == alone
+        assert len({color for color, _, _ in alone.values()}) == len(known)
+        assert len({marker for _, marker, _ in alone.values()}) == len(known)
+        assert looks("ewc+replay")["ewc+replay"] == alone["replay"]
+        both = looks("ewc+replay", "replay", "si+replay")
+        assert both["replay"] == alone["replay"]
+        assert len({style[:2] for style in both.values()}) == 3
+
+
+class TestHeatMap:
+    def test_shows_each_accuracy_where_it_was_taken(self, tmp_path):
+        ours = result(done=2)
+        axes = ours.plot_matrix(tmp_path / "new" / "m.png").axes[0]
+        assert (tmp_path / "new" / "m.png").stat().st_size > 5_000
+        shown = axes.images[0].get_array()
+        np.testing.assert_array_equal(shown.filled(NAN), ours.accuracy)
+        canvas = FigureCanvasAgg(axes.figure)
+        canvas.draw()
+        boxes = [each.get_window_extent() for each in axes.figure.axes]
+        assert boxes[1].height == pytest.approx(boxes[0].height, abs=1)  # the colour bar
+        assert axes.get_tightbbox().x0 < 0.05 * axes.figure.bbox.width
+        texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
+        assert texts == {(0, 0, "0.87"), (0, 1, "0.77"), (1, 1, "0.87")}
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("Accuracy on task", "After learning task")
+
+    def test_numbers_can_be_read_on_their_cells(self):
+        ours = result(tasks=10)
+        ours.accuracy[9] = np.linspace(0, 1, 10)
+        axes = ours.plot_matrix().axes[0]
+        image = axes.images[0]
+        for text in axes.texts:
+            j, k = map(int, text.get_position())
+            cell = luminance(image.cmap(image.norm(ours.accuracy[k, j])))
+            ink = luminance(to_rgba(text.get_color()))
+            assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) > 4.5  # WCAG AA
+
+    def test_many_tasks_have_no_numbers(self):
+        axes = result(tasks=30).plot_matrix().axes[0]
+        assert not axes.texts
+        assert len(axes.get_xticks()) <= 11
+
+    def test_is_saved_where_there_is_more_than_one_task(self, tmp_path):
+        result().save(tmp_path / "many")
+        for tasks in (3, 1):  # the second in the place of the first
+            result(tasks=tasks).save(tmp_path / "one")
+        names = ["accuracy.png", "matrix.png", "result.json"]
+        assert sorted(file.name for file in (tmp_path / "many").iterdir()) == names
+        names.remove("matrix.png")
+        assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
+
+
+def luminance(color: tuple[float, ...]) -> float:
+    """Relative luminance of a colour, as the guidelines for readable text define it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+class TestSpread:
+    def test_places_that_are_far_apart_stay(self):
+        assert spread([10.0, 0.0, 20.0], gap=5) == [10.0, 0.0, 20.0]
+
+    def test_neighbours_move_just_far_enough_around_their_mean(self):
+        assert spread([1.0, 0.0, 100.0], gap=10) == [5.5, -4.5, 100.0]
+
+    def test_groups_that_meet_become_one(self):
+        places = spread([0.0, 1.0, 12.0, 13.0, 14.0], gap=10)
+        assert np.diff(places) == pytest.approx([10] * 4)
+        assert np.mean(places) == pytest.approx(8)
+
+    def test_order_is_kept(self):
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            wanted = rng.uniform(0, 100, 8)
+            moved = np.array(spread(list(wanted), gap=9))
+            assert (moved.argsort() == wanted.argsort()).all()
+            assert np.diff(np.sort(moved)).min() > 9 - 1e-9
+
+    def test_bounds_are_kept_with_the_least_move(self):
+        assert spread([8.0, 9.0, 2.0], gap=2, within=(0, 9)) == [7.0, 9.0, 2.0]
+        assert spread([0.0, 0.0, 9.0], gap=4, within=(0, 9)) == pytest.approx([0, 4, 9])
+        assert spread([8.0, 8.0, 8.0], gap=4, within=(0, 9)) == pytest.approx([1, 5, 9])
+
+    def test_bounds_with_too_little_room_do_not_count(self):
+        assert spread([8.0, 8.0, 8.0], gap=5, within=(0, 9)) == pytest.approx([3, 8, 13])
