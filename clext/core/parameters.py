@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from clext.core.lists import PARAMETER_DTYPES, is_dense, state_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+T = TypeVar("T")
 
 # A cache line, and more than the widest vector load of CPU or CUDA.
 _ALIGNMENT_BYTES = 64
@@ -30,6 +33,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     named = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
     check_parameters(named, type(model).__name__)
     return named
+
+
+# What wrappers put before the names of a model's parameters: torch.compile, DDP, FSDP, PEFT.
+_COMPILED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.")
+_WRAPPED = re.compile(r"^(module\.|base_model\.model\.)+")
+
+
+def canonical_names(named: Mapping[str, T]) -> dict[str, T]:
+    """The same by the names that they have without wrappers, where these are still distinct."""
+    names = [_WRAPPED.sub("", _COMPILED.sub("", name)) for name in named]
+    return dict(zip(names if len(set(names)) == len(names) else named, named.values(), strict=True))
 
 
 def check_parameters(

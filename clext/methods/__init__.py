@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from clext.core.checks import unknown_name
 from clext.methods.agem import AGEM
-from clext.methods.base import Method, option_names
+from clext.methods.base import Method
+from clext.methods.combined import Combined
+from clext.methods.parts.options import option_names
 from clext.methods.baseline import Baseline
 from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
@@ -37,6 +39,7 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "Combined",
     "ICaRL",
     "Joint",
     "LwF",
@@ -98,7 +101,7 @@ def make_method(
 
     Args:
         method: a name in `METHODS`, two of them to combine (["ewc", "replay"] or "ewc+replay", see
-            `Method.combine`), or an instance.
+            `Combined`), or an instance.
         model: the model to protect.
         strength: weight of the penalty; by default the method's own. In a combination it is that of
             the method with a penalty, else that of the other.
@@ -115,17 +118,17 @@ def make_method(
         given = [*options] if strength is None else ["strength", *options]
         if given:
             raise ValueError(
-                f"make_method: {method.label!r} is an instance already, so {', '.join(given)} "
+                f"make_method: {method.name!r} is an instance already, so {', '.join(given)} "
                 "cannot be set here; pass them where it is made"
             )
         if method.model is not model:
             raise ValueError(
-                f"make_method: this {method.label!r} instance was made for another model"
+                f"make_method: this {method.name!r} instance was made for another model"
             )
         return method
     kinds = [METHODS[name] for name in part_names(method)]
     # Whichever was named first: it is the other one that learns by its own loss.
-    kinds.sort(key=lambda kind: kind.learns_otherwise())
+    kinds.sort(key=lambda kind: kind.has_own_loss)
     weighed = next((kind for kind in kinds if kind.has_strength), kinds[0])
     shared, of_parts = _sorted_options(kinds, options)
     parts = []
@@ -133,7 +136,7 @@ def make_method(
         own = {name: value for name, value in shared.items() if name in option_names(kind)}
         own |= {"strength": strength} if kind is weighed else {}
         parts.append(kind(model, **{**own, **of_parts[kind.name]}))
-    return parts[0] if len(parts) == 1 else parts[0].combine(parts[1])
+    return parts[0] if len(parts) == 1 else Combined(*parts)
 
 
 def _sorted_options(

@@ -1,358 +1,232 @@
-"""What every method is: a penalty on the loss, a look at each step, and an end of the task."""
+"""The method: a loss, a pull on the gradient, a look at each step, and the end of a task."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from itertools import compress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext import ops
-from clext.methods import watch
-from clext.methods.clipping import check_clipping, clip_grads_
-from clext.methods.learning import Learning
-from clext.methods.omissions import End, keep_end, warn_of_omissions
-from clext.methods.stateful import option_names
+from clext.core.batches import check_examples, checked_batch, labelled
+from clext.core.parameters import trainable_parameters
+from clext.methods.parts.attachment import Attachment
+from clext.methods.parts.heads import Heads, check_range
+from clext.methods.parts.options import checked_strength, described, warn_if_unused
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from clext.importance.passes import Batches
+    from torch.optim import Optimizer
 
-__all__ = ["Method", "option_names"]
+    from clext.core.batches import Batches
 
-# What the pass of an optimizer can work on.
-_FUSED_STATES = (
-    (),
-    ("anchor", "importance"),
-    ("anchor", "importance", "path"),
-    ("anchor", "importance", "path", "fisher"),
-)
-_PULLS = ("penalty", "add_penalty_grad_")
-_REPLACED_BY_A_STEP = (*_PULLS, "update")
+# What a task is trained on: tensors with one row for each example. A row of each is what the loss
+# takes: inputs and labels, and what a method has added.
+Examples = tuple[Tensor, ...]
 
 
-class Method(Learning):
-    """A continual-learning method on one model; subclasses are the methods.
+class Method:
+    """A continual-learning method on one model; this one only learns.
 
-    The training loop is the same for all of them::
+    The loop is the same for all::
 
-        method.begin_task()             # where methods shall learn otherwise, see `begin_task`
-        ...
+        method.begin_task()             # where tasks have heads, or a method prepares something
         loss = method.loss(x, y)        # or a loss of your own, for methods that only protect
         loss.backward()
         method.add_penalty_grad_()      # or, before backward: loss = loss + method.penalty()
-        optimizer.step()
+        optimizer.step()                # clip before it if you like, by whatever means
         method.update()
         optimizer.zero_grad()
-        ...
         method.consolidate(dataloader)  # at the end of each task
 
-    or, in the one pass that updates the parameters, with an optimizer of `clext.optim` that has the
-    method: `optimizer.step()` then does what `add_penalty_grad_` and `update` do.
+    `method.attach(optimizer)` makes the two calls around each step of any optimizer of torch; one
+    of `clext.optim` that is given the method does all of it in the pass that steps.
 
-    The penalty is strength * sum of importance * (parameter - anchor)^2, and zero until the first
-    task has ended. The order within a step is: all backward passes (of an accumulation, say),
-    `scaler.unscale_(optimizer)` if there is a GradScaler, `add_penalty_grad_`, `clip_grad_norm_` of
-    the method, the step, `update`. Call `refresh_parameters` when the model has changed.
-
-    A subclass names its state in `state_names` (for each parameter one tensor per name) and its
-    counters in `counter_names`, keeps each option in an attribute of the same name, and implements
-    `_end_task`; `update` and the penalty may be overridden. `fused_state` names the state that an
-    optimizer's pass works on: nothing, anchor and importance (the pull), path too (the path
-    integral), or fisher too (its moving average); None means that the pass cannot do what the
-    method does, and is what a subclass gets that overrides `penalty`, `add_penalty_grad_` or
-    `update` without saying otherwise: optimizers then call these. `separate_state` names what is
-    not needed where an optimizer does the work. An option that changes which state is kept, or what
-    a pass can do, sets these names on the instance before `super().__init__`.
+    A subclass keeps each option in an attribute of its name and overrides what it needs of the
+    hooks below. What can fail is computed first, then assigned.
 
     Args:
-        model: the trainable parameters of this model are protected; frozen ones are not touched.
-        strength: weight of the penalty, >= 0; may be changed at any time.
+        model: its trainable parameters are meant; frozen ones are not touched.
+        strength: weight of what keeps the past, >= 0; may be changed at any time.
 
     Raises:
-        ValueError: strength or another option is out of range, the model has no trainable
-            parameter, or one that no state can be kept for (see `trainable_parameters`).
+        ValueError: an option is out of range, or the model has no trainable parameter, or one that
+            no state can be kept for.
     """
 
-    fused_state: tuple[str, ...] | None = None
-    # Whether a penalty or a change of the gradient keeps what was learned before, and nothing else
-    # does. A subclass with a `penalty` or `add_penalty_grad_` of its own has to say so again.
-    keeps_by_pull: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  (whatever other bases take)
-        super().__init_subclass__(**options)
-        # Overridden since fused_state was said: then it does not hold for this class.
-        owner = next(base for base in cls.__mro__ if "fused_state" in base.__dict__)
-        if any(getattr(cls, name) is not getattr(owner, name) for name in _REPLACED_BY_A_STEP):
-            cls.fused_state = None
-        owner = next(base for base in cls.__mro__ if "keeps_by_pull" in base.__dict__)
-        if any(getattr(cls, name) is not getattr(owner, name) for name in _PULLS):
-            cls.keeps_by_pull = False  # for all that is known: it need not call the base's
-        # A penalty of its own has a gradient of its own, whoever defined the fused one.
-        definitions = (
-            next(place for place, base in enumerate(cls.__mro__) if name in base.__dict__)
-            for name in _PULLS
-        )
-        if next(definitions) < next(definitions) and cls.fused_state is None:
-            cls.add_penalty_grad_ = Method._add_penalty_grad_by_autograd_  # type: ignore[method-assign]
+    name: ClassVar[str]
+    default_strength: ClassVar[float] = 0.0
+    has_strength: ClassVar[bool] = False  # there is something to weigh
+    has_penalty: ClassVar[bool] = False  # add_penalty_grad_ keeps the past
+    has_own_loss: ClassVar[bool] = False  # loss keeps the past
+    needs_first_task: ClassVar[bool] = False  # so do the steps of the first task
+    runs_model: ClassVar[bool] = False  # add_penalty_grad_ does, in the precision of the loss
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of options in words, the default first
+    counter_names: tuple[str, ...] = ("tasks", "steps")
+    fused: tuple[str, ...] | None = ()  # state that an optimizer's pass works on; None: it cannot
+    decay: float = 0.0  # weight of the old average of squares ("fisher") in that pass
+    constant: float = 0.0  # of the penalty, without strength
+    capturable: bool = True  # in a CUDA graph the loss does the same at each replay
+    _combined: ClassVar[Callable[[Method, Method], Method]]  # set where that class is defined
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
-        super().__init__(model, strength=strength)
-        # What the gradients in `.grad` were multiplied with since the last step, on their device.
-        self._task_scale: Tensor | None = None
-        self._pull_scale: Tensor | None = None
+        trainable_parameters(model)
+        self.model, self.heads = model, Heads(model)
+        self.strength = checked_strength(type(self), strength)
+        self.tasks = 0  # ended so far
+        self.steps = 0  # of this task that the method had a part in
 
-    # ------------------------------------------------------------------ in the loop
+    def begin_task(
+        self,
+        examples: Examples | None = None,
+        *,
+        block: range | None = None,
+        active: range | None = None,
+    ) -> Examples | None:
+        """Begin a task, on the model as it is now; returns what to train on.
+
+        Args:
+            examples: inputs [N, ...] and local labels [N] int64 of the whole task, for methods that
+                prepare something or train on more (LwF, joint, iCaRL), on the model's device.
+            block: the outputs that are the classes of this task; None: all.
+            active: the outputs that compete: the task's own (a head for each task), or all seen (a
+                growing head); `heads(x)` returns these, labels count from the first. None: all.
+
+        Returns:
+            Tensors with a row for each example; the same rows of each are the arguments of `loss`.
+
+        Raises:
+            ValueError: that does not fit the model or the method; nothing is changed.
+        """
+        before = self.heads.state_dict()
+        try:
+            self._follow_model()
+            self.heads.begin_task(block, active, ended=self.tasks)
+            if examples is not None:
+                check_examples(self.name, examples, self.heads.classes if block else None)
+            return self._begin_task(examples)
+        except BaseException:
+            self.heads.load_state_dict(before)
+            raise
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """The loss without the penalty (0-dim) of inputs [N, ...] and labels int [N].
+
+        Or of the same rows of all that `begin_task` returned. TypeError or ValueError if they are
+        not such, or the model returns no logits [N, outputs].
+        """
+        value = self._loss(*checked_batch(batch))
+        self.steps += self.has_own_loss
+        return value
 
     def penalty(self) -> Tensor:
-        """The penalty, strength included: 0-dim, differentiable, to be added to the loss.
+        """What is to be added to the loss, strength included: 0-dim, differentiable. Here zero."""
+        return torch.zeros((), device=next(self.model.parameters()).device)
 
-        Frozen parameters without a gradient have no part in it, here and in `add_penalty_grad_`. A
-        method with a path integral (SI, RWalk) takes its gradient out of `.grad` again after the
-        step: clip with the method's `clip_grad_norm_`, not with torch's.
+    def add_penalty_grad_(self, scaler: object = None) -> Tensor:  # noqa: ARG002
+        """Add the penalty's gradient to `.grad`; returns the penalty (0-dim). Here zero.
+
+        Call it once in a step, on complete gradients; after it they may be clipped or dropped.
+        `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
         """
-        self._note_pull()
-        state = self._state
-        lists = [state.params, state.lists["anchor"], state.lists["importance"]]
-        if not all(entry.requires_grad for entry in state.params):
-            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
-            lists = [list(compress(entries, moving)) for entries in lists]
-        try:
-            value = self.strength * ops.quadratic_penalty(*lists)
-        except (TypeError, ValueError) as error:
-            raise self._explained(error) from None
-        if self._attached and value.requires_grad:
-            value.register_hook(self._warn_of_a_second_pull)
-        return value
-
-    def add_penalty_grad_(self) -> Tensor:
-        """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim).
-
-        Call it after the last `loss.backward()`; it replaces `penalty()` in the loss. A method with
-        a path integral (SI, RWalk) takes this gradient out of `.grad` again after the step, so from
-        here to the step only its own `clip_grad_norm_` may change the gradients. Gradients that
-        were clipped before, by a function of torch, are the task's gradients to the path integral.
-
-        Raises:
-            RuntimeError: from the optimizer's step, before anything moves, if the gradients were
-                changed after this call (for methods with a path integral).
-        """
-        self._refuse_if_attached("add_penalty_grad_")
-        self._note_pull()
-        self._forget_old_scales()
-        try:
-            value = self._state.plan.add_quadratic_penalty_grad_(self._strength)
-        except (TypeError, ValueError) as error:
-            raise self._explained(error) from None
-        if "path" in self._state.lists:
-            watch.leave_stamp(self)
-            self._pull_scale = None
-            if self._task_scale is not None:
-                watch.mark_clipped(self)
-        return value
-
-    def _add_penalty_grad_by_autograd_(self) -> Tensor:
-        """What `add_penalty_grad_` is where only `penalty` was overridden."""
-        with torch.enable_grad():
-            value = self.penalty()
-        if value.requires_grad:
-            value.backward()
-        return value.detach()
-
-    def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-    ) -> Tensor:
-        """Clip as `torch.nn.utils.clip_grad_norm_` does; returns the total norm before it (0-dim).
-
-        A method with a path integral (SI, RWalk) keeps what it clipped with, on the device, for the
-        next step: the path integral is then the one of the task's gradient before the clipping,
-        over the movement that the clipped gradient caused. Call it where the gradients are
-        complete: after the last backward pass, after `add_penalty_grad_` (whose gradient is then
-        clipped with the task's), and after `scaler.unscale_(optimizer)`. With an optimizer of
-        `clext.optim` that has the method, the task's gradient alone is clipped, and the next step
-        of one such optimizer takes what was kept.
-
-        Args:
-            max_norm: largest total norm of the gradients of the method's parameters, >= 0; with
-                infinity they stay as they are, also where they are not finite.
-            norm_type: of the norm, > 0 or infinity, as in torch.
-            error_if_nonfinite: raise if the norm is not finite.
-
-        Raises:
-            ValueError: max_norm or norm_type is not such a number.
-            RuntimeError: the norm is not finite, and error_if_nonfinite; or gradients that it has
-                clipped were added to since, here or, before anything moves, from the step.
-        """
-        check_clipping(self.name, max_norm, norm_type)
-        self._forget_old_scales()
-        # A stamp that no longer holds stays as it is: the step is to find out.
-        had_stamp = "path" in self._state.lists and watch.has_stamp(self)
-        norm, factor = clip_grads_(self._state.params, max_norm, norm_type, error_if_nonfinite)
-        if "path" in self._state.lists:
-            self._task_scale = factor if self._task_scale is None else self._task_scale * factor
-            self._pull_scale = factor if self._pull_scale is None else self._pull_scale * factor
-            watch.mark_clipped(self)
-            if had_stamp:
-                watch.leave_stamp(self)
-        return norm
+        return self.penalty()
 
     def update(self) -> None:
-        """Look at a step: after `optimizer.step()`, before the gradients are cleared."""
-        self._refuse_if_attached("update")
-        self._was_used = True
-        if "path" in self._state.lists:
-            watch.warn_of_an_early_update(self)
+        """Look at a step, after it."""
+        self._after_step()
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Call `add_penalty_grad_` before and `update` after each step, closures included.
+
+        Returns a handle: `remove()` ends it, `penalty` is the value before the last step.
+        """
+        return Attachment(self, optimizer)
 
     def consolidate(self, dataloader: Batches | None = None) -> None:
-        """End a task: importance and anchor for the tasks to come.
+        """End a task: take what is to be kept of it.
 
         Args:
-            dataloader: iterable of (x, y) batches of the task, x a tensor that the model takes, for
-                methods that measure importance on data (EWC, and MAS and SCP, to which x or (x,) is
-                enough) or keep examples (Replay, GEM, A-GEM, iCaRL). Others leave it alone.
+            dataloader: batches (x, y) of the task, for methods that measure importance on data (MAS
+                and SCP do without y) or keep examples.
 
         Raises:
-            ValueError: the data is missing or not as described, a parameter does not fit its state
-                (see `refresh_parameters`), or what the steps have left is not finite; nothing is
-                changed.
+            ValueError: the data is not as described, or the steps have left NaN; nothing is changed.
         """
-        self._refuse_if_part("consolidate")
-        if self._rehearsal is not None and isinstance(dataloader, Iterator):
-            batches: Batches | None = [_copied(batch) for batch in dataloader]  # it is read twice
-        else:
-            batches = dataloader
         grad = torch.is_grad_enabled()
-        # Later tasks learn from what is kept, and no graph takes tensors made in inference mode.
+        # No later loss could use what is made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            unseen = self._state.unknown(self._parameters_now())
-            self.refresh_parameters()
-            end = End(self, dataloader, unseen)
-            commit = self._learner._prepare_end(batches)
-            warn_of_omissions(self, end)
-            self._end_task(batches)
-            commit()
-        for part in self.parts:
-            part.tasks += 1
-        keep_end(self, end)
+            self._follow_model()
+            self._end_task(dataloader)
+        warn_if_unused(self)
+        self.tasks, self.steps = self.tasks + 1, 0
+
+    def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
+        """A score for each example and output [N, active]; `active`: others (an earlier head)."""
+        check_range("predict: active", active)
+        return self._predict(inputs, self.heads.active if active is None else active)
+
+    def combine(self, learner: Method) -> Method:
+        """`clext.Combined(self, learner)`: this method's pull with the loss of another."""
+        return self._combined(self, learner)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything that training needs to go on, but the options: plain dicts."""
+        return {
+            "method": self.name,
+            "strength": self.strength,
+            "counters": {name: getattr(self, name) for name in self.counter_names},
+            "outputs": self.heads.state_dict(),
+            **self._save(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over such a state; the model's is loaded before. ValueError: nothing is changed."""
+        before = self.state_dict()
+        try:
+            self._load(state_dict)
+        except Exception as error:
+            self._load(before)
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{self.name}: the state does not fit: {reason}") from error
+
+    # ------------------------------------------------------------------ hooks of subclasses
+
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if the method cannot learn tasks to come with these (global) classes."""
+
+    def _follow_model(self) -> None:
+        """The model may have changed since the last task."""
+
+    def _begin_task(self, examples: Examples | None) -> Examples | None:
+        return examples
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        inputs, labels = labelled(self.name, batch)
+        return F.cross_entropy(self.heads(inputs), labels)
+
+    def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
+        return self.heads.narrow(self.model(inputs), active)
+
+    def _after_step(self) -> None:
+        """After a step, whoever took it."""
 
     def _end_task(self, dataloader: Batches | None) -> None:
-        raise NotImplementedError
+        """As `consolidate`."""
 
-    def _note_pull(self) -> None:
-        """The parameters were pulled to the anchor, or their gradients changed."""
-        self._was_used = self._has_pulled = True
-        if (
-            not torch.compiler.is_compiling()
-            and self._state.params[0].is_cuda
-            and torch.cuda.is_current_stream_capturing()
-        ):
-            self._is_held_unseen = True
+    def _save(self) -> dict[str, Any]:
+        """What is kept beside counters and heads."""
+        return {}
 
-    def _held(self) -> list[bool]:
-        """Whether the past tasks have left anything in each parameter that a pull would hold."""
-        return [
-            self.strength > 0 and bool(entry.any()) for entry in self._state.lists["importance"]
-        ]
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """As `load_state_dict`, which takes back what fails halfway."""
+        if state["method"] != self.name:
+            raise ValueError(f"it is of method {state['method']!r}, not {self.name!r}")
+        self.strength = checked_strength(type(self), state["strength"])
+        for name in self.counter_names:  # an older state has no "steps"
+            value = getattr(self, name)
+            setattr(self, name, type(value)(state["counters"].get(name, value)))
+        self.heads.load_state_dict(state["outputs"])
 
-    def _warn_if_zero(self, key: str) -> None:
-        """Say so if a task ends without a trace of its steps: nothing would be protected."""
-        if not any(bool(entry.any()) for entry in self._state.lists[key]):
-            remedy = "call update() after optimizer.step() and before zero_grad()"
-            if self._attached:
-                remedy = f"take the steps with the optimizer that was given this {self.name}"
-            warnings.warn(
-                f"clext: {self.name} saw no step of this task that left a trace in the path "
-                f"integral; {remedy}",
-                stacklevel=4,
-            )
-
-    def _refuse_broken(self, *keys: str) -> None:
-        """Raise if a step has left NaN or infinity: importance would be made of it."""
-        broken = self._state.broken(keys)
-        if broken:
-            raise ValueError(
-                f"{self.name}: {broken} holds NaN or infinity, which a step with such a gradient "
-                "has left: go back to state dicts of the model and the method saved before it"
-            )
-
-    def _forget_old_scales(self) -> None:
-        """Of gradients that are gone: their step was dropped, or a GradScaler has skipped it."""
-        if self._task_scale is not None and not watch.is_clipped(self):
-            self._forget_scales()
-
-    def _forget_scales_of(self, cleared: Iterable[Tensor]) -> None:
-        """If `cleared` are all parameters that have a gradient."""
-        if self._task_scale is not None:
-            ids = set(map(id, cleared))
-            if all(entry.grad is None or id(entry) in ids for entry in self._state.params):
-                self._forget_scales()
-
-    def _forget_scales(self) -> None:
-        self._task_scale = self._pull_scale = None
-        watch.forget_clipped(self)
-
-    def _take_scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the task's gradient and the penalty's were multiplied with for the step that was."""
-        watch.drop_stamp(self)
-        if self._task_scale is not None and not watch.is_clipped_by_now(self):
-            self._forget_scales()
-        scales = self._task_scale, self._pull_scale
-        self._forget_scales()
-        return scales
-
-    # ------------------------------------------------------------------ for optimizers
-
-    def step_options(self) -> dict[str, float]:
-        """Numbers that the optimizer's pass needs: "strength", and "decay" of fisher's average."""
-        return {"strength": self._strength, "decay": 0.0}
-
-    def penalty_offset(self) -> float:
-        """What the penalty is more than strength * sum of importance * (parameter - anchor)^2."""
-        return 0.0
-
-    def take_task_scale(self) -> Tensor | None:
-        """What `clip_grad_norm_` has multiplied the gradients with; forgotten with this call.
-
-        RuntimeError if they are not as it left them.
-        """
-        if not watch.was_stepped_with(self):
-            self._forget_old_scales()
-        return self._take_scales()[0]
-
-    def _attach(self) -> None:
-        """From now on an optimizer's steps do what `add_penalty_grad_` and `update` did."""
-        self._refuse_if_part("an optimizer's step")
-        if self.fused_state not in _FUSED_STATES or set(self.fused_state) - set(self.state_names):
-            raise ValueError(
-                f"{self.name}: fused_state is {self.fused_state!r}, expected one of "
-                f"{', '.join(map(str, _FUSED_STATES))}, each name also in state_names, or None"
-            )
-        self._attached = True
-        self.refresh_parameters()
-        self._state.drop(self.separate_state)
-
-    def _refuse_if_attached(self, name: str) -> None:
-        if self._attached:
-            raise RuntimeError(
-                f"{self.name}: {name}() is not to be called: this method was given to an optimizer "
-                "of clext.optim, whose step() does it; leave the call out (for an optimizer of "
-                f"another kind make a new {self.name} and load this one's state_dict())"
-            )
-
-    def _warn_of_a_second_pull(self, _grad: Tensor) -> None:
-        warnings.warn(
-            f"clext: penalty() of {self.name} is in the loss, and the step() of the optimizer that "
-            "was given this method adds its gradient as well: leave it out of the loss",
-            stacklevel=2,
-        )
-
-
-def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
-    """A batch with copies of its tensors: a loader may use them again for the next one."""
-    if isinstance(batch, tuple | list):
-        return [_copied(entry) for entry in batch]
-    return batch.clone() if isinstance(batch, Tensor) else batch
+    def __repr__(self) -> str:
+        return described(self)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from clext.methods.unpenalised import Unpenalised
+from clext.methods.base import Method
 
 
-class Baseline(Unpenalised):
+class Baseline(Method):
     """Plain training."""
 
     name: ClassVar[str] = "baseline"

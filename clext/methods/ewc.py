@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from clext.core.checks import integer, number
 from clext.importance import FISHER_KINDS, fisher_information
-from clext.methods.base import Method
+from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 
-class EWC(Method):
+class EWC(QuadraticPenalty):
     """Importance F: the diagonal of the Fisher information at the end of a task.
 
     After task k with parameters theta_k, importance = gamma * importance + F_k, and the anchor is
@@ -43,9 +43,7 @@ class EWC(Method):
 
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
-    counter_names: tuple[str, ...] = ("tasks", "constant")
-    keeps_by_pull: ClassVar[bool] = True
-    fused_state: tuple[str, ...] | None = ("anchor", "importance")
+    counter_names: tuple[str, ...] = ("tasks", "steps", "constant")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
         "fisher": FISHER_KINDS,
         "anchors": ("latest", "all"),
@@ -69,31 +67,12 @@ class EWC(Method):
         self.anchors = self._choice("anchors", anchors)
         self.weighting = self._choice("weighting", weighting)
         self.seed = integer(self.name, "seed", seed, minimum=0)
-        self.constant = 0.0  # of the penalty, without strength; 0 for anchors="latest"
+        self.constant = 0.0  # what a sum of quadratics is more than one; 0 for anchors="latest"
 
-    def penalty(self) -> Tensor:
-        """The penalty, strength included: 0-dim, differentiable, to be added to the loss."""
-        value = super().penalty()
-        return value if self.constant == 0 else value + self.penalty_offset()
-
-    def add_penalty_grad_(self) -> Tensor:
-        """Add the penalty's gradient to `.grad` in one pass and return the penalty (0-dim)."""
-        value = super().add_penalty_grad_()
-        return value if self.constant == 0 else value + self.penalty_offset()
-
-    def penalty_offset(self) -> float:
-        """The constant of anchors="all", strength included."""
-        return self.strength * self.constant
-
-    def _checked_counters(self, given: Mapping[str, Any]) -> dict[str, int | float]:
-        counters = super()._checked_counters(given)
-        if self.anchors != "all" and counters["constant"] != 0:
-            raise ValueError(
-                f'{self.name}: state_dict is of an EWC with anchors="all" (its constant is '
-                f"{counters['constant']:g}), and this one has anchors={self.anchors!r}; make the "
-                'EWC with anchors="all"'
-            )
-        return counters
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        if self.anchors != "all" and self.constant != 0:
+            raise ValueError('it is of an EWC with anchors="all"; make this one so')
 
     def _end_task(self, dataloader: Batches | None) -> None:
         samples: list[int] = []
@@ -105,6 +84,7 @@ class EWC(Method):
             dataloader,
             kind=self.fisher,
             seed=self.seed + self.tasks,
+            forward=self.heads,
         )
         if self.weighting == "sum":
             torch._foreach_mul_(fisher, float(sum(samples)))

@@ -8,13 +8,13 @@ from torch import nn
 
 from clext.core.checks import number
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
-from clext.methods.base import Method
+from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 
-class MAS(Method):
+class MAS(QuadraticPenalty):
     """Importance: how much the outputs react, mean over samples of |d ||f(x)||^2 / d parameter|.
 
     After a task with sensitivity S, importance = gamma * importance + S; the anchor is the end of
@@ -31,8 +31,6 @@ class MAS(Method):
 
     name: ClassVar[str] = "mas"
     default_strength: ClassVar[float] = 0.05
-    keeps_by_pull: ClassVar[bool] = True
-    fused_state: tuple[str, ...] | None = ("anchor", "importance")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"estimator": MAS_ESTIMATORS}
 
     def __init__(
@@ -49,6 +47,10 @@ class MAS(Method):
 
     def _end_task(self, dataloader: Batches | None) -> None:
         sensitivity = output_sensitivity(
-            self.model, self._state.params, dataloader, estimator=self.estimator
+            self.model,
+            self._state.params,
+            dataloader,
+            estimator=self.estimator,
+            forward=self.heads,
         )
         self._state.plan.consolidate_importance_(sensitivity, self.gamma)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from clext import ops
 from clext.core.checks import SMALLEST, integer, number
-from clext.methods.base import Method
 from clext.methods.parts.state import COPIES_OF_PARAMETERS
-from clext.methods.rwalk_formulas import FORMULAS
+from clext.methods.quadratic import QuadraticPenalty
+from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 
-class RWalk(Method):
+class RWalk(QuadraticPenalty):
     """Importance: Fisher information plus a path-integral score, each scaled to [0, 1].
 
     Fisher is the moving average of the squared task gradient, F = alpha * g^2 + (1 - alpha) * F at
@@ -24,8 +26,8 @@ class RWalk(Method):
 
         max(0, fall of the loss) / (F * distance^2 / 2 + eps),
 
-    the fall being the path integral over the interval (as in SI, the penalty's gradient taken out)
-    and the distance its length: the loss decrease per distance in KL divergence. At the end of a
+    the fall being the path integral over the interval (as in SI, of the task's gradient alone) and
+    the distance its length: the loss decrease per distance in KL divergence. At the end of a
     task (which closes its last interval) score = (1 - mix) * score + mix * the task's score, the
     task's own at the first task, and importance = F / max F + score / max score.
 
@@ -43,8 +45,7 @@ class RWalk(Method):
 
     An optimizer of `clext.optim` calls this variant around its step rather than in its pass.
 
-    `strength` at `update` must be the one that the gradient was made with. Of several optimizers
-    that were given this method the steps of each are counted: use param groups of one.
+    The steps of every optimizer that has this method are counted: use param groups of one.
 
     Args:
         model: see `Method`.
@@ -62,16 +63,14 @@ class RWalk(Method):
         "anchor",
         "importance",
         "path",
-        "previous",
         "fisher",
         "task_score",
         "score",
         "interval_start",
     )
-    counter_names: tuple[str, ...] = ("tasks", "interval_steps")
-    keeps_by_pull: ClassVar[bool] = True
-    fused_state: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
-    separate_state: ClassVar[tuple[str, ...]] = ("previous",)
+    counter_names: tuple[str, ...] = ("tasks", "steps", "interval_steps")
+    needs_first_task: ClassVar[bool] = True
+    fused: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}
 
     def __init__(
@@ -86,48 +85,103 @@ class RWalk(Method):
         variant: str = "paper",
     ) -> None:
         self.variant = self._choice("variant", variant)
-        self._formulas = FORMULAS[self.variant]
-        self._formulas.declare(self)
+        self._is_released = self.variant == "released"
+        if self._is_released:
+            # "fisher" is then the mean of the squares since the task began, "running_fisher" F; the
+            # weight of a step changes with each, so no optimizer's pass can do it.
+            self.state_names = (*self.state_names, "running_fisher")
+            self.counter_names = (*self.counter_names, "task_steps")
+            self.fused = None
         super().__init__(model, strength=strength)
         self.alpha = number(self.name, "alpha", alpha, minimum=SMALLEST, maximum=1.0)
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=SMALLEST)
         self.mix = number(self.name, "mix", mix, minimum=0.0, maximum=1.0)
-        self.interval_steps = self._formulas.head_start  # since the interval began
+        self._begin_counts()
+
+    def _begin_counts(self) -> None:
+        # Released: an interval ends ahead of the step that would complete it.
+        self.interval_steps = 1 if self._is_released else 0  # since the interval began
         self.task_steps = 0  # since the task began
 
-    def update(self) -> None:
-        """Follow a step: after `optimizer.step()`, before `zero_grad()`.
+    @property
+    def decay(self) -> float:  # type: ignore[override]
+        """Weight of the old average of squared gradients at the next step."""
+        if self._is_released:
+            return self.task_steps / (self.task_steps + 1)  # that of a plain mean
+        return 1.0 - self.alpha
 
-        A step that a GradScaler has skipped is counted. Where its gradient is not finite it leaves
-        no other trace; what was finite of it is averaged into Fisher.
-        """
-        super().update()
-        decay = self._formulas.step_decay(self)
-        try:
-            self._state.plan.riemannian_walk_step_(self._strength, decay, *self._take_scales())
-        except (TypeError, ValueError) as error:
-            raise self._explained(error) from None
-        self.after_step()
+    def _follow_step(self) -> None:
+        # path -= task_gradient * (parameter - step_start)
+        # fisher = decay * fisher + (1 - decay) * task_gradient^2
+        self._state.plan.riemannian_walk_step_(self.decay)
 
-    def after_step(self) -> None:
-        """Count the step, and close the interval with its last one."""
+    def _after_step(self) -> None:
         self.interval_steps += 1
         self.task_steps += 1
         if self.interval_steps >= self.interval:
-            self._formulas.close_interval(self)
+            self._close_interval()
             self.interval_steps = 0
 
-    def step_options(self) -> dict[str, float]:
-        """Numbers that the optimizer's pass needs."""
-        return {"strength": self._strength, "decay": self._formulas.step_decay(self)}
+    def _close_interval(self) -> None:
+        if self._is_released:
+            _close_released_interval(self)
+        else:
+            # task_score += max(0, path) / (fisher * (parameter - interval_start)^2 / 2 + eps)
+            self._state.plan.accumulate_riemannian_walk_score_(self.eps)
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
-        self._refuse_broken(*(key for key in self.state_names if key not in COPIES_OF_PARAMETERS))
-        self._formulas.close_last_interval(self)
-        self.interval_steps, self.task_steps = self._formulas.head_start, 0
-        self._warn_if_zero("task_score")
-        self._formulas.consolidate(self)
-        # The path is empty since its interval was closed; the walk goes on from where it is now.
-        self._state.restart("previous")
-        self._state.restart("interval_start")
+        keys = [key for key in self.state_names if key not in COPIES_OF_PARAMETERS]
+        self._state.check_finite(self.name, keys)
+        if self._is_released:
+            _end_released_task(self)
+        else:
+            if self.interval_steps > 0:
+                self._close_interval()
+            # score = (1 - mix) * score + mix * task_score
+            # importance = fisher / max fisher + score / max score; anchor = parameter
+            self._state.plan.consolidate_riemannian_walk_(1.0 if self.tasks == 0 else self.mix)
+        self._state.restart("interval_start")  # the walk goes on from where it is now
+        self._begin_counts()
+
+
+# ---------------------------------------------------------------------- variant="released"
+
+
+@torch.no_grad()
+def _close_released_interval(walk: RWalk) -> None:
+    """Enter the interval by the old F, which then takes the sum of the squares per `interval`."""
+    lists = walk._state.lists
+    running, squares = lists["running_fisher"], lists["fisher"]
+    ops.accumulate_riemannian_walk_score_(
+        lists["task_score"],
+        lists["path"],
+        lists["interval_start"],
+        torch._foreach_mul(running, 2.0),  # the op halves it
+        walk._state.params,
+        walk.eps,
+    )
+    torch._foreach_mul_(running, 1 - walk.alpha)
+    torch._foreach_add_(running, squares, alpha=walk.alpha * walk.task_steps / walk.interval)
+
+
+@torch.no_grad()
+def _end_released_task(walk: RWalk) -> None:
+    """Drop the last interval and the task's squares; the old score stays and is merged."""
+    lists, is_first = walk._state.lists, walk.tasks == 0
+    score, task_score = lists["score"], lists["task_score"]
+    torch._foreach_mul_(score, 0.0 if is_first else 2.0 - walk.mix)
+    torch._foreach_add_(score, task_score, alpha=1.0 if is_first else walk.mix)
+    for key in ("path", "fisher", "task_score"):
+        torch._foreach_zero_(lists[key])
+    scaled = torch._foreach_add(_to_unit_range(lists["running_fisher"]), _to_unit_range(score))
+    torch._foreach_copy_(lists["importance"], scaled)
+    walk._state.restart("anchor")
+
+
+def _to_unit_range(tensors: list[Tensor]) -> list[Tensor]:
+    """(x - min) / (max - min) over all of them; 0 where they are all the same."""
+    lowest = -maximum([-entry for entry in tensors])
+    span = maximum(tensors) - lowest
+    span = torch.where(span == 0, torch.inf, span)
+    return [(entry - lowest) / span for entry in tensors]

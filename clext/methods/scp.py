@@ -8,13 +8,13 @@ from torch import nn
 
 from clext.core.checks import integer, unknown_name
 from clext.importance import sliced_cramer_importance
-from clext.methods.base import Method
+from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 
-class SCP(Method):
+class SCP(QuadraticPenalty):
     """Importance: the mean over directions xi of (d (xi . f) / d parameter)^2, f the mean output.
 
     The directions are uniform on the unit sphere of the outputs, f is the mean over the data.
@@ -29,8 +29,6 @@ class SCP(Method):
 
     name: ClassVar[str] = "scp"
     default_strength: ClassVar[float] = 100.0
-    keeps_by_pull: ClassVar[bool] = True
-    fused_state: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(
         self,
@@ -56,5 +54,6 @@ class SCP(Method):
             dataloader,
             slices=self.slices,
             seed=self.seed + self.tasks,
+            forward=self.heads,
         )
         self._state.plan.consolidate_importance_(importance, 1.0)

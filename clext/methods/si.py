@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from clext.core.checks import SMALLEST, number
-from clext.methods.base import Method
+from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 
-class SI(Method):
+class SI(QuadraticPenalty):
     """Importance: what a parameter contributed to the fall of the loss, per distance travelled.
 
-    Along the task, path = -sum over steps of g * (step), g the gradient of the task loss alone: the
-    penalty's share, 2 * strength * importance * (parameter - anchor), is taken out of `.grad`. At
-    its end importance += max(0, path) / (distance^2 + xi), distance from the start of the task.
-    (The paper's equation 5 has no max; an importance below 0 would reward going away.)
+    Along the task, path -= g * (parameter - parameter before the step), g the gradient of the task's
+    loss alone, without the penalty and before any clipping. At its end
 
-    `strength` at `update` must be the one that the gradient was made with.
+        importance += max(0, path) / (distance^2 + xi),  path = 0,
+
+    with the distance from the start of the task, where the anchor is until then. (The paper's
+    equation 5 has no max; an importance below 0 would reward going away.)
 
     Args:
         model: see `Method`.
@@ -34,11 +35,10 @@ class SI(Method):
 
     name: ClassVar[str] = "si"
     default_strength: ClassVar[float] = 20.0
-    state_names: tuple[str, ...] = ("anchor", "importance", "path", "previous")
+    state_names: tuple[str, ...] = ("anchor", "importance", "path")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"clamp": ("task", "total")}
-    keeps_by_pull: ClassVar[bool] = True
-    fused_state: tuple[str, ...] | None = ("anchor", "importance", "path")
-    separate_state: ClassVar[tuple[str, ...]] = ("previous",)
+    needs_first_task: ClassVar[bool] = True
+    fused: tuple[str, ...] | None = ("anchor", "importance", "path")
 
     def __init__(
         self,
@@ -52,19 +52,11 @@ class SI(Method):
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 
-    def update(self) -> None:
-        """Add a step to the path integral: after `optimizer.step()`, before `zero_grad()`.
-
-        A step that a GradScaler has skipped leaves no trace.
-        """
-        super().update()
-        try:
-            self._state.plan.accumulate_path_integral_(self._strength, *self._take_scales())
-        except (TypeError, ValueError) as error:
-            raise self._explained(error) from None
+    def _follow_step(self) -> None:
+        # path -= task_gradient * (parameter - step_start)
+        self._state.plan.accumulate_path_integral_()
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
-        self._refuse_broken("path")
-        self._warn_if_zero("path")
+        self._state.check_finite(self.name, ["path"])
+        # importance += max(0, path) / ((parameter - anchor)^2 + xi); anchor = parameter; path = 0
         self._state.plan.consolidate_path_integral_(self.xi, self.clamp == "total")
-        self._state.restart("previous")

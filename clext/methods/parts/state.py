@@ -1,7 +1,8 @@
-"""A method's state for the parameters that it protects."""
+"""The state of the parameters that a method protects: one list of tensors per name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,72 +13,99 @@ from clext.core.parameters import allocate_state
 from clext.ops.plan import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-# Where a movement is measured from: the last step, the start of an interval.
-_STARTS = frozenset({"previous", "interval_start"})
 # These begin as a copy of the parameters, all other state as zeros.
-COPIES_OF_PARAMETERS = _STARTS | {"anchor"}
+COPIES_OF_PARAMETERS = ("anchor", "interval_start")
+# What a step keeps from the pull to its end; in no state dict.
+SCRATCH = ("task_gradient", "step_start")
+
+
+class StateView(Mapping[str, Tensor]):
+    """The tensors of one list by parameter name: the state itself, and open to be written."""
+
+    def __init__(self, label: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self._label, self._tensors = label, dict(zip(names, tensors, strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.assign({name: value})
+
+    @torch.no_grad()
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Write these values; ValueError for a name or a shape that is not the state's."""
+        for name, value in values.items():
+            if name not in self._tensors:
+                raise ValueError(f"{self._label} has no entry {name!r}: no such parameter")
+            own = self._tensors[name]
+            if not isinstance(value, Tensor) or value.shape != own.shape:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{self._label}[{name!r}] is {got}, expected {list(own.shape)}")
+        for name, value in values.items():
+            self._tensors[name].copy_(value)
 
 
 class ParameterState:
-    """Parameters by name, one list of state tensors per key, and the plan over both."""
+    """Parameters by name, one list of state tensors per key, and the plan over both.
+
+    Args:
+        named: the parameters.
+        keys: names of the lists.
+    """
 
     def __init__(self, named: Mapping[str, Tensor], keys: Sequence[str]) -> None:
-        self.names = list(named)
-        self.params = list(named.values())
-        self.ids = frozenset(map(id, self.params))
+        self.names, self.params = list(named), list(named.values())
         self.lists = {key: allocate_state(self.params) for key in keys}
+        self.scratch: dict[str, list[Tensor]] = {}
         for key in COPIES_OF_PARAMETERS:
-            self.restart(key)
-        self.plan = make_plan(self.names, self.params, self.lists)
+            if key in self.lists:
+                self.restart(key)
+        self._make_plan()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Tensors of their own: pickle would write all of their common memory for each.
-        own = {key: [entry.clone() for entry in entries] for key, entries in self.lists.items()}
-        return {"names": self.names, "params": self.params, "lists": own}
+    def _make_plan(self) -> None:
+        self.plan = make_plan(self.names, self.params, {**self.lists, **self.scratch})
+
+    def keep_steps(self) -> None:
+        """From now on the pull also keeps the task's gradient and the parameters: see `SCRATCH`."""
+        if not self.scratch:
+            self.scratch = {key: allocate_state(self.params) for key in SCRATCH}
+            self._make_plan()
+
+    def view(self, key: str) -> StateView:
+        """The tensors of `key` by parameter name."""
+        return StateView(key, self.names, self.lists[key])
 
     @torch.no_grad()
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.names, self.params = state["names"], state["params"]
-        self.lists = {key: allocate_state(self.params) for key in state["lists"]}
-        for key, entries in self.lists.items():
-            for entry, kept in zip(entries, state["lists"][key], strict=True):
-                entry.copy_(kept)
-        self.ids = frozenset(map(id, self.params))
-        self.plan = make_plan(self.names, self.params, self.lists)
-
-    def view(self, key: str) -> dict[str, Tensor]:
-        """The tensors of `key` by parameter name (empty for a key that is not kept)."""
-        return dict(zip(self.names, self.lists.get(key, ()), strict=key in self.lists))
-
     def restart(self, key: str) -> None:
-        """Make the state `key`, where it is kept, a copy of the parameters as they are now."""
-        if key in self.lists:
-            with torch.no_grad():
-                for entry, parameter in zip(self.lists[key], self.params, strict=True):
-                    entry.copy_(parameter)
+        """Make the list `key` a copy of the parameters as they are now."""
+        entries = self.lists.get(key) or self.scratch[key]
+        for entry, parameter in zip(entries, self.params, strict=True):
+            entry.copy_(parameter)
 
-    def broken(self, keys: Sequence[str]) -> str:
-        """Which of the parameters, or of the state `keys`, is not finite; "" if all are."""
-        lists = {"parameter": self.params} | {key: self.lists[key] for key in keys}
-        for key, entries in lists.items():
+    def has_moved(self) -> bool:
+        """Whether the parameters are not where the step that is kept began."""
+        starts = self.scratch["step_start"]
+        pairs = zip(starts, self.params, strict=True)
+        return not all(torch.equal(start, entry.to(start.dtype)) for start, entry in pairs)
+
+    def check_finite(self, owner: str, keys: Sequence[str]) -> None:
+        """ValueError if a parameter or the state `keys` is not finite: importance is made of it."""
+        for key, entries in {"parameter": self.params, **{k: self.lists[k] for k in keys}}.items():
             finite = torch.stack([entry.isfinite().all() for entry in entries]).tolist()
             if not all(finite):
-                name = self.names[finite.index(False)]
-                return f"{key} '{name}'" if key == "parameter" else f"{key} of parameter '{name}'"
-        return ""
-
-    def drop(self, keys: Sequence[str]) -> None:
-        """Keep these lists no longer: their memory is given back."""
-        if self.lists.keys() & set(keys):
-            for key in keys:
-                self.lists.pop(key, None)
-            self.plan = make_plan(self.names, self.params, self.lists)
-
-    def unknown(self, named: Mapping[str, Tensor]) -> list[str]:
-        """Names of what is none of these parameters: added, or put in the place of one."""
-        return [name for name, parameter in named.items() if id(parameter) not in self.ids]
+                raise ValueError(
+                    f"{owner}: {key} '{self.names[finite.index(False)]}' holds NaN or infinity, "
+                    "which a step with such a gradient has left: go back to state dicts of the "
+                    "model and the method saved before it"
+                )
 
     def fits(self, named: Mapping[str, Tensor]) -> bool:
         """Whether `named` are the very parameters, still laid out as when the state was made."""
@@ -94,52 +122,46 @@ class ParameterState:
             for entry, parameter in zip(entries, self.params, strict=True)
         )
 
-    def origins(self, old: ParameterState) -> list[int | None]:
-        """The place in `old` of each parameter: of itself, else of what had its name and is gone.
-
-        So a parameter that has only got another name (its layer was wrapped, or another one put
-        before it) stays what it is.
-        """
-        itself = {id(parameter): place for place, parameter in enumerate(old.params)}
-        replaced = {
-            name: place
-            for place, (name, parameter) in enumerate(zip(old.names, old.params, strict=True))
-            if id(parameter) not in self.ids
-        }
-        return [
-            itself.get(id(parameter), replaced.get(name))
-            for name, parameter in zip(self.names, self.params, strict=True)
-        ]
-
-    def lost(self, old: ParameterState) -> list[str]:
-        """Names in `old` of parameters that are not here, neither themselves nor replaced."""
-        known = set(self.origins(old))
-        return [name for place, name in enumerate(old.names) if place not in known]
-
     @torch.no_grad()
-    def adopt(self, old: ParameterState) -> None:
-        """Copy what `old` knows of these parameters (see `origins`).
+    def adopt(self, old: ParameterState) -> list[str]:
+        """Take over by name what `old` knows; returns the names that are not here any more.
 
-        Where a parameter has grown (a head with more classes), the leading part keeps its state
-        and the rest starts anew. Being given other values is not a movement: where a movement is
-        measured from changes alike.
+        Of a parameter that has grown (a head with more classes) the leading part keeps its state
+        and the rest starts anew.
 
         Raises:
             ValueError: a parameter has shrunk, or has another number of dimensions.
         """
-        places = self.origins(old)
-        for key, entries in self.lists.items():
-            for name, parameter, entry, place in zip(
-                self.names, self.params, entries, places, strict=True
-            ):
-                if place is None or key not in old.lists:
-                    continue
-                known, before = old.lists[key][place], old.params[place]
-                leading = _leading_part(name, known, entry)
-                entry[leading].copy_(known)
-                if key in _STARTS and before is not parameter:
-                    jump = parameter[leading].to(entry) - before.to(entry)
-                    entry[leading].add_(jump)
+        places = {name: place for place, name in enumerate(old.names)}
+        for key in self.lists.keys() & old.lists.keys():
+            for name, entry in zip(self.names, self.lists[key], strict=True):
+                if name in places:
+                    known = old.lists[key][places[name]]
+                    entry[_leading_part(name, known, entry)].copy_(known)
+        return [name for name in old.names if name not in self.names]
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of all lists, by parameter name."""
+        return {
+            key: {name: entry.clone() for name, entry in zip(self.names, entries, strict=True)}
+            for key, entries in self.lists.items()
+        }
+
+    def load_state_dict(self, given: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over such copies; ValueError for other names or shapes."""
+        for key in self.lists:
+            if set(given[key]) != set(self.names):
+                odd = sorted(set(given[key]) ^ set(self.names))
+                raise ValueError(f"'{key}' is of other parameters: {', '.join(odd)}")
+            self.view(key).assign(given[key])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors of their own: pickle would write all of their common memory for each.
+        return {"named": dict(zip(self.names, self.params, strict=True)), "lists": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["named"], list(state["lists"]))  # type: ignore[misc]
+        self.load_state_dict(state["lists"])
 
 
 def _leading_part(name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:

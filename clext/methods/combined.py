@@ -1,0 +1,156 @@
+"""The combination of two methods on one model: the pull of one, the loss of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from clext.methods.base import Examples, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from clext.core.batches import Batches
+
+
+class Combined(Method):
+    """`Combined(EWC(model), Replay(model))`: what method="ewc+replay" makes.
+
+    Args:
+        protector: a method with a penalty or a change of the gradient (EWC, SI, GEM, ...).
+        learner: a method of the same model with a loss of its own (Replay, LwF, DGR, ...).
+
+    Raises:
+        ValueError: they are not such a pair, or a task of one has begun.
+    """
+
+    has_strength = has_penalty = has_own_loss = True
+
+    def __init__(self, protector: Method, learner: Method) -> None:
+        for part in (protector, learner):
+            if not isinstance(part, Method) or isinstance(part, Combined):
+                got = part if isinstance(part, str | type) else type(part)
+                raise ValueError(f"Combined: expected two methods of one model, got {got!r}")
+        if learner.model is not protector.model:
+            raise ValueError(
+                f"Combined: {learner.name} was made for another model than {protector.name}; make "
+                "both for one"
+            )
+        if not protector.has_penalty or not learner.has_own_loss:
+            raise ValueError(
+                f"Combined: expected a method with a penalty or a change of the gradient (such as "
+                f"ewc) and one with a loss of its own (such as replay), got {protector.name} and "
+                f"{learner.name}"
+            )
+        if any(part.tasks or part.heads.blocks for part in (protector, learner)):
+            raise ValueError(
+                f"Combined: combine {protector.name} and {learner.name} before their first task"
+            )
+        self.protector, self.learner = protector, learner
+        self.parts = protector, learner
+        self.model, self.heads = protector.model, protector.heads
+        learner.heads = self.heads
+        self.name = f"{protector.name}+{learner.name}"  # type: ignore[misc]
+        self.fused, self.runs_model = protector.fused, protector.runs_model  # type: ignore[misc]
+        self.capturable = protector.capturable and learner.capturable
+
+    @property
+    def _weighed(self) -> Method:
+        return self.protector if self.protector.has_strength else self.learner
+
+    # What an optimizer's pass asks for is the protector's.
+    _state = property(lambda self: self.protector._state)
+    decay = property(lambda self: self.protector.decay)  # type: ignore[assignment]
+    constant = property(lambda self: self.protector.constant)  # type: ignore[assignment]
+    tasks = property(lambda self: self.protector.tasks)  # type: ignore[assignment]
+
+    @property
+    def strength(self) -> float:
+        """That of the protector, or of the learner if the former has none."""
+        return self._weighed.strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._weighed.strength = value
+
+    @property
+    def steps(self) -> int:
+        """Steps of this task that the protector had a part in."""
+        return self.protector.steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self.protector.steps = value
+
+    def penalty(self) -> Tensor:
+        """The penalty of the protector."""
+        return self.protector.penalty()
+
+    def add_penalty_grad_(self, scaler: object = None) -> Tensor:
+        """That of the protector."""
+        return self.protector.add_penalty_grad_(scaler)
+
+    def update(self) -> None:
+        """That of the protector."""
+        self.protector.update()
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """The loss of the learner."""
+        return self.learner.loss(*batch)
+
+    def consolidate(self, dataloader: Batches | None = None) -> None:
+        """End a task for both; if the learner cannot, the protector is put back."""
+        if isinstance(dataloader, Iterator):
+            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
+        before = self.protector.state_dict()
+        self.protector.consolidate(dataloader)
+        try:
+            self.learner.consolidate(dataloader)
+        except BaseException:
+            self.protector.load_state_dict(before)
+            raise
+
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model."""
+        for part in self.parts:
+            part._follow_model()
+
+    def check_classes(self, tasks: Sequence[Collection[int]]) -> None:
+        """ValueError if one of the two cannot learn tasks with these classes."""
+        for part in self.parts:
+            part.check_classes(tasks)
+
+    def _follow_model(self) -> None:
+        self.refresh_parameters()
+
+    def _begin_task(self, examples: Examples | None) -> Examples | None:
+        return self.learner._begin_task(self.protector._begin_task(examples))
+
+    def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
+        return self.learner._predict(inputs, active)
+
+    def _after_step(self) -> None:
+        self.protector._after_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the protector, and in its entry "rehearsal" that of the learner."""
+        return {**self.protector.state_dict(), "rehearsal": self.learner.state_dict()}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for part, given in zip(self.parts, (state, state["rehearsal"]), strict=True):
+            part._load(given)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
+
+
+Method._combined = Combined
+
+
+def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
+    """A batch with copies of its tensors: a loader may use them again for the next one."""
+    if isinstance(batch, tuple | list):
+        return [_copied(entry) for entry in batch]
+    return batch.clone() if isinstance(batch, Tensor) else batch

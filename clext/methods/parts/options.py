@@ -1,0 +1,62 @@
+"""The options of a method: their names and values, and how it is described."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from clext.core.checks import number
+
+if TYPE_CHECKING:
+    from clext.methods.base import Method
+
+
+def option_names(kind: type[Method]) -> list[str]:
+    """The keyword options of a method, strength included where it has one."""
+    parameters = inspect.signature(kind).parameters.values()
+    names = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    return [name for name in names if name != "strength" or kind.has_strength]
+
+
+def checked_strength(kind: type[Method], given: object) -> float:
+    """The strength, by default the method's own; ValueError if it is none, or has no use."""
+    if given is None:
+        return kind.default_strength
+    strength = number(kind.name, "strength", given, minimum=0.0)
+    if strength != 0 and not kind.has_strength:
+        raise ValueError(f"{kind.name} has no penalty, so no strength; leave it out")
+    return strength
+
+
+def described(method: Method) -> str:
+    """Class, options and counts, as `repr` shows them."""
+    values = {name: getattr(method, name) for name in option_names(type(method))}
+    options = [
+        f"{name}={type(value).__name__ if isinstance(value, nn.Module) else repr(value)}"
+        for name, value in values.items()
+    ]
+    options += [f"tasks={method.tasks}", f"steps={method.steps}"]
+    size = sum(entry.numel() for entry in method.model.parameters() if entry.requires_grad)
+    return f"{type(method).__name__}({', '.join(options)}; {size:,} parameters)"
+
+
+def warn_if_unused(method: Method) -> None:
+    """Say so at the end of a task in whose steps the method had no part: nothing kept the past."""
+    if method.steps > 0 or (method.tasks == 0 and not method.needs_first_task):
+        return
+    if method.has_penalty:
+        remedy = (
+            "give it to an optimizer of clext.optim, attach() it to another one, or call "
+            "add_penalty_grad_() before each step and update() after it"
+        )
+    elif method.has_own_loss:
+        remedy = "train on loss(x, y) of the method in place of a loss of your own"
+    else:
+        return
+    warnings.warn(
+        f"clext: {method.name} saw no step of this task, which went on as without it; {remedy}",
+        stacklevel=3,
+    )

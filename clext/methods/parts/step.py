@@ -1,0 +1,94 @@
+"""The step under way: what is kept of it from the pull to its end."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import compress
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from clext import ops
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clext.methods.parts.state import ParameterState
+
+
+class Step:
+    """Where a step began, by which gradient of the task, and which gradients hold its pull.
+
+    Args:
+        follows_path: the parameters and the task's gradient are kept, in the state's scratch.
+    """
+
+    def __init__(self, follows_path: bool) -> None:
+        self.follows_path = follows_path
+        self.kept_by: Literal["pull", "penalty"] | None = None
+        # The first gradient that holds the pull: its place, and its count of writes at that time.
+        self._pulled: tuple[int, weakref.ref[Tensor], int] | None = None
+
+    def end(self) -> None:
+        """The step is over."""
+        self.kept_by = self._pulled = None
+
+    def refuse_second_pull(self, owner: str, state: ParameterState) -> None:
+        """RuntimeError if the gradients are those of the last pull, at most added to since."""
+        if self._pulled is None:
+            return
+        place, gradient, writes = self._pulled
+        now = state.params[place].grad
+        # To clear and fill it again takes two writes, one more backward pass of this step one.
+        if now is not None and now is gradient() and now._version <= writes + 1:
+            raise RuntimeError(
+                f"{owner}: add_penalty_grad_() was called twice on the same gradients, so the pull "
+                "would count twice; call it once in a step, after the last backward pass"
+            )
+
+    @torch.no_grad()
+    def pull(self, state: ParameterState, strength: float, scale: float) -> Tensor:
+        """Add the pull to gradients that are scaled by `scale`; returns the penalty.
+
+        In the same pass the task's gradient and the parameters are kept. But a closure that is
+        evaluated again, where the parameters have moved (LBFGS), belongs to the step that its first
+        evaluation began; a step that was dropped has moved nothing.
+        """
+        first = None
+        if self.follows_path:
+            state.keep_steps()
+            if self.kept_by == "pull" and state.has_moved():
+                first = {key: [entry.clone() for entry in kept] for key, kept in state.scratch.items()}
+        value = state.plan.add_quadratic_penalty_grad_(strength * scale)
+        if first is not None:
+            for key, entries in first.items():
+                torch._foreach_copy_(state.scratch[key], entries)
+        elif self.follows_path and scale != 1:
+            torch._foreach_div_(state.scratch["task_gradient"], scale)
+        for place, entry in enumerate(state.params):
+            if entry.grad is not None:
+                self._pulled = place, weakref.ref(entry.grad), entry.grad._version
+                break
+        self.kept_by = "pull"
+        return value / scale
+
+    def begin_by_penalty(self, state: ParameterState) -> None:
+        """The penalty is in the loss: keep the parameters."""
+        if self.follows_path and self.kept_by is None:
+            state.keep_steps()
+            state.restart("step_start")
+            self.kept_by = "penalty"
+
+    @torch.no_grad()
+    def take_out_pull(self, state: ParameterState, strength: float) -> None:
+        """task_gradient = .grad - 2 * strength * importance * (step_start - anchor).
+
+        For a step whose pull came by way of the loss.
+        """
+        moving = [entry.grad is not None for entry in state.params]
+        lists = {**state.scratch, **state.lists}
+        names = ("task_gradient", "step_start", "anchor", "importance")
+        gradients, starts, anchors, importances = (list(compress(lists[n], moving)) for n in names)
+        torch._foreach_copy_(gradients, [p.grad for p in compress(state.params, moving)])
+        ops.add_quadratic_penalty_grad_(gradients, starts, anchors, importances, -strength)
+        state.plan.keep_(moving)

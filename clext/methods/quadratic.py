@@ -1,0 +1,176 @@
+"""The quadratic penalty: strength * sum of importance * (parameter - anchor)^2."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from itertools import compress
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from clext import ops
+from clext.core.parameters import canonical_names, check_parameters
+from clext.methods.base import Method
+from clext.methods.parts.state import ParameterState, StateView
+from clext.methods.parts.step import Step
+
+T = TypeVar("T")
+
+
+class QuadraticPenalty(Method):
+    """Pulls each parameter to its anchor, by its importance; subclasses say what is important.
+
+    The penalty is strength * (sum of importance * (parameter - anchor)^2 + constant), zero until
+    the first task has ended; frozen parameters without a gradient have no part in it.
+
+    A method with a path integral ("path" in `state_names`: SI, RWalk) keeps the task's gradient and
+    the parameters when the pull is added, and `update` uses these: what happens to `.grad` in
+    between, or to parameters between steps, does not count. With `penalty()` in the loss it takes
+    the pull out of `.grad` again, inexactly if that was clipped: to clip, use `add_penalty_grad_`.
+
+    A subclass names its state in `state_names`: for each parameter one tensor per name.
+    """
+
+    default_strength: ClassVar[float] = 1.0
+    has_strength: ClassVar[bool] = True
+    has_penalty: ClassVar[bool] = True
+    state_names: tuple[str, ...] = ("anchor", "importance")
+    fused: tuple[str, ...] | None = ("anchor", "importance")
+
+    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+        super().__init__(model, strength=strength)
+        self._state = ParameterState(self._parameters_now(()), self.state_names)
+        self._step = Step("path" in self.state_names)
+
+    @property
+    def importance(self) -> StateView:
+        """Importance of each parameter by name: the state itself, which may be written."""
+        return self._state.view("importance")
+
+    @importance.setter
+    def importance(self, values: Mapping[str, Tensor]) -> None:
+        self.importance.assign(values)
+
+    @property
+    def anchor(self) -> StateView:
+        """What the parameters are pulled to, by name: the state itself, which may be written."""
+        return self._state.view("anchor")
+
+    @anchor.setter
+    def anchor(self, values: Mapping[str, Tensor]) -> None:
+        self.anchor.assign(values)
+
+    def penalty(self) -> Tensor:
+        """The penalty: 0-dim, differentiable, to be added to the loss."""
+
+        def value(state: ParameterState) -> Tensor:
+            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
+            lists = (state.params, state.lists["anchor"], state.lists["importance"])
+            return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
+
+        penalty = self.strength * (self._on_state(value) + self.constant)
+        if penalty.requires_grad:
+            # A count that a compiled loss advanced would compile it anew in each step.
+            self.steps = 1 if torch.compiler.is_compiling() else self.steps + 1
+            self._step.begin_by_penalty(self._state)
+        return penalty
+
+    def add_penalty_grad_(self, scaler: object = None) -> Tensor:
+        """Add the penalty's gradient to `.grad` in one pass; returns the penalty (0-dim).
+
+        Call it once in a step, on complete gradients; after it they may be clipped or dropped.
+        `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
+
+        Raises:
+            RuntimeError: these gradients hold the pull already.
+        """
+        self._step.refuse_second_pull(self.name, self._state)
+        scale = 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
+        value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
+        self.steps += 1
+        return value + self.strength * self.constant if self.constant else value
+
+    def update(self) -> None:
+        """Look at a step, after it.
+
+        Raises:
+            RuntimeError: for methods with a path integral, if nothing was kept of the step.
+        """
+        if self._step.follows_path:
+            if self._step.kept_by is None:
+                raise RuntimeError(
+                    f"{self.name}: update() saw no step; call add_penalty_grad_() before "
+                    "optimizer.step() (or add penalty() to the loss), from the first task on"
+                )
+            if self._step.kept_by == "penalty":
+                self._step.take_out_pull(self._state, self.strength)
+            self._follow_step()
+        self._step.end()
+        self._after_step()
+
+    def _follow_step(self) -> None:
+        """What the step that was kept adds to the path integral."""
+
+    def refresh_parameters(self) -> None:
+        """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
+
+        `begin_task` and `consolidate` do so, but a loop without `begin_task` has to call this
+        before its first step with other parameters. State goes by name (less the prefixes of
+        wrappers), of a parameter that has grown to its leading part; new parameters and rows start
+        without importance, anchored where they are. What is no longer in the model is forgotten,
+        with a warning where a task has ended.
+
+        Raises:
+            ValueError: a parameter has shrunk or has another number of dimensions, or no state can
+                be kept for it; nothing is changed.
+        """
+        named = self._parameters_now(self._state.names)
+        if self._state.fits(named):
+            return
+        check_parameters(named, type(self.model).__name__)
+        state = ParameterState(named, self.state_names)
+        try:
+            lost = state.adopt(self._state)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        self._state = state
+        self._step.end()
+        if lost and self.tasks > 0:
+            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            warnings.warn(
+                f"clext: parameter '{lost[0]}'{more} is not in the model any more, so what this "
+                f"{self.name} knew of it is forgotten",
+                stacklevel=3,
+            )
+
+    def _follow_model(self) -> None:
+        self.refresh_parameters()
+
+    def _parameters_now(self, known: Collection[str]) -> dict[str, nn.Parameter]:
+        """The trainable parameters, and those known that were frozen since, by canonical name."""
+        named = canonical_names(dict(self.model.named_parameters()))
+        return {name: p for name, p in named.items() if p.requires_grad or name in known}
+
+    def _on_state(self, call: Callable[[ParameterState], T]) -> T:
+        """`call(state)`; once more if it failed because parameters were moved or converted."""
+        try:
+            return call(self._state)
+        except (TypeError, ValueError):
+            if self._state.fits(self._parameters_now(self._state.names)):
+                raise
+        self.refresh_parameters()
+        return call(self._state)
+
+    def _save(self) -> dict[str, Any]:
+        return {"state": self._state.state_dict()}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.refresh_parameters()
+        super()._load(state)
+        self._state.load_state_dict(state["state"])
+        self._step.end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_step": Step(self._step.follows_path)}
