@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from itertools import compress
 from typing import Any, ClassVar, TypeVar
 
@@ -41,7 +41,7 @@ class QuadraticPenalty(Method):
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         super().__init__(model, strength=strength)
-        self._state = ParameterState(self._parameters_now(()), self.state_names)
+        self._state = ParameterState(self._parameters_now(), self.state_names)
         self._step = Step("path" in self.state_names)
 
     @property
@@ -126,7 +126,7 @@ class QuadraticPenalty(Method):
             ValueError: a parameter has shrunk or has another number of dimensions, or no state can
                 be kept for it; nothing is changed.
         """
-        named = self._parameters_now(self._state.names)
+        named = self._parameters_now(self._state)
         if self._state.fits(named):
             return
         check_parameters(named, type(self.model).__name__)
@@ -148,17 +148,18 @@ class QuadraticPenalty(Method):
     def _follow_model(self) -> None:
         self.refresh_parameters()
 
-    def _parameters_now(self, known: Collection[str]) -> dict[str, nn.Parameter]:
+    def _parameters_now(self, known: ParameterState | None = None) -> dict[str, nn.Parameter]:
         """The trainable parameters, and those known that were frozen since, by canonical name."""
         named = canonical_names(dict(self.model.named_parameters()))
-        return {name: p for name, p in named.items() if p.requires_grad or name in known}
+        names, ids = (known.names, set(map(id, known.params))) if known else ((), set())
+        return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
         """`call(state)`; once more if it failed because parameters were moved or converted."""
         try:
             return call(self._state)
         except (TypeError, ValueError):
-            if self._state.fits(self._parameters_now(self._state.names)):
+            if self._state.fits(self._parameters_now(self._state)):
                 raise
         self.refresh_parameters()
         return call(self._state)

@@ -124,21 +124,30 @@ class ParameterState:
 
     @torch.no_grad()
     def adopt(self, old: ParameterState) -> list[str]:
-        """Take over by name what `old` knows; returns the names that are not here any more.
+        """Take over what `old` knows; returns the names of parameters that are not here any more.
 
-        Of a parameter that has grown (a head with more classes) the leading part keeps its state
-        and the rest starts anew.
+        A parameter that has only got another name (its layer was wrapped, or another one put before
+        it) is itself; one in the place of another, by its name, takes over the other's. Where it has
+        grown (a head with more classes) the leading part keeps its state and the rest starts anew.
 
         Raises:
             ValueError: a parameter has shrunk, or has another number of dimensions.
         """
-        places = {name: place for place, name in enumerate(old.names)}
+        same = {id(parameter): place for place, parameter in enumerate(old.params)}
+        here = set(map(id, self.params))
+        by_name = {
+            name: place for place, name in enumerate(old.names) if id(old.params[place]) not in here
+        }
+        places = [
+            same.get(id(parameter), by_name.get(name))
+            for name, parameter in zip(self.names, self.params, strict=True)
+        ]
         for key in self.lists.keys() & old.lists.keys():
-            for name, entry in zip(self.names, self.lists[key], strict=True):
-                if name in places:
-                    known = old.lists[key][places[name]]
+            for name, entry, place in zip(self.names, self.lists[key], places, strict=True):
+                if place is not None:
+                    known = old.lists[key][place]
                     entry[_leading_part(name, known, entry)].copy_(known)
-        return [name for name in old.names if name not in self.names]
+        return [name for place, name in enumerate(old.names) if place not in places]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Copies of all lists, by parameter name."""
