@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from protocols import Protocol, Row, adam, iterations, sgd, unchanged
-from released import ReleasedGEM
-
 from clext.methods import AGEM, DGR, GEM, ICaRL, Joint, LwF
+from published.protocols import Protocol, Row, adam, iterations, sgd, unchanged
+from published.released import ReleasedGEM
 
 # The authors weigh old and new by the number of tasks.
 _BY_TASKS = "the k-th task's own loss counts 1/k"

@@ -9,13 +9,13 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from protocols import Protocol, Row, adam, epochs, iterations, sgd, unchanged
-from published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
-from released import ReleasedSI, RunningFisherEWC
 from torch import nn
 
 from clext.data.datasets import Batches, Dataset, Split
 from clext.methods import EWC, MAS, SI, Baseline, RWalk
+from published.protocols import Protocol, Row, adam, epochs, iterations, sgd, unchanged
+from published.published_rehearsal import A_GEM_ROWS, SPLIT, VAN_DE_VEN_ROWS
+from published.released import ReleasedSI, RunningFisherEWC
 
 # ---------------------------------------------------------------------- Zenke et al. 2017
 
@@ -161,7 +161,7 @@ A_GEM = Protocol(
             partial(RunningFisherEWC, strength=10.0),
             sgd(0.03),
             "0.7",
-            note="released code: see bench/released.py",
+            note="released code: see bench/published/released.py",
         ),
         Row(
             "MAS",
