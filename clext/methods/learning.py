@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.importance.passes import integer_labels
+from clext.core.batches import class_labels
 from clext.methods.parts.batch import check_examples_of_task, checked_batch, labelled
 from clext.methods.parts.heads import Outputs, check_range
 from clext.methods.stateful import Stateful
@@ -88,7 +88,7 @@ class Learning(Stateful):
         self.outputs.begin_task(block, active, ended=self.tasks)
         try:
             if examples is not None and block is not None:
-                labels = integer_labels(self.label, examples[1])
+                labels = class_labels(self.label, examples[1], len(examples[0]))
                 self.outputs.check_labels_of_task(self.label, labels)
             begun = self._learner._begin_task(examples)
         except BaseException:
