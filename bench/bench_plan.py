@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import STRENGTH, Lists
-from timing import Stopwatch, machine, record
 
 from clext import ops
+from speed.cases import STRENGTH, Lists
+from speed.timing import Stopwatch, machine, record
 
 CALLS = 200
 

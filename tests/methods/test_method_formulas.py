@@ -129,7 +129,7 @@ def test_samples_of_any_iterable_are_counted(data):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(None, "got nothing"), (3, "got int"), ([], "is empty"), ([(1,)], "batch 0 is a tuple")],
+    [(None, "got nothing"), (3, "got int"), ([], "is empty"), ([(1,)], "batch 0 is tuple")],
 )
 def test_sums_describe_bad_data_as_means_do(data, message):
     with pytest.raises(ValueError, match=message):

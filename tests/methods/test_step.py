@@ -92,7 +92,6 @@ def test_weights_written_between_steps_are_no_movement(case, way, device):
     with torch.no_grad():
         for parameter in trained.model.parameters():
             parameter.add_(10.0)
-    trained.method._step.end()
     before = [entry.clone() for entry in trained.method._state.lists["path"]]
     assert all(map(torch.equal, way_of_steps, before))
     start = [p.detach().clone() for p in trained.model.parameters()]
