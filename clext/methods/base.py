@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.core.batches import check_examples, checked_batch, labelled
+from clext.core.checks import choice
 from clext.core.parameters import trainable_parameters
 from clext.methods.parts.attachment import Attachment
 from clext.methods.parts.heads import Heads, check_range
@@ -227,6 +228,9 @@ class Method:
             value = getattr(self, name)
             setattr(self, name, type(value)(state["counters"].get(name, value)))
         self.heads.load_state_dict(state["outputs"])
+
+    def _choice(self, option: str, value: object) -> str:
+        return choice(self.name, option, value, self.choices[option])
 
     def __repr__(self) -> str:
         return described(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from itertools import compress
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -85,10 +84,9 @@ class Step:
 
         For a step whose pull came by way of the loss.
         """
-        moving = [entry.grad is not None for entry in state.params]
-        lists = {**state.scratch, **state.lists}
-        names = ("task_gradient", "step_start", "anchor", "importance")
-        gradients, starts, anchors, importances = (list(compress(lists[n], moving)) for n in names)
-        torch._foreach_copy_(gradients, [p.grad for p in compress(state.params, moving)])
+        gradients, starts = (state.scratch[key] for key in ("task_gradient", "step_start"))
+        began = [entry.clone() for entry in starts]
+        state.plan.add_quadratic_penalty_grad_(0.0)  # keeps the gradients
+        torch._foreach_copy_(starts, began)
+        anchors, importances = state.lists["anchor"], state.lists["importance"]
         ops.add_quadratic_penalty_grad_(gradients, starts, anchors, importances, -strength)
-        state.plan.keep_(moving)
