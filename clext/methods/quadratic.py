@@ -86,7 +86,6 @@ class QuadraticPenalty(Method):
         Raises:
             RuntimeError: these gradients hold the pull already.
         """
-        self._step.refuse_second_pull(self.name, self._state)
         scale = 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += 1
