@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clext import ops
 from clext.core.lists import same_layout, state_dtype
 from clext.core.parameters import allocate_state
 from clext.ops.plan import make_plan
@@ -81,6 +83,15 @@ class ParameterState:
     def view(self, key: str) -> StateView:
         """The tensors of `key` by parameter name."""
         return StateView(key, self.names, self.lists[key])
+
+    def penalty(self) -> Tensor:
+        """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
+
+        Frozen parameters without a gradient have no part in it.
+        """
+        moving = [entry.requires_grad or entry.grad is not None for entry in self.params]
+        lists = (self.params, self.lists["anchor"], self.lists["importance"])
+        return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
 
     @torch.no_grad()
     def restart(self, key: str) -> None:
