@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clext.core.parameters import canonical_names, check_parameters
 from clext.methods.base import Method
+from clext.methods.parts.options import scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
 
@@ -76,7 +77,7 @@ class QuadraticPenalty(Method):
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
         RuntimeError: these gradients hold the pull already.
         """
-        scale = 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
+        scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += 1
         return value + self.strength * self.constant if self.constant else value
