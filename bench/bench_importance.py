@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from importance_cases import CASES, Case
-from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clext.core.seeding import generator
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
+from speed.importance_cases import CASES, Case
+from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
 ESTIMATES = ["fisher", "mas", "exact fisher"]
 LOOPED = 8  # samples of the loop over samples

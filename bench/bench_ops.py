@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, Lists
-from sizes import MODELS
-from timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
+
+from speed.cases import CASES, Case, Lists
+from speed.sizes import MODELS
+from speed.timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
 CALLS_PER_ROUND = 3
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from sizes import MODELS
-from steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, Course, Fused, Separate, least_traffic
-from timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
+
+from speed.sizes import MODELS
+from speed.steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, Course, Fused, Separate, least_traffic
+from speed.timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
 CALLS_PER_ROUND = 3
 CHECKED_STEPS = 3

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sizes import MODELS, Shapes
-from timing import DEVICES, Stopwatch, machine, record
 from torch import Tensor
 
 from clext import ops
+from speed.sizes import MODELS, Shapes
+from speed.timing import DEVICES, Stopwatch, machine, record
 
 TASKS = (1, 4, 16)
 ROUNDS = {"mlp": 15, "resnet18": 9}

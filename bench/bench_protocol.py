@@ -17,11 +17,11 @@ from typing import Any
 import click
 import pytest
 import torch
-from course_loop import COURSE_METHODS, course_protocol
-from timing import machine, record
 
 import clext
 from clext.data.datasets import whereabouts
+from course.course_loop import COURSE_METHODS, course_protocol
+from speed.timing import machine, record
 
 METHODS = ("ewc", "si")
 PRECISIONS = ("fp32", "bf16")

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from bench_step import BATCH, LR, entry_of, measure, random_images
-from timing import DEVICES, record
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from clext.methods.learning import Examples
 from clext.optim import Adam
 from clext.training.models import mlp
 from clext.training.steps import make_steps
+from speed.timing import DEVICES, record
 
 TEMPERATURE = 2.0
 BY_HAND = " by hand"

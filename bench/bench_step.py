@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from timing import DEVICES, ROUNDS, Stopwatch, machine, record
 from torch.nn import functional
 
 from clext.data.datasets import Split
@@ -22,6 +21,7 @@ from clext.training.compare import DEFAULT_METHODS
 from clext.training.evaluate import autocast
 from clext.training.models import mlp
 from clext.training.steps import make_steps
+from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
 BATCH = 128
 # A round is short beside the spells of a busy machine; a GPU needs more steps to be measurable.

@@ -1,4 +1,4 @@
-"""Makes the modules beside this file importable, and prints what the machine is."""
+"""Makes what is in the folders beside this file importable: `from speed.timing import ...`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What other strengths give: `python bench/sweep.py [METHOD ...]`.
 
 Permuted MNIST as in `clext.train`'s defaults (5 tasks, 10 epochs), one run for each strength.
-Appends a line per run to bench/results/sweep.jsonl, which `python bench/report.py` summarises.
+Appends a line per run to bench/results/sweep.jsonl; `python bench/report/report.py` summarises.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from timing import machine, record
 
 import clext
 from clext.cli import parse_options
+from speed.timing import machine, record
 
 GRID: dict[str, list[float]] = {
     "baseline": [0.0],

@@ -57,7 +57,7 @@ commit() {
 }
 
 has_mnist() {
-  "$python" -c 'import sys; from clext.data import whereabouts
+  "$python" -c 'import sys; from clext.data.datasets import whereabouts
 sys.exit(whereabouts()["mnist"].startswith("not found"))'
 }
 
@@ -108,7 +108,7 @@ for part in $parts; do
     published)
       if has_mnist; then
         for name in agem2019 vandeven2018 vandeven2018-split zenke2017; do
-          step "published-$name" "$python" bench/reproduce.py "$name"
+          step "published-$name" "$python" bench/published/reproduce.py "$name"
         done
       else
         note "published: NOT RUN, MNIST was not found; set CLEXT_DATA"
@@ -121,7 +121,7 @@ for part in $parts; do
   esac
 done
 # A test fails while results and tables differ.
-case $parts in *bench* | *protocol* | *published*) step tables "$python" bench/report.py ;; esac
+case $parts in *bench* | *protocol* | *published*) step tables "$python" bench/report/report.py ;; esac
 
 {
   echo "commit:" $(commit)

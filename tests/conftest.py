@@ -44,7 +44,9 @@ def pytest_report_header() -> list[str]:
     import clext
 
     facts = ", ".join(f"{key} {value}" for key, value in clext.build_info().items())
-    return [f"clext: {Path(clext.__file__).parent}", f"build: {facts}"]
+    problem = cuda_problem()
+    devices = f"cpu alone, because {problem}" if problem else "cpu, cuda"
+    return [f"clext: {Path(clext.__file__).parent}", f"build: {facts}", f"devices: {devices}"]
 
 
 def cuda_problem() -> str | None:
@@ -60,9 +62,19 @@ def cuda_problem() -> str | None:
     return None
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+def has_cuda() -> bool:
+    try:
+        return cuda_problem() is None
+    except ImportError:  # pytest_configure says what is wrong
+        return False
+
+
+@pytest.fixture(params=["cpu", "cuda"] if REQUIRE_CUDA or has_cuda() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Runs the test on each device that has kernels."""
+    """Runs the test on each device that has kernels and is here.
+
+    A test of CUDA alone says so: `@pytest.mark.parametrize("device", ["cuda"], indirect=True)`.
+    """
     if request.param == "cuda" and (problem := cuda_problem()):
         pytest.skip(problem)
     return request.param

@@ -64,22 +64,23 @@ def _read(
     owner: str, batches: Batches | None, device: torch.device, entries: int, form: str
 ) -> Iterator[list[Tensor]]:
     """The first entries of each batch, which has two if two are wanted."""
-    expected = (
-        f"expected an iterable of batches {form}; where there is a single batch, pass [(x, y)]"
-    )
+    remedy = "where there is a single batch, pass [(x, y)]"
     try:
         iterator = iter(batches)  # type: ignore[arg-type]  # that is the check
     except TypeError:
         iterator = None
     if iterator is None or _is_one_batch(batches):
         raise ValueError(
-            f"{owner} needs the data of the task: got {described(batches)}, {expected}"
+            f"{owner} needs the data of the task: got {described(batches)}, expected an iterable "
+            f"of batches {form}; {remedy}"
         )
     is_empty = True
     for index, batch in enumerate(iterator):
         found = list(batch) if isinstance(batch, tuple | list) else [batch]
         if entries == 2 != len(found):
-            raise ValueError(f"{owner}: batch {index} is {described(batch)}, {expected}")
+            raise ValueError(
+                f"{owner}: batch {index} is {described(batch)}, expected a pair (x, y); {remedy}"
+            )
         chosen = found[:entries] or [()]
         for name, entry in zip("xy", chosen, strict=False):
             if not isinstance(entry, Tensor) or entry.dim() == 0:
@@ -105,11 +106,8 @@ def _is_one_batch(batches: object) -> bool:
     """Whether it is a tensor, or inputs and labels: batches of one loader do not differ so."""
     if not isinstance(batches, tuple | list):
         return isinstance(batches, Tensor)
-    pair = [entry for entry in batches if isinstance(entry, Tensor)]
-    return len(pair) == len(batches) == 2 and (pair[0].dtype, pair[0].dim()) != (
-        pair[1].dtype,
-        pair[1].dim(),
-    )
+    kinds = [(entry.dtype, entry.dim()) for entry in batches if isinstance(entry, Tensor)]
+    return len(kinds) == len(batches) == 2 and kinds[0] != kinds[1]
 
 
 # ------------------------------------------------------------------ for a loss
@@ -231,4 +229,4 @@ def described(entry: object) -> str:
     if isinstance(entry, Tensor):
         return f"{entry.dtype} {list(entry.shape)}"
     size = f" of {len(entry)} entries" if isinstance(entry, tuple | list) else ""
-    return "nothing" if entry is None else f"a {type(entry).__name__}{size}"
+    return "nothing" if entry is None else f"{type(entry).__name__}{size}"

@@ -35,6 +35,11 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of a model are."""
+    return next(model.parameters()).device
+
+
 # What wrappers put before the names of a model's parameters: torch.compile, DDP, FSDP, PEFT.
 _COMPILED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.")
 _WRAPPED = re.compile(r"^(module\.|base_model\.model\.)+")

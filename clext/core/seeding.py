@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,17 @@ class Seeds:
 def generator(seed: int) -> torch.Generator:
     """A CPU generator: what it draws is the same whatever device the run is on."""
     return torch.Generator().manual_seed(seed)
+
+
+def restored(seed: int, state: object) -> torch.Generator:
+    """A CPU generator in the state that another one had; started by `seed` where that is unknown.
+
+    Formerly a state was a dict with the device beside it, and empty before the first draw.
+    """
+    random = generator(seed)
+    if isinstance(state, Mapping):
+        state = state["state"] if state.get("device") == "cpu" else None
+    return random if state is None else random.set_state(torch.as_tensor(state).cpu())
 
 
 @contextmanager

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext import ops
+from clext.core.batches import read_batches
 from clext.core.checks import integer
 from clext.core.modes import module_mode
 from clext.course.base import CourseMethod, Device, Tensors, brief
-from clext.importance.passes import read_batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from clext.core.batches import Batches
     from clext.core.lists import TensorList
-    from clext.importance.passes import Batches
 
     Accumulate = Callable[[TensorList, TensorList, float], None]
 

@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clext.core.batches import class_labels, read_batches
 from clext.core.checks import choice, integer
 from clext.core.lists import state_dtype
 from clext.core.seeding import generator
 from clext.importance.batch_mean import BatchMeanSum
 from clext.importance.passes import (
     averaged,
-    check_labels,
     evaluation,
     parameter_list,
-    read_batches,
 )
 from clext.importance.per_sample import PerSampleSum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 FISHER_KINDS = ("empirical", "exact", "sample", "batch")
 
@@ -86,7 +85,7 @@ def _score_functions(
         elif kind == "sample":
             yield _score(probabilities, _draw(probabilities, draws))
         else:
-            yield _score(probabilities, check_labels(owner, y, logits.shape[1]))
+            yield _score(probabilities, class_labels(owner, y, len(logits), range(logits.shape[1])))
 
     return cotangents
 

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from clext.core.batches import read_inputs
 from clext.core.checks import choice
 from clext.importance.batch_mean import BatchMeanSum
-from clext.importance.passes import averaged, evaluation, parameter_list, read_inputs
+from clext.importance.passes import averaged, evaluation, parameter_list
 from clext.importance.per_sample import PerSampleSum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 MAS_ESTIMATORS = ("per_sample", "batch")
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from clext.core.batches import Batches as Batches  # for those who still look for it here
 from clext.core.modes import module_mode, run_eagerly
 from clext.core.seeding import isolated_rng
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    # Of (x, y), or where labels play no part x, (x,) or (x, y): checked as they are read.
-    Batches = Iterable[Any]
-
-_ONE_BATCH = "where there is a single batch, pass [(x, y)]"
 
 
 @contextmanager
@@ -136,96 +132,6 @@ def single_outputs(model: nn.Module, sample: Tensor) -> Tensor:
     return outputs
 
 
-def read_batches(
-    owner: str, batches: Batches | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (x, y) batches of a task on `device`; ValueError if they are not such, or none come."""
-    samples = 0
-    for index, batch in _numbered(owner, batches, "(x, y) batches"):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            size = f" of {len(batch)} entries" if isinstance(batch, tuple | list) else ""
-            remedy = f"; {_ONE_BATCH}" if isinstance(batch, Tensor) else ""
-            raise ValueError(
-                f"{owner}: batch {index} is a {type(batch).__name__}{size}, expected a pair (x, y)"
-                f"{remedy}"
-            )
-        x, y = (_tensor(owner, name, index, entry) for name, entry in zip("xy", batch, strict=True))
-        if len(x) != len(y):
-            raise ValueError(
-                f"{owner}: batch {index} has {len(x)} inputs but {len(y)} labels, "
-                "expected one label per input"
-            )
-        samples += len(x)
-        if len(x) > 0:
-            yield _ordinary(x).to(device), _ordinary(y).to(device)
-    _check_count(owner, samples)
-
-
-def read_inputs(owner: str, batches: Batches | None, device: torch.device) -> Iterator[Tensor]:
-    """The inputs on `device` of batches x, (x,) or (x, y), of which y may be anything."""
-    if isinstance(batches, Tensor) or _is_pair(batches):
-        got = "one tensor" if isinstance(batches, Tensor) else "one pair (x, y)"
-        raise ValueError(
-            f"{owner}: the data of the task is {got}, expected an iterable of batches; {_ONE_BATCH}"
-        )
-    samples = 0
-    for index, batch in _numbered(owner, batches, "batches x or (x, y)"):
-        first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        x = _tensor(owner, "x", index, first)
-        samples += len(x)
-        if len(x) > 0:
-            yield _ordinary(x).to(device)
-    _check_count(owner, samples)
-
-
-def _is_pair(batches: object) -> bool:
-    """Whether they are the inputs and labels of one batch, not two batches of inputs."""
-    if not isinstance(batches, tuple | list) or len(batches) != 2:
-        return False
-    x, y = batches
-    return (
-        isinstance(x, Tensor)
-        and isinstance(y, Tensor)
-        and y.dim() == 1
-        and x.shape[:1] == y.shape
-        and (x.dim() > 1 or x.dtype != y.dtype)
-    )
-
-
-def _numbered(owner: str, batches: object, expected: str) -> Iterator[tuple[int, Any]]:
-    try:
-        iterator: Iterator[Any] = iter(batches)  # type: ignore[call-overload]  # that is the check
-    except TypeError:
-        raise ValueError(
-            f"{owner} needs the data of the task: expected an iterable of {expected}, "
-            f"got {'nothing' if batches is None else type(batches).__name__}"
-        ) from None
-    yield from enumerate(iterator)
-
-
-def _tensor(owner: str, name: str, index: int, entry: object) -> Tensor:
-    if isinstance(entry, Tensor) and entry.dim() > 0:
-        return entry
-    what = "a 0-dim tensor" if isinstance(entry, Tensor) else type(entry).__name__
-    remedy = ""
-    if name == "x":
-        remedy = "; for a model with other inputs, pass a module that takes one tensor apart for it"
-    raise ValueError(
-        f"{owner}: {name} of batch {index} is {what}, expected a tensor with one entry per sample"
-        f"{remedy}"
-    )
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy that a graph may save."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _check_count(owner: str, samples: int) -> None:
-    if samples == 0:
-        raise ValueError(f"{owner}: the data of the task is empty, expected at least one sample")
-
-
 def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
     """`outputs` if it is a finite [samples, outputs] tensor; ValueError otherwise."""
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != samples:
@@ -240,30 +146,6 @@ def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
             "gradient to measure"
         )
     return outputs
-
-
-def integer_labels(owner: str, labels: Tensor) -> Tensor:
-    """`labels` as int64 if they are integers, one per sample; else ValueError."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{owner}: labels have dtype {labels.dtype}, expected integer classes")
-    if labels.dim() != 1:
-        raise ValueError(
-            f"{owner}: labels have shape {list(labels.shape)}, expected [{labels.shape[0]}] "
-            "(one class per sample)"
-        )
-    return labels.long()  # torch has no minimum for all types of integers
-
-
-def check_labels(owner: str, labels: Tensor, classes: int) -> Tensor:
-    """`labels` as int64 if they are integers in [0, classes), one per sample; else ValueError."""
-    labels = integer_labels(owner, labels)
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= classes:
-        raise ValueError(
-            f"{owner}: labels reach from {lowest} to {highest}, expected classes in "
-            f"[0, {classes - 1}] (the model has {classes} outputs)"
-        )
-    return labels
 
 
 def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
+from clext.core.batches import read_inputs
 from clext.core.checks import integer
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
@@ -17,7 +18,6 @@ from clext.importance.passes import (
     check_outputs,
     evaluation,
     parameter_list,
-    read_inputs,
     single_outputs,
 )
 from clext.importance.sample_gradients import Attribution, Attributions, BoundCall, bind
@@ -25,7 +25,7 @@ from clext.importance.sample_gradients import Attribution, Attributions, BoundCa
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clext.importance.passes import Batches
+    from clext.core.batches import Batches
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20

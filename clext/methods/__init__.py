@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 from clext.core.checks import unknown_name
 from clext.methods.agem import AGEM
 from clext.methods.base import Method
-from clext.methods.combined import Combined
-from clext.methods.parts.options import option_names
 from clext.methods.baseline import Baseline
+from clext.methods.combined import Combined
 from clext.methods.dgr import DGR
 from clext.methods.ewc import EWC
 from clext.methods.gem import GEM
@@ -19,6 +18,7 @@ from clext.methods.icarl import ICaRL
 from clext.methods.joint import Joint
 from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
+from clext.methods.parts.options import option_names
 from clext.methods.replay import Replay
 from clext.methods.rwalk import RWalk
 from clext.methods.scp import SCP

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.checks import integer
-from clext.methods.projection import Episodic
+from clext.methods.projection import GradientProjection
 
 
-class AGEM(Episodic):
+class AGEM(GradientProjection):
     """No step may raise the mean loss on the memories of all past tasks, to first order.
 
     With g the gradient of the step and r that of the mean loss on a batch drawn from all memories,
@@ -32,7 +32,6 @@ class AGEM(Episodic):
     """
 
     name: ClassVar[str] = "agem"
-    memory: ClassVar[dict[str, str]] = {**Episodic.memory, "reference gradient": "4*P"}
 
     def __init__(
         self,
@@ -49,12 +48,11 @@ class AGEM(Episodic):
     def _row_count(self) -> int:
         return 1
 
-    def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
-        inputs, labels = self._kept_examples()
+    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
+        inputs, labels = self._examples
         if len(labels) > self.batch:
-            random = self._sampling.on(labels.device)
-            order = torch.randperm(len(labels), generator=random, device=labels.device)
-            drawn = order[: self.batch]
+            drawn = torch.randperm(len(labels), generator=self._random)[: self.batch]
+            drawn = drawn.to(labels.device)
             inputs, labels = inputs.index_select(0, drawn), labels.index_select(0, drawn)
         self._write_row(rows, 0, params, inputs, labels)
 

@@ -93,8 +93,9 @@ class Combined(Method):
         return self.protector.add_penalty_grad_(scaler)
 
     def update(self) -> None:
-        """That of the protector."""
-        self.protector.update()
+        """Both look at the step."""
+        for part in self.parts:
+            part.update()
 
     def loss(self, *batch: Tensor) -> Tensor:
         """The loss of the learner."""
@@ -132,7 +133,8 @@ class Combined(Method):
         return self.learner._predict(inputs, active)
 
     def _after_step(self) -> None:
-        self.protector._after_step()
+        for part in self.parts:
+            part._after_step()
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the protector, and in its entry "rehearsal" that of the learner."""

@@ -11,13 +11,13 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from clext.core.checks import number
-from clext.methods.projection import Episodic
+from clext.methods.projection import GradientProjection
 
 # Of the iterations that the solver is given, for each unknown; its own default is 3.
 _ITERATIONS = 100
 
 
-class GEM(Episodic):
+class GEM(GradientProjection):
     """No step may raise the loss on the memory of a past task, to first order.
 
     With g the gradient of the step and G the gradients [T, P] of the mean loss on the memory of
@@ -43,7 +43,6 @@ class GEM(Episodic):
     """
 
     name: ClassVar[str] = "gem"
-    memory: ClassVar[dict[str, str]] = {**Episodic.memory, "gradients": "4*T*P"}
 
     def __init__(
         self,
@@ -62,7 +61,7 @@ class GEM(Episodic):
     def _row_count(self) -> int:
         return len(self._sizes)
 
-    def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
+    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
         for k, (inputs, labels) in enumerate(self._kept_tasks()):
             self._write_row(rows, k, params, inputs, labels)
 

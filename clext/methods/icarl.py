@@ -8,19 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.checks import integer, softening
-from clext.core.modes import module_mode
-from clext.methods.parts.batch import added_logits
-from clext.methods.parts.checksum import checksums
-from clext.methods.parts.examples import (
-    check_alike,
-    check_examples,
-    count_outputs,
-    read_examples,
-)
+from clext.core.batches import added_logits, check_alike
+from clext.core.checks import flag, integer, softening
+from clext.core.parameters import device_of
+from clext.methods.base import Method
 from clext.methods.parts.exemplars import (
     Sets,
-    checked_sets,
     class_mean,
     exemplars_per_set,
     herd,
@@ -28,19 +21,17 @@ from clext.methods.parts.exemplars import (
     map_sets,
     prepared,
 )
-from clext.methods.parts.features import Features
-from clext.methods.parts.teacher import LARGE_BATCH, Snapshot, refuse_broken
-from clext.methods.unpenalised import Unpenalised
+from clext.methods.parts.features import FeatureExtractor
+from clext.methods.parts.teacher import Teacher, check_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from clext.importance.passes import Batches
-    from clext.methods.learning import Examples
-    from clext.methods.stateful import Commit
+    from clext.core.batches import Batches
+    from clext.methods.base import Examples
 
 
-class ICaRL(Unpenalised):
+class ICaRL(Method):
     """iCaRL: incremental classifier and representation learning (Rebuffi et al. 2017, 1611.07725).
 
     Of each class the budget / (classes seen) examples are kept whose running mean stays nearest to
@@ -68,7 +59,7 @@ class ICaRL(Unpenalised):
         budget: how many exemplars are kept in all, at least one for each class, and where tasks
             share classes, for each class of each task.
         features: the name of the layer whose input are the features, or its number in an
-            nn.Sequential, None for the nn.Linear that makes the model's outputs.
+            nn.Sequential, None for the nn.Linear that runs last.
         norm: bring features and their means to length 1.
         temperature: what the logits of the model before the task are divided by, from 1e-4 to 1e4;
             1 in the paper, 2 in the comparison of van de Ven and Tolias (2018, arXiv:1809.10635).
@@ -80,12 +71,7 @@ class ICaRL(Unpenalised):
     """
 
     name: ClassVar[str] = "icarl"
-    keeps_by_loss: ClassVar[bool] = True
-    memory: ClassVar[dict[str, str]] = {
-        "exemplars": "B*4*X",
-        "previous model": "4*(P+Q)",
-        "labels of the task": "8*N",
-    }
+    has_own_loss: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -99,21 +85,29 @@ class ICaRL(Unpenalised):
     ) -> None:
         super().__init__(model, strength=strength)
         self.budget = integer(self.name, "budget", budget, minimum=1)
-        if type(features) is int:  # a layer of an nn.Sequential
-            features = str(features)
-        if not isinstance(features, str | None):
+        if not isinstance(features, str | int | None) or isinstance(features, bool):
             raise ValueError(f"{self.name}: features must be a layer's name, got {features!r}")
-        if not isinstance(norm, bool):
-            raise ValueError(f"{self.name}: norm must be True or False, got {norm!r}")
-        self.features, self.norm = features, norm
+        self.features = None if features is None else str(features)
+        self.norm = flag(self.name, "norm", norm)
         self.temperature = softening(self.name, temperature)
-        self._features = Features(self, features)
+        self._features = FeatureExtractor(self.name, model, self.features)
         self._sets: Sets = {}
-        self._previous: Snapshot | None = None
+        self._previous: Teacher | None = None
         self._current: tuple[Tensor, Tensor] | None = None  # of the task, with global labels
         self._classes: list[int] | None = None  # of these; None: all of the task's block
-        # Means by class, and of which values of the model they are.
-        self._means: tuple[object, dict[int, Tensor]] | None = None
+        self._means: dict[int, Tensor] | None = None  # by class, of the model as it is now
+
+    def _follow_model(self) -> None:
+        device = device_of(self.model)
+        self._sets = map_sets(self._sets, lambda entry: entry.to(device))
+        if self._previous is not None:
+            self._previous.to(device)
+        if self._current is not None:
+            self._current = self._current[0].to(device), self._current[1].to(device)
+        self._means = None
+
+    def _after_step(self) -> None:
+        self._means = None
 
     # ------------------------------------------------------------------ learning
 
@@ -123,42 +117,37 @@ class ICaRL(Unpenalised):
         exemplars_per_set(self.name, self._sets, coming, self.budget)
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
-        blocks = self.outputs.blocks
         if examples is None:
-            coming = blocks[-1] if blocks else ()
+            coming = self.heads.blocks[-1] if self.heads.blocks else ()
             exemplars_per_set(self.name, self._sets, coming, self.budget)
-            self._current = self._classes = self._means = None
+            self._current = self._classes = None
             return None
-        inputs, labels = own = check_examples(self, examples)
-        self._features.find(inputs)
+        inputs, labels = own = examples[0], examples[1].long() + self.heads.start
         classes = labels.unique().tolist()
         exemplars_per_set(self.name, self._sets, classes, self.budget)
         if (kept := joined(self._sets)) is not None:
             check_alike(self.name, inputs, kept[0], "of the exemplars")
             inputs, labels = torch.cat([inputs, kept[0]]), torch.cat([labels, kept[1]])
-        outputs = count_outputs(self, inputs)
-        if self.outputs.active is None:
-            self.outputs.check_width(self.name, outputs, max(self._sets, default=-1) + 1)
-        width = self._width(outputs)
-        old = self._old_outputs(width, labels.device, classes)
+        outputs = self.heads.count(inputs)
+        self.heads.check_width(self.name, outputs, max(self._sets, default=-1) + 1)
+        old = self._old_outputs(self._width(outputs), labels.device, classes)
         targets = self._targets(inputs, labels, old)
-        self._current, self._classes, self._means = own, classes, None
+        self._current, self._classes = own, classes
         return inputs, labels, targets
 
     def _width(self, outputs: int) -> int:
         """How many of all `outputs` have a part in the loss: those of the tasks begun, or all."""
-        active = self.outputs.active
-        return outputs if active is None else max(active.stop, self.outputs.seen or 0)
+        active = self.heads.active
+        return outputs if active is None else max(active.stop, self.heads.seen or 0)
 
     def _targets(self, inputs: Tensor, labels: Tensor, old: Tensor) -> Tensor:
         """What the sigmoids of the outputs should be that `old` tells of, [N, width]."""
         width = len(old)
-        dtype = torch.promote_types(self._state.params[0].dtype, torch.float32)
+        dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
         one_hot = torch.eye(width, dtype=dtype, device=labels.device)
         targets = one_hot.index_select(0, labels)
-        if self._previous is not None and self.outputs.blocks[:-1]:
-            with self.outputs.full():
-                before = self._previous.record(inputs)[:, :width].to(dtype)
+        if self._previous is not None and self.heads.blocks[:-1]:
+            before = self._previous.record(inputs)[:, :width].to(dtype)
             before = (before / self.temperature).sigmoid()
             # The head may have been narrower then.
             before = F.pad(before, (0, width - before.shape[1]))
@@ -172,46 +161,42 @@ class ICaRL(Unpenalised):
         classes of others, where tasks share some.)
         """
         old = torch.zeros(width, dtype=torch.bool, device=device)
-        for block in self.outputs.blocks[:-1]:
+        for block in self.heads.blocks[:-1]:
             old[block.start : block.stop] = True
-        for block in self.outputs.blocks[-1:]:
+        for block in self.heads.blocks[-1:]:
             for part in [block] if classes is None else [range(k, k + 1) for k in classes]:
                 old[part.start : part.stop] = False
         return old
 
-    def _has_global_labels(self, batch: Examples) -> bool:
-        return len(batch) > 2
-
     def _loss(self, *batch: Tensor) -> Tensor:
-        """As `loss`; a batch of what `begin_task` returned, or inputs and local labels."""
+        """Of a batch of what `begin_task` returned, or of inputs and local labels."""
+        self._means = None  # the model is about to change
         inputs, labels = batch[:2]
         targets = added_logits(self.name, batch)
-        with self.outputs.full():
-            logits = self.outputs.logits(inputs, labels)
-        self.outputs.check_logits(logits)
+        logits = self.heads.logits(inputs)
         if targets is None:
-            labels = labels + self.outputs.start
+            labels = labels + self.heads.start
             old = self._old_outputs(self._width(logits.shape[1]), labels.device, self._classes)
             targets = self._targets(inputs, labels, old)
         width = targets.shape[1]
         losses = F.binary_cross_entropy_with_logits(
             logits[:, :width].to(targets.dtype), targets, reduction="none"
         )
-        if self.outputs.apart:
-            counted = self.outputs.competing(logits.shape[1], labels.device)[:, :width]
+        if self.heads.apart:
+            counted = self.heads.competing(logits.shape[1], labels.device)[:, :width]
             counted = counted | self._old_outputs(width, labels.device, self._classes)
             losses = losses * counted.index_select(0, labels)
         return losses.sum(dim=1).mean()
 
     # ------------------------------------------------------------------ predictions
 
-    def _predict(self, inputs: Tensor) -> Tensor:
-        active = self.outputs.active
+    def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
         features, logits = self._features(inputs)
-        self.outputs.check_logits(logits)
-        active = range(logits.shape[1]) if active is None else active
+        scores = self.heads.narrow(logits, active)
+        start = 0 if active is None else active.start
+        active = range(start, start + scores.shape[1])
         if not any(label in active for label in self._sets):
-            return logits[:, active.start : active.stop]
+            return scores
         means = {label: mean for label, mean in self._class_means().items() if label in active}
         distances = torch.cdist(
             prepared(features, norm=self.norm),
@@ -219,60 +204,36 @@ class ICaRL(Unpenalised):
             compute_mode="donot_use_mm_for_euclid_dist",
         )
         scores = distances.new_full((len(inputs), len(active)), -torch.inf)
-        places = torch.tensor([label - active.start for label in means], device=scores.device)
+        places = torch.tensor([label - start for label in means], device=scores.device)
         return scores.index_copy(1, places, -distances)
 
     def _class_means(self) -> dict[int, Tensor]:
         """The mean features of the exemplars of a class; of a new class those of its examples."""
-        key = self._version()
-        if self._means is None or self._means[0] != key:
+        if self._means is None:
             # Tensors made in inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                found: dict[int, Tensor] = {}
-                for part in (self._current, joined(self._sets)):
-                    found |= {} if part is None else self._means_of(*part)
-            self._means = key, found
-        return self._means[1]
+                means: dict[int, Tensor] = {}
+                for inputs, labels in filter(None, (self._current, joined(self._sets))):
+                    features = self._extract(inputs)
+                    for label in labels.unique().tolist():
+                        means[label] = class_mean(features[labels == label], norm=self.norm)
+            self._means = means
+        return self._means
 
-    def _means_of(self, inputs: Tensor, labels: Tensor) -> dict[int, Tensor]:
-        features = self._extract(inputs)
-        return {
-            label: class_mean(features[labels == label], norm=self.norm)
-            for label in labels.unique().tolist()
-        }
-
-    @torch.no_grad()
     def _extract(self, inputs: Tensor) -> Tensor:
-        """Features of many inputs, in eval mode."""
-        with module_mode(self.model, training=False):
-            parts = [
-                prepared(self._features(batch)[0], norm=self.norm)
-                for batch in inputs.split(LARGE_BATCH)
-            ]
-        return torch.cat(parts)
-
-    def _version(self) -> object:
-        """Differs once parameters or buffers have changed.
-
-        By their values: writes through `data` and recorded steps leave no trace on the host.
-        """
-        values = [*self.model.parameters(), *self.model.buffers()]
-        return checksums(values), torch.is_autocast_enabled(values[0].device.type)
+        return prepared(self._features.of_many(inputs), norm=self.norm)
 
     # ------------------------------------------------------------------ the end of a task
 
-    def _prepare_end(self, dataloader: Batches | None) -> Commit:
-        refuse_broken(self.name, self.model)
-        # A loader may use the tensors of a batch again for the next one.
+    def _end_task(self, dataloader: Batches | None) -> None:
+        check_teacher(self.name, self.model)
+        known = next((entries[0] for entries in self._sets.values()), None)
         batches: list[tuple[Tensor, Tensor]] = []
-        for x, y in read_examples(self, dataloader):
-            if batches:
-                check_alike(self.name, x, batches[0][0], "of the batch before")
-            batches.append((x.clone(), y))
-        inputs, labels = (torch.cat(entries) for entries in zip(*batches, strict=True))
-        del batches
-        for known in [entry for entries in self._sets.values() for entry in entries][:1]:
-            check_alike(self.name, inputs, known, "of the exemplars")
+        for inputs, labels in self.heads.read_examples(self.name, dataloader, self.tasks):
+            known = inputs if known is None else known
+            check_alike(self.name, inputs, known, "of the other examples")
+            batches.append((inputs.clone(), labels))  # a loader may use its tensors again
+        inputs, labels = map(torch.cat, zip(*batches, strict=True))
         coming = labels.unique().tolist()
         counts = exemplars_per_set(self.name, self._sets, coming, self.budget)
         # Cut to copies: a view would keep all that was in memory.
@@ -283,58 +244,31 @@ class ICaRL(Unpenalised):
         features = self._extract(inputs)
         for label in coming:
             rows = (labels == label).nonzero().flatten()
-            order = herd(features.index_select(0, rows), counts[label], norm=self.norm)
-            chosen = inputs.index_select(0, rows.index_select(0, order))
-            sets.setdefault(label, []).append(chosen)
-        previous = Snapshot(self.model)
-
-        def commit() -> None:
-            self._sets, self._previous = dict(sorted(sets.items())), previous
-            self._current = self._classes = self._means = None
-
-        return commit
+            order = herd(features[rows], counts[label], norm=self.norm)
+            sets.setdefault(label, []).append(inputs[rows[order]])
+        self._sets, self._previous = dict(sorted(sets.items())), Teacher(self.model)
+        self._current = self._classes = self._means = None
 
     # ------------------------------------------------------------------ state
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {
+    def _save(self) -> dict[str, Any]:
+        extra = {
             "exemplars": map_sets(self._sets, torch.clone),
             "classes": None if self._classes is None else list(self._classes),
             "previous": None if self._previous is None else self._previous.state_dict(),
         }
+        return {"extra": extra}
 
-    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
-        owner = f"{self.name}: state_dict['extra']"
-        expected = ("exemplars", "classes", "previous")
-        if set(extra) != set(expected):
-            raise ValueError(
-                f"{owner} holds {', '.join(extra) or 'nothing'}, expected {', '.join(expected)}"
-            )
-        classes = extra["classes"]
-        if classes is not None and not _are_classes(classes):
-            raise ValueError(f"{owner}['classes'] is {classes!r}, expected integers >= 0, or None")
-        given = checked_sets(f"{owner}['exemplars']", extra["exemplars"], self.budget)
-        device = self._state.params[0].device
-        sets = map_sets(given, lambda entry: entry.to(device, copy=True))
-        previous: Snapshot | None = None
-        if extra["previous"] is not None:
-            previous = Snapshot.load(f"{owner}['previous']", self.model, extra["previous"])
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        extra, device = state["extra"], device_of(self.model)
+        self._sets = map_sets(extra["exemplars"], lambda entry: entry.to(device, copy=True))
+        self._classes = None if extra["classes"] is None else list(extra["classes"])
+        given = extra["previous"]
+        self._previous = None if given is None else Teacher.load(self.model, given)
+        self._current = self._means = None
 
-        def commit() -> None:
-            self._sets, self._previous = sets, previous
-            self._classes = None if classes is None else list(classes)
-            self._current = self._means = None
-
-        return commit
-
-    def _move_extra_state(self, device: torch.device) -> None:
-        self._sets = map_sets(self._sets, lambda entry: entry.to(device))
-        if self._previous is not None:
-            self._previous.move(device)
-        if self._current is not None:
-            self._current = (self._current[0].to(device), self._current[1].to(device))
-        self._means = None
-
-
-def _are_classes(given: object) -> bool:
-    return isinstance(given, list) and all(type(label) is int and label >= 0 for label in given)
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a part of a data set pickle would write the whole.
+        current = None if self._current is None else tuple(map(torch.clone, self._current))
+        return {**self.__dict__, "_current": current}

@@ -1,4 +1,4 @@
-"""Training on everything: what no method can beat that forgets nothing by itself."""
+"""Joint training: all tasks so far at once, which no method can beat that forgets nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.methods.parts.batch import labelled
-from clext.methods.parts.examples import check_alike, check_examples
-from clext.methods.unpenalised import Unpenalised
+from clext.core.batches import check_alike, labelled
+from clext.core.parameters import device_of
+from clext.methods.base import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from clext.methods.learning import Examples
-    from clext.methods.stateful import Commit
+    from clext.methods.base import Examples
 
 
-class Joint(Unpenalised):
+class Joint(Method):
     """Joint training: each task on the data of all tasks so far, the upper bound of the others.
 
     `begin_task` returns the examples of all tasks begun, with global labels, and the loss is their
@@ -35,30 +34,27 @@ class Joint(Unpenalised):
     """
 
     name: ClassVar[str] = "joint"
-    memory: ClassVar[dict[str, str]] = {"examples": "T*N*(4*X+8)", "labels of the task": "8*N"}
-
-    # Inputs and global labels of each task begun, by its number: a task that is begun again
-    # replaces what it was.
-    _examples: dict[int, tuple[Tensor, Tensor]]
+    has_own_loss: ClassVar[bool] = True
 
     def __init__(self, model: torch.nn.Module, *, strength: float | None = None) -> None:
         super().__init__(model, strength=strength)
-        self._examples = {}
+        # Inputs and global labels of each task begun, by its number: a task that is begun again
+        # replaces what it was.
+        self._examples: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _follow_model(self) -> None:
+        self._examples = self._each(lambda entry: entry.to(device_of(self.model)))
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         if examples is None:
             return None
-        new = check_examples(self, examples)
-        earlier = [entry for task, entry in self._examples.items() if task != self.tasks]
-        if earlier:
-            check_alike(self.name, new[0], earlier[0][0], "of the tasks before")
-        inputs, labels = zip(*earlier, new, strict=True)
-        joined = (torch.cat(inputs), torch.cat(labels)) if earlier else new
+        inputs, labels = examples
+        new = inputs, labels.long() + self.heads.start
+        earlier = [pair for task, pair in self._examples.items() if task != self.tasks]
+        for known, _ in earlier[:1]:
+            check_alike(self.name, inputs, known, "of the tasks before")
         self._examples[self.tasks] = new
-        return joined
-
-    def _has_global_labels(self, batch: Examples) -> bool:  # noqa: ARG002
-        return True
+        return tuple(map(torch.cat, zip(*earlier, new, strict=True))) if earlier else new
 
     def _loss(self, *batch: Tensor) -> Tensor:
         if self.tasks not in self._examples:
@@ -66,49 +62,23 @@ class Joint(Unpenalised):
                 f"{self.name} has not seen the examples of this task: call begin_task((inputs, "
                 "labels)) with all of them, and train on rows of what it returns"
             )
-        inputs, labels = labelled(self.name, batch)
-        return self.outputs.cross_entropy(inputs, labels)
+        return self.heads.cross_entropy(*labelled(self.name, batch))
 
-    def _extra_state(self) -> dict[str, Any]:
-        copies = {task: [entry.clone() for entry in pair] for task, pair in self._examples.items()}
-        return {"examples": copies}
+    def _each(self, function: Callable[[Tensor], Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The examples with `function` of each tensor."""
+        return {task: (function(x), function(y)) for task, (x, y) in self._examples.items()}
 
-    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
-        device = self._state.params[0].device
-        loaded = _checked_examples(f"{self.name}: state_dict['extra']", extra)
+    def _save(self) -> dict[str, Any]:
+        return {"extra": {"examples": self._each(torch.clone)}}
 
-        def commit() -> None:
-            self._examples = {
-                task: (inputs.to(device, copy=True), labels.to(device, copy=True))
-                for task, (inputs, labels) in loaded.items()
-            }
-
-        return commit
-
-    def _move_extra_state(self, device: torch.device) -> None:
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        device = device_of(self.model)
         self._examples = {
-            task: (inputs.to(device), labels.to(device))
-            for task, (inputs, labels) in self._examples.items()
+            task: (inputs.to(device, copy=True), labels.to(device, copy=True))
+            for task, (inputs, labels) in state["extra"]["examples"].items()
         }
 
-
-def _checked_examples(owner: str, extra: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
-    """The examples of each task, as `state_dict` has them; ValueError if they are not such."""
-    given = extra.get("examples")
-    if set(extra) != {"examples"} or not isinstance(given, dict):
-        raise ValueError(f"{owner} holds {', '.join(extra) or 'nothing'}, expected examples")
-    checked = {}
-    for task, pair in given.items():
-        if (
-            not isinstance(pair, list)
-            or [isinstance(entry, Tensor) for entry in pair] != [True] * 2
-        ):
-            raise ValueError(f"{owner}: task {task!r} has no inputs and labels")
-        inputs, labels = pair
-        if type(task) is not int or labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
-            raise ValueError(
-                f"{owner}: task {task!r} has labels {labels.dtype} {list(labels.shape)}, expected "
-                f"int64 {list(inputs.shape[:1])} for a task by number"
-            )
-        checked[task] = inputs, labels
-    return checked
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a part of a data set pickle would write the whole.
+        return {**self.__dict__, "_examples": self._each(torch.clone)}

@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.nn.functional as F
 
+from clext.core.batches import added_logits
 from clext.core.checks import softening
-from clext.methods.parts.batch import added_logits
-from clext.methods.parts.distillation import SCALES, distillation_loss, old_heads
-from clext.methods.parts.teacher import Snapshot, refuse_broken
+from clext.core.parameters import device_of
+from clext.methods.parts.teacher import (
+    SCALES,
+    Teacher,
+    check_teacher,
+    distillation_loss,
+    old_heads,
+)
 from clext.methods.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, device, nn
+    from torch import Tensor, nn
 
-    from clext.importance.passes import Batches
-    from clext.methods.learning import Examples
-    from clext.methods.stateful import Commit
+    from clext.core.batches import Batches
+    from clext.methods.base import Examples
 
 
 class LwF(Rehearsal):
@@ -54,7 +59,6 @@ class LwF(Rehearsal):
 
     name: ClassVar[str] = "lwf"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {**Rehearsal.choices, "scale": SCALES}
-    memory: ClassVar[dict[str, str]] = {"teacher": "4*(P + Q)"}
 
     def __init__(
         self,
@@ -68,13 +72,16 @@ class LwF(Rehearsal):
         super().__init__(model, strength=strength, balance=balance)
         self.temperature = softening(self.name, temperature)
         self.scale = self._choice("scale", scale)
-        self._teacher: Snapshot | None = None  # the model at the end of the last task
+        self._teacher: Teacher | None = None  # the model at the end of the last task
+
+    def _follow_model(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(device_of(self.model))
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         if self._teacher is None or examples is None:
             return examples
-        with self.outputs.full():
-            return (*examples, self._teacher.record(examples[0]))
+        return (*examples, self._teacher.record(examples[0]))
 
     def _loss(self, *batch: Tensor) -> Tensor:
         """With the teacher's logits for all outputs, [N, outputs], as third argument or without."""
@@ -82,45 +89,24 @@ class LwF(Rehearsal):
             return super()._loss(*batch)
         inputs, labels = batch[:2]
         recorded = added_logits(self.name, batch)
-        with self.outputs.full():
-            logits = self.outputs.logits(inputs, labels)
-            teacher = self._teacher(inputs) if recorded is None else recorded
-        self.outputs.check_width(self.name, logits.shape[1], teacher.shape[1])
-        active = self.outputs.active
-        own = logits if active is None else logits[:, active.start : active.stop]
+        teacher = self._teacher(inputs) if recorded is None else recorded
+        logits = self.heads.logits(inputs)
+        self.heads.check_width(self.name, logits.shape[1], teacher.shape[1])
         losses = [
             distillation_loss(logits[:, now], teacher[:, then], self.temperature, self.scale)
-            for now, then in old_heads(self.outputs, self.tasks, teacher.shape[1])
+            for now, then in old_heads(self.heads, self.tasks, teacher.shape[1])
         ]
-        return self._balanced(F.cross_entropy(own, labels), self._over_tasks(losses))
+        current = F.cross_entropy(self.heads.narrow(logits), labels)
+        return self._balanced(current, self._over_tasks(losses))
 
-    def _prepare_end(self, dataloader: Batches | None) -> Commit:  # noqa: ARG002
-        refuse_broken(self.name, self.model)
-        teacher = Snapshot(self.model)
+    def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
+        check_teacher(self.name, self.model)
+        self._teacher = Teacher(self.model)
 
-        def commit() -> None:
-            self._teacher = teacher
+    def _save(self) -> dict[str, Any]:
+        return {"extra": {} if self._teacher is None else {"teacher": self._teacher.state_dict()}}
 
-        return commit
-
-    # ------------------------------------------------------------------ state
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {} if self._teacher is None else {"teacher": self._teacher.state_dict()}
-
-    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
-        owner = f"{self.name}: state_dict['extra']"
-        if unknown := sorted(extra.keys() - {"teacher"}, key=str):
-            raise ValueError(f"{owner} holds {unknown[0]!r}, expected 'teacher' or nothing")
-        teacher = None
-        if extra:
-            teacher = Snapshot.load(f"{owner}['teacher']", self.model, extra["teacher"])
-
-        def commit() -> None:
-            self._teacher = teacher
-
-        return commit
-
-    def _move_extra_state(self, device: device) -> None:
-        if self._teacher is not None:
-            self._teacher.move(device)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        given = state["extra"].get("teacher")
+        self._teacher = None if given is None else Teacher.load(self.model, given)

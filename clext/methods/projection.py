@@ -1,44 +1,43 @@
-"""What methods share that keep some examples of each task and project the gradient by them."""
+"""Gradient projection: examples of each task are kept, and their gradients correct each step's."""
 
 from __future__ import annotations
 
-from itertools import compress
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from clext.core.batches import check_alike
 from clext.core.checks import integer
 from clext.core.modes import buffers_kept
-from clext.core.parameters import allocate_rows
-from clext.methods.parts.examples import check_alike, read_examples
-from clext.methods.parts.sampling import Sampling
-from clext.methods.unpenalised import Unpenalised
+from clext.core.parameters import allocate_rows, device_of
+from clext.core.seeding import generator, restored
+from clext.methods.base import Method
+from clext.methods.parts.options import scale_of
 from clext.ops.kernels import gradient_gram, project_gradient_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from clext.importance.passes import Batches
-    from clext.methods.stateful import Commit
+    from clext.core.batches import Batches
 
 
-class Episodic(Unpenalised):
-    """Base of methods that keep examples of past tasks, and change the gradient by theirs.
+class GradientProjection(Method):
+    """Methods that keep examples of past tasks, and change the gradient by theirs.
 
     At the end of a task `per_task` of its examples are drawn at random; with them go labels that
     count from the model's first output. `add_penalty_grad_` then changes `.grad`, which has to be
-    complete and unscaled by that time; parameters without a gradient are left out, as by any
-    optimizer. `penalty()` is zero: without `add_penalty_grad_` or an optimizer of `clext.optim`
-    nothing is projected.
+    complete by that time; parameters without a gradient are left out, as by any optimizer.
+    `penalty()` is zero: without `add_penalty_grad_` nothing is projected.
 
     A subclass makes the gradients of the past in `_write_rows`, as many as `_row_count` says, and
     says in `_weights` how much of each is added, from the matrix of all products.
     """
 
-    keeps_by_pull: ClassVar[bool] = True
-    runs_model_in_step: ClassVar[bool] = True
-    memory: ClassVar[dict[str, str]] = {"examples": "T*min(M, N)*(4*X + 8)"}
+    has_penalty: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = True
+    fused: tuple[str, ...] | None = None
 
     def __init__(
         self, model: nn.Module, *, strength: float | None, per_task: int, seed: int
@@ -46,62 +45,66 @@ class Episodic(Unpenalised):
         super().__init__(model, strength=strength)
         self.per_task = integer(self.name, "per_task", per_task, minimum=1)
         self.seed = integer(self.name, "seed", seed, minimum=0)
-        self._inputs: Tensor | None = None  # of all tasks, one after the other
-        self._labels: Tensor | None = None
+        self._examples: tuple[Tensor, ...] = ()  # inputs and labels, one task after the other
         self._sizes: list[int] = []  # how many of each task
+        self._random = generator(self.seed)
         self._rows: list[Tensor] = []  # for each parameter its gradients of the past
         self._rows_for: tuple[object, ...] = ()  # what they were made for
-        self._sampling = Sampling(self.seed)
 
     # ------------------------------------------------------------------ at a step
 
-    def add_penalty_grad_(self) -> Tensor:
+    @torch.no_grad()
+    def add_penalty_grad_(self, scaler: object = None) -> Tensor:
         """Project `.grad`, from the second task on; returns zero (0-dim).
 
-        Call it after the last backward pass (and after `scaler.unscale_`), before any clipping.
+        Call it after the last backward pass, before any clipping.
+        `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
         """
-        self._note_pull()
-        if self._sizes:
-            try:
-                self._project_()
-            except (TypeError, ValueError) as error:
-                raise self._explained(error) from None
+        self.steps += 1
+        params = [entry for entry in self.model.parameters() if entry.grad is not None]
+        params = [entry for entry in params if entry.requires_grad]
+        grads = [entry.grad for entry in params if entry.grad is not None]
+        if not self._sizes or not grads:
+            return self.penalty()
+        rows = self._rows_of(params)
+        with torch.enable_grad(), buffers_kept(self.model):
+            self._write_rows(rows, params)
+        # Where g is scale times the gradient, so is what is added to it.
+        scale = scale_of(scaler)
+        gram = gradient_gram(rows, grads)
+        gram[:, -1] /= scale
+        weights = self._weights(gram)
+        if weights is not None:
+            project_gradient_(grads, rows, weights * scale)
         return self.penalty()
 
-    @torch.no_grad()
-    def _project_(self) -> None:
-        params, count = self._state.params, self._row_count()
-        needed = (count, params[0].dtype, params[0].device, [entry.shape for entry in params])
+    def _rows_of(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """Room for the gradients of the past, the same as at the last step if that fits."""
+        count = self._row_count()
+        needed = (count, [(entry.shape, entry.dtype, entry.device) for entry in params])
         if self._rows_for != needed:
             self._rows = []  # given back first
             self._rows, self._rows_for = [allocate_rows(entry, count) for entry in params], needed
-        moving = [entry.requires_grad and entry.grad is not None for entry in params]
-        chosen, rows = list(compress(params, moving)), list(compress(self._rows, moving))
-        grads = [entry.grad for entry in chosen if entry.grad is not None]
-        if not grads:
-            return
-        with torch.enable_grad(), buffers_kept(self.model):
-            self._write_rows(rows, chosen)
-        weights = self._weights(gradient_gram(rows, grads))
-        if weights is not None:
-            project_gradient_(grads, rows, weights)
-
-    def _held(self) -> list[bool]:
-        return [bool(self._sizes)] * len(self._state.params)
+        return self._rows
 
     def _row_count(self) -> int:
         """How many gradients of the past a step makes."""
         raise NotImplementedError
 
-    def _write_rows(self, rows: list[Tensor], params: list[Tensor]) -> None:
+    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
         """Write gradient k of parameter i to rows[i][k], for all of them."""
         raise NotImplementedError
 
     def _write_row(
-        self, rows: list[Tensor], k: int, params: list[Tensor], inputs: Tensor, labels: Tensor
+        self,
+        rows: list[Tensor],
+        k: int,
+        params: list[nn.Parameter],
+        inputs: Tensor,
+        labels: Tensor,
     ) -> None:
         """The gradient of the mean loss of these examples, zero where a parameter has no part."""
-        loss = self.outputs.cross_entropy(inputs, labels)
+        loss = self.heads.cross_entropy(inputs, labels)
         with torch.autocast(inputs.device.type, enabled=False):  # for the forward pass alone
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
         with torch.no_grad():
@@ -110,101 +113,56 @@ class Episodic(Unpenalised):
     def _weights(self, gram: Tensor) -> Tensor | None:
         """How much of each row to add to the gradient, float64 [rows]; None for nothing.
 
-        `gram` has the products of all rows and, last, the gradient: float64 [rows + 1, rows + 1].
+        `gram` has the products of all rows with each other and, last, with the gradient: float64
+        [rows + 1, rows + 1], of which the last row is of no use.
         """
         raise NotImplementedError
 
-    # ------------------------------------------------------------------ the memory
-
-    def _kept_examples(self) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of all tasks, one task after the other."""
-        assert self._inputs is not None
-        assert self._labels is not None
-        return self._inputs, self._labels
+    # ------------------------------------------------------------------ the examples
 
     def _kept_tasks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and labels of each task."""
-        inputs, labels = self._kept_examples()
+        inputs, labels = self._examples
         return zip(inputs.split(self._sizes), labels.split(self._sizes), strict=True)
+
+    def _follow_model(self) -> None:
+        device = device_of(self.model)
+        self._examples = tuple(entry.to(device) for entry in self._examples)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         """Draw the examples to keep, uniformly: those with the largest of random keys."""
-        device = self._state.params[0].device
-        # On a copy: what fails below has drawn nothing.
-        drawing = Sampling.load(self.name, self.seed, self._sampling.state_dict(), device)
-        random = drawing.on(device)
-        chosen: tuple[Tensor, ...] | None = None
-        for x, y in read_examples(self, dataloader):
-            known = self._inputs if chosen is None else chosen[0]
-            if known is not None:
+        random = copy.deepcopy(self._random)  # what fails below has drawn nothing
+        chosen: tuple[Tensor, ...] = ()
+        for x, y in self.heads.read_examples(self.name, dataloader, self.tasks):
+            for known in (chosen or self._examples)[:1]:
                 check_alike(self.name, x, known, "in the memory")
-            keys = torch.rand(len(x), dtype=torch.float64, generator=random, device=device)
-            pool: tuple[Tensor, ...] = (x.detach(), y, keys)
-            if chosen is not None:
-                pool = tuple(torch.cat(pair) for pair in zip(chosen, pool, strict=True))
+            keys = torch.rand(len(x), dtype=torch.float64, generator=random).to(x.device)
+            pool: tuple[Tensor, ...] = (x, y, keys)
+            if chosen:
+                pool = tuple(map(torch.cat, zip(chosen, pool, strict=True)))
             best = pool[2].topk(min(self.per_task, len(pool[2]))).indices
             chosen = tuple(entry[best] for entry in pool)
-        assert chosen is not None  # read_examples gives at least one batch
-        inputs, labels, _ = chosen
-        self._sizes = [*self._sizes, len(labels)]
-        if self._inputs is not None and self._labels is not None:
-            inputs, labels = torch.cat([self._inputs, inputs]), torch.cat([self._labels, labels])
-        self._inputs, self._labels, self._sampling = inputs, labels, drawing
+        new = chosen[:2]
+        if self._examples:
+            new = tuple(map(torch.cat, zip(self._examples, new, strict=True)))
+        self._examples, self._random = new, random
+        self._sizes = [*self._sizes, len(chosen[0])]
 
     # ------------------------------------------------------------------ state
 
-    def _extra_state(self) -> dict[str, Any]:
-        if not self._sizes:
-            return {}
-        inputs, labels = self._kept_examples()
-        return {
-            "inputs": inputs.clone(),
-            "labels": labels.clone(),
-            "sizes": list(self._sizes),
-            "random": self._sampling.state_dict(),
-        }
+    def _save(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {"random": self._random.get_state(), "sizes": list(self._sizes)}
+        for name, entry in zip(("inputs", "labels"), self._examples, strict=False):
+            extra[name] = entry.clone()
+        return {"extra": extra}
 
-    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
-        device = self._state.params[0].device
-        inputs, labels, sizes = _checked_memory(self.name, extra)
-        owner = f"{self.name}: state_dict['extra']['random']"
-        sampling = Sampling.load(owner, self.seed, extra.get("random", {}), device)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        extra, device = state["extra"], device_of(self.model)
+        names = ("inputs", "labels") if extra.get("sizes") else ()
+        self._examples = tuple(extra[name].to(device, copy=True) for name in names)
+        self._sizes = list(extra.get("sizes", ()))
+        self._random = restored(self.seed, extra.get("random"))
 
-        def commit() -> None:
-            self._inputs = None if inputs is None else inputs.to(device, copy=True)
-            self._labels = None if labels is None else labels.to(device, copy=True)
-            self._sizes, self._sampling = sizes, sampling
-
-        return commit
-
-    def _move_extra_state(self, device: torch.device) -> None:
-        if self._sizes:
-            self._inputs, self._labels = (entry.to(device) for entry in self._kept_examples())
-
-
-def _checked_memory(
-    name: str, extra: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None, list[int]]:
-    """What `_extra_state` returned; ValueError if it is not."""
-    owner = f"{name}: state_dict['extra']"
-    if not extra:
-        return None, None, []
-    expected = ("inputs", "labels", "sizes", "random")
-    if set(extra) != set(expected):
-        raise ValueError(f"{owner} holds {', '.join(extra)}, expected {', '.join(expected)}")
-    inputs, labels, sizes = extra["inputs"], extra["labels"], extra["sizes"]
-    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
-        raise ValueError(f"{owner}['sizes'] is {sizes!r}, expected a list of integers > 0")
-    sizes = list(sizes)
-    for key, entry in (("inputs", inputs), ("labels", labels)):
-        if not isinstance(entry, Tensor) or entry.dim() == 0 or len(entry) != sum(sizes):
-            got = list(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
-            raise ValueError(f"{owner}[{key!r}] is {got}, expected {sum(sizes)} examples")
-    if labels.dtype != torch.int64 or labels.dim() != 1 or bool((labels < 0).any()):
-        raise ValueError(
-            f"{owner}['labels'] is {labels.dtype} of shape {list(labels.shape)}, expected int64 "
-            f"[{sum(sizes)}], none below 0"
-        )
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
-        raise ValueError(f"{owner}['inputs'] holds NaN or infinity")
-    return inputs, labels, sizes
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": [], "_rows_for": ()}

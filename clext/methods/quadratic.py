@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from itertools import compress
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from clext import ops
 from clext.core.parameters import canonical_names, check_parameters
 from clext.methods.base import Method
+from clext.methods.parts.options import scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
 
@@ -41,7 +40,7 @@ class QuadraticPenalty(Method):
 
     def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
         super().__init__(model, strength=strength)
-        self._state = ParameterState(self._parameters_now(()), self.state_names)
+        self._state = ParameterState(self._parameters_now(), self.state_names)
         self._step = Step("path" in self.state_names)
 
     @property
@@ -64,13 +63,7 @@ class QuadraticPenalty(Method):
 
     def penalty(self) -> Tensor:
         """The penalty: 0-dim, differentiable, to be added to the loss."""
-
-        def value(state: ParameterState) -> Tensor:
-            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
-            lists = (state.params, state.lists["anchor"], state.lists["importance"])
-            return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
-
-        penalty = self.strength * (self._on_state(value) + self.constant)
+        penalty = self.strength * (self._on_state(ParameterState.penalty) + self.constant)
         if penalty.requires_grad:
             # A count that a compiled loss advanced would compile it anew in each step.
             self.steps = 1 if torch.compiler.is_compiling() else self.steps + 1
@@ -82,22 +75,15 @@ class QuadraticPenalty(Method):
 
         Call it once in a step, on complete gradients; after it they may be clipped or dropped.
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
-
-        Raises:
-            RuntimeError: these gradients hold the pull already.
+        RuntimeError: these gradients hold the pull already.
         """
-        self._step.refuse_second_pull(self.name, self._state)
-        scale = 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
+        scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += 1
         return value + self.strength * self.constant if self.constant else value
 
     def update(self) -> None:
-        """Look at a step, after it.
-
-        Raises:
-            RuntimeError: for methods with a path integral, if nothing was kept of the step.
-        """
+        """Look at a step, after it; RuntimeError if a path integral needs it and none was kept."""
         if self._step.follows_path:
             if self._step.kept_by is None:
                 raise RuntimeError(
@@ -126,7 +112,7 @@ class QuadraticPenalty(Method):
             ValueError: a parameter has shrunk or has another number of dimensions, or no state can
                 be kept for it; nothing is changed.
         """
-        named = self._parameters_now(self._state.names)
+        named = self._parameters_now(self._state)
         if self._state.fits(named):
             return
         check_parameters(named, type(self.model).__name__)
@@ -148,17 +134,18 @@ class QuadraticPenalty(Method):
     def _follow_model(self) -> None:
         self.refresh_parameters()
 
-    def _parameters_now(self, known: Collection[str]) -> dict[str, nn.Parameter]:
+    def _parameters_now(self, known: ParameterState | None = None) -> dict[str, nn.Parameter]:
         """The trainable parameters, and those known that were frozen since, by canonical name."""
         named = canonical_names(dict(self.model.named_parameters()))
-        return {name: p for name, p in named.items() if p.requires_grad or name in known}
+        names, ids = (known.names, set(map(id, known.params))) if known else ((), set())
+        return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
         """`call(state)`; once more if it failed because parameters were moved or converted."""
         try:
             return call(self._state)
         except (TypeError, ValueError):
-            if self._state.fits(self._parameters_now(self._state.names)):
+            if self._state.fits(self._parameters_now(self._state)):
                 raise
         self.refresh_parameters()
         return call(self._state)

@@ -1,4 +1,4 @@
-"""What methods share whose loss has a part for what was learned before."""
+"""Rehearsal: a loss for the task, and one for what was learned before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from clext.methods.unpenalised import Unpenalised
+from clext.methods.base import Method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Rehearsal(Unpenalised):
+class Rehearsal(Method):
     """Methods that learn a task's own loss and, from the second task on, one of the tasks before.
 
     Args:
@@ -29,7 +29,7 @@ class Rehearsal(Unpenalised):
 
     default_strength: ClassVar[float] = 1.0
     has_strength: ClassVar[bool] = True
-    keeps_by_loss: ClassVar[bool] = True
+    has_own_loss: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("sum", "tasks")}
 
     def __init__(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from clext.core.batches import labelled
 from clext.core.checks import integer
-from clext.methods.parts.batch import labelled
-from clext.methods.parts.buffer import POLICIES, Memory
-from clext.methods.parts.examples import read_examples
+from clext.core.parameters import device_of
+from clext.methods.parts.buffer import POLICIES, ReplayBuffer
 from clext.methods.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from clext.importance.passes import Batches
-    from clext.methods.learning import Examples
-    from clext.methods.stateful import Commit
+    from clext.core.batches import Batches
 
 
 class Replay(Rehearsal):
@@ -38,11 +36,11 @@ class Replay(Rehearsal):
         strength: weight of the loss on old examples.
         budget: how many examples are kept.
         policy: which are kept: "reservoir", every example seen has the same chance (Vitter 1985),
-            or "balanced", every class gets the same share of the budget; see `Memory`.
+            or "balanced", every class gets the same share of the budget; see `ReplayBuffer`.
         batch: how many old examples a step draws, None for as many as the batch has.
         balance: how the two losses are added: "sum", or "tasks" where the k-th task counts 1/k; see
             `Rehearsal`.
-        seed: of the choice and the drawing, which happen on the model's device.
+        seed: of the choice and the drawing.
 
     Raises:
         ValueError: an option is out of range.
@@ -50,8 +48,7 @@ class Replay(Rehearsal):
 
     name: ClassVar[str] = "replay"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {**Rehearsal.choices, "policy": POLICIES}
-    memory: ClassVar[dict[str, str]] = {"examples": "B*(4*X+16)"}
-    recordable = False  # each step draws
+    capturable: bool = False  # each step draws
 
     def __init__(
         self,
@@ -65,43 +62,34 @@ class Replay(Rehearsal):
         seed: int = 0,
     ) -> None:
         super().__init__(model, strength=strength, balance=balance)
+        self.budget = integer(self.name, "budget", budget, minimum=1)
+        self.policy = self._choice("policy", policy)
         self.batch = None if batch is None else integer(self.name, "batch", batch, minimum=1)
-        self._memory = Memory(self.name, budget, policy, seed)
-        self.budget, self.policy = self._memory.budget, self._memory.policy
-        self.seed = self._memory.seed
+        self.seed = integer(self.name, "seed", seed, minimum=0)
+        self._buffer = ReplayBuffer(self.budget, self.policy, self.seed)
 
-    def _begin_task(self, examples: Examples | None) -> Examples | None:
-        if examples is not None:
-            self._memory.check_shape(examples[0])
-        return examples
+    def _follow_model(self) -> None:
+        self._buffer.to(device_of(self.model))
 
     def _loss(self, *batch: Tensor) -> Tensor:
         inputs, labels = labelled(self.name, batch)
-        if self._memory.size == 0:
+        if len(self._buffer) == 0:
             return super()._loss(inputs, labels)
-        self._memory.check_shape(inputs)
-        with self._memory.unless_it_fails():
-            old, old_labels = self._memory.sample(self.batch or len(inputs))
-            losses = self.outputs.cross_entropy(
-                torch.cat([inputs, old]),
-                torch.cat([labels + self.outputs.start, old_labels]),
-                reduction="none",
-            )
+        old, old_labels = self._buffer.sample(self.batch or len(inputs))
+        losses = self.heads.cross_entropy(
+            torch.cat([inputs, old]),
+            torch.cat([labels + self.heads.start, old_labels]),
+            reduction="none",
+        )
         return self._balanced(losses[: len(inputs)].mean(), losses[len(inputs) :].mean())
 
-    def _prepare_end(self, dataloader: Batches | None) -> Commit:
-        return self._memory.prepare(read_examples(self, dataloader))
+    def _end_task(self, dataloader: Batches | None) -> None:
+        examples = self.heads.read_examples(self.name, dataloader, self.tasks)
+        self._buffer.add(self.name, examples)
 
-    def _extra_state(self) -> dict[str, Any]:
-        return {"memory": self._memory.state_dict()}
+    def _save(self) -> dict[str, Any]:
+        return {"extra": {"memory": self._buffer.state_dict()}}
 
-    def _prepare_extra_state(self, extra: Mapping[str, Any]) -> Commit:
-        if set(extra) != {"memory"}:
-            raise ValueError(
-                f"{self.name}: state_dict['extra'] holds {', '.join(extra) or 'nothing'}, expected "
-                "memory"
-            )
-        return self._memory.prepare_load(extra["memory"], self._state.params[0].device)
-
-    def _move_extra_state(self, device: torch.device) -> None:
-        self._memory.move(device)
+    def _load(self, state: Mapping[str, Any]) -> None:
+        super()._load(state)
+        self._buffer.load_state_dict(state["extra"]["memory"], device_of(self.model))

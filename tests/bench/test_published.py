@@ -1,4 +1,4 @@
-"""Protocols of published numbers (bench/published.py): every row trains, as its protocol says."""
+"""Protocols of published numbers (bench/published): every row trains, as its protocol says."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def data():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp_path):
-    published, reproduce = bench("published"), bench("reproduce")
-    iterations = bench("protocols").iterations
+    published, reproduce = bench("published.tables"), bench("published.reproduce")
+    iterations = bench("published.protocols").iterations
     whole = published.PROTOCOLS[name]
     protocol = replace(
         whole, tasks=5 if name.endswith("split") else 2, hidden=(6,), order=iterations(12, 5)
@@ -66,20 +66,22 @@ def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_method_draws_comes_from_the_seed_of_the_run(bench, data, name):
-    protocol = replace(bench("published").PROTOCOLS[name], tasks=5, hidden=(6,))
+    protocol = replace(bench("published.tables").PROTOCOLS[name], tasks=5, hidden=(6,))
     for row in protocol.rows:
         for seed in (0, 1):
-            made = bench("reproduce").Training(protocol, row, data, seed, torch.device("cpu"))
+            made = bench("published.reproduce").Training(
+                protocol, row, data, seed, torch.device("cpu")
+            )
             given = Seeds.derive(seed).method
             assert getattr(made.method, "seed", given) == given, row.name
 
 
 def test_names_of_tables_are_those_that_are_tested(bench):
-    assert list(bench("published").PROTOCOLS) == NAMES
+    assert list(bench("published.tables").PROTOCOLS) == NAMES
 
 
 def test_epochs_see_everything_and_iterations_whole_batches_alone(bench):
-    published = bench("protocols")
+    published = bench("published.protocols")
     random = torch.Generator().manual_seed(0)
     batches = list(published.epochs(2, 4)(10, random))
     assert [len(rows) for rows in batches] == [4, 4, 2] * 2
@@ -91,7 +93,7 @@ def test_epochs_see_everything_and_iterations_whole_batches_alone(bench):
 
 
 def test_published_and_ours_are_compared_by_the_tolerance(bench):
-    published, verdict = bench("published"), bench("protocols").verdict
+    published, verdict = bench("published.tables"), bench("published.protocols").verdict
     row = published.VAN_DE_VEN.rows[1]
     assert verdict(row, row.published + row.tolerance - 0.01) == "agrees"
     assert verdict(row, row.published + row.tolerance + 0.01) == "differs"
@@ -99,7 +101,7 @@ def test_published_and_ours_are_compared_by_the_tolerance(bench):
 
 
 def test_shuffled_classes_are_other_numbers_for_the_same_examples(bench, data):
-    shuffled = bench("protocols").with_shuffled_classes(data, 3)
+    shuffled = bench("published.protocols").with_shuffled_classes(data, 3)
     pairs = {*zip(data.train.labels.tolist(), shuffled.train.labels.tolist(), strict=True)}
     assert sorted(old for old, _ in pairs) == sorted(new for _, new in pairs) == [*range(10)]
     assert any(old != new for old, new in pairs)
@@ -108,7 +110,7 @@ def test_shuffled_classes_are_other_numbers_for_the_same_examples(bench, data):
 
 
 def test_padding_puts_the_image_in_the_middle(bench, data):
-    train, test = bench("published").padded(data)
+    train, test = bench("published.tables").padded(data)
     assert train.inputs.shape == (5060, 1024)
     images = test.inputs.view(-1, 32, 32)
     assert torch.equal(images[:, 2:30, 2:30].reshape(20, -1), data.test.inputs)
@@ -118,7 +120,7 @@ def test_padding_puts_the_image_in_the_middle(bench, data):
 def test_ewc_of_the_released_code_averages_squared_task_gradients(bench):
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
-    method = bench("released").RunningFisherEWC(model, strength=0.7, interval=2)
+    method = bench("published.released").RunningFisherEWC(model, strength=0.7, interval=2)
     running, squares, anchor = torch.zeros(3, 4), torch.zeros(3, 4), model.weight.detach().clone()
     importance = torch.zeros(3, 4, dtype=torch.float64)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Methods as released code has them (bench/released.py), against plain loops in float64."""
+"""Methods as released code has them (published/released.py), against plain loops in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRENGTH = 2.0
 @pytest.fixture
 def released(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("released")
+    return importlib.import_module("published.released")
 
 
 def assert_same(method, naive):

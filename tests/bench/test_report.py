@@ -1,10 +1,9 @@
-"""The tables in the documents say what bench/results says: bench/report.py."""
+"""The tables in the documents say what bench/results says: bench/report/report.py."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -24,18 +23,13 @@ has_results = pytest.mark.skipif(from_an_archive, reason="no results in a source
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))  # for the benchmarks that it imports
-    spec = importlib.util.spec_from_file_location("report", BENCH / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("report.report")
 
 
 @pytest.fixture
 def tables(report: ModuleType) -> ModuleType:
-    return sys.modules["result_tables"]  # as the report imported it
+    return importlib.import_module("report.result_tables")
 
 
 def entry(device: str, ms: float, **more: object) -> dict[str, object]:
@@ -53,7 +47,7 @@ def entry(device: str, ms: float, **more: object) -> dict[str, object]:
 @has_results
 def test_the_tables_are_what_the_results_say(report: ModuleType):
     stale = [path.relative_to(ROOT).as_posix() for path in report.stale()]
-    assert not stale, f"tables differ from bench/results in {stale}; run python bench/report.py"
+    assert not stale, f"{stale} differ from bench/results; run python bench/report/report.py"
 
 
 def test_every_table_has_a_place_in_a_document(report: ModuleType):

@@ -34,7 +34,7 @@ ERRORS = [
     (ewc, ([], "cpu"), "dataloader must be None .* at least one batch, got list"),
     (mas, ("cpu", "cpu"), "dataloader must be None .*, got 'cpu'; the order is mas"),
     (ewc, ((b for b in LOADER), "cpu"), "with a length and at least one batch, got generator"),
-    (ewc, ([LOADER[0], LOADER[0][0]], "cpu"), r"batch 1 is a Tensor, expected a pair \(x, y\)"),
+    (ewc, ([LOADER[0], LOADER[0][0]], "cpu"), r"batch 1 is torch.* expected a pair"),
     (ewc, (LOADER, "cpu", {"0.weight": 1}), "prev_guards must be a list .* got dict; the order"),
     (ewc, (LOADER, "cpu", None), "prev_guards must be a list .* got None"),
     (ewc, (LOADER, "cpu", [None, 3]), r"prev_guards\[1\] must be .* or None, got 3"),

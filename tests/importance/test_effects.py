@@ -140,24 +140,15 @@ Y = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (None, "needs the data of the task: .* got nothing"),
-        (3, "expected an iterable of .* got int"),
-        ([], "the data of the task is empty"),
-        ([(X[:0], Y[:0])], "the data of the task is empty"),
-        ([X], r"batch 0 is a Tensor, expected a pair \(x, y\)"),
-        ((X, Y), r"expected a pair \(x, y\); where there is a single batch, pass \[\(x, y\)\]$"),
-        ([(X, Y), (X, Y, Y)], "batch 1 is a tuple of 3 entries"),
-        ([(X, [0, 1])], "y of batch 0 is list, expected a tensor"),
-        ([(X, Y[:1])], "batch 0 has 2 inputs but 1 labels"),
-        ([(X, Y.float())], "labels have dtype torch.float32, expected integer classes"),
-        ([(X, Y.unsqueeze(1))], r"labels have shape \[2, 1\], expected \[2\]"),
-        ([(X, Y + 3)], r"labels reach from 3 to 3, expected classes in \[0, 2\]"),
-        ([(X, Y - 1)], "labels reach from -1 to -1"),
+        (None, "Fisher information .* needs the data of the task"),
+        ([(X, Y.float())], "Fisher information .* labels y are torch.float32"),
+        ([(X, Y + 3)], "labels reach from 3 to 3, expected 0 to 2"),
         ([(X * math.nan, Y)], "outputs are not finite"),
     ],
 )
 @pytest.mark.parametrize("kind", ["empirical", "batch"])
 def test_data_that_does_not_fit_is_described(batches, message, kind):
+    """The rest is in core/test_batches.py."""
     model = Residual().double()
     with pytest.raises(ValueError, match=message):
         fisher_information(model, params_of(model), batches, kind=kind)
@@ -172,21 +163,6 @@ def test_unlabelled_data_is_enough_where_labels_play_no_part(fast_model, estimat
         got = function(fast_model, params, [strip(x) for x, _ in batches], **options)
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)
-    for bad in ([{}], [()], [("x", "y")], 3):
-        with pytest.raises(ValueError, match=r"x of batch 0 is (dict|tuple|str)|batches x or"):
-            function(fast_model, params, bad, **options)
-
-
-@pytest.mark.parametrize("estimate", ["mas per_sample", "scp exact"])
-@pytest.mark.parametrize("batches", [X, (X, Y), [X, Y]], ids=["tensor", "pair", "list"])
-def test_one_batch_is_not_taken_for_several(batches, estimate):
-    """Its rows, or its inputs and its labels, would be."""
-    function, options = ESTIMATES[estimate]
-    model = Residual().double()
-    message = r"the data of the task is one .*expected an iterable of batches; .*pass \[\(x, y\)\]$"
-    with pytest.raises(ValueError, match=message):
-        function(model, params_of(model), batches, **options)
-    function(model, params_of(model), [X, X], **options)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ CLEXT = "build_info = lambda: {{'cuda': {cuda!r}}}"
 TESTS = """
 import pytest
 def test_passes(device): pass
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_passes_on_cuda(device): pass
 @pytest.mark.skip(reason="not today")
 def test_skips(): pass
 @pytest.mark.xfail(reason="known", strict=True)
@@ -60,11 +62,19 @@ def run_pytest(tmp_path: Path):
     return run
 
 
-def test_without_a_gpu_cuda_tests_are_skipped_and_counted(run_pytest):
+def test_without_a_gpu_there_are_no_cuda_tests_and_it_is_said(run_pytest):
     code, output = run_pytest(gpu=False, cuda="13.0", require=False)
     assert code == 0, output
     assert "1 passed, 2 skipped, 1 xfailed" in output
-    assert "no CUDA device is visible" in output
+    assert "devices: cpu alone, because no CUDA device is visible" in output
+    assert "test_passes[cuda]" not in output
+
+
+def test_with_a_gpu_tests_run_on_it(run_pytest):
+    code, output = run_pytest(gpu=True, cuda="13.0", require=False)
+    assert code == 0, output
+    assert "3 passed, 1 skipped, 1 xfailed" in output
+    assert "devices: cpu, cuda" in output
 
 
 def test_the_installed_clext_is_tested_not_the_unbuilt_checkout(run_pytest):
@@ -77,7 +87,7 @@ def test_the_installed_clext_is_tested_not_the_unbuilt_checkout(run_pytest):
 def test_required_cuda_turns_a_skip_into_a_failure(run_pytest):
     code, output = run_pytest(gpu=True, cuda="13.0", require=True)
     assert code == 1, output
-    assert "2 passed, 1 xfailed, 1 error" in output
+    assert "3 passed, 1 xfailed, 1 error" in output
     assert "CLEXT_REQUIRE_CUDA=1 allows no skip, but: Skipped: not today" in output
 
 

@@ -23,18 +23,22 @@ BAD_BATCHES = {
     "column": (lambda x, y: (x, y[:, None]), ValueError, r"int64 \[6, 1\], .*\[6\].*; pass y.sq"),
     "float": (lambda x, y: (x, y.double()), ValueError, r"float64 \[6\], .* integers .*y.long\(\)"),
     "bool": (lambda x, y: (x, y > 0), ValueError, r"labels y are torch.bool \[6\], .*y.long\(\)"),
-    "float column": (lambda x, y: (x, y[:, None] * 1.0), ValueError, r"y.squeeze\(1\).long\(\)"),
+    "float column": (
+        lambda x, y: (x, y[:, None] * 1.0),
+        ValueError,
+        r"float32 \[6, 1\], .*y.long\(\)",
+    ),
     "one-hot": (lambda x, y: (x, F.one_hot(y, 9)), ValueError, r"\[6, 9\].*y.argmax\(dim=1\)"),
-    "swapped": (lambda x, y: (y, x), ValueError, r"they are swapped: call loss\(x, y\)"),
-    "fewer": (lambda x, y: (x, y[:-1]), ValueError, r"int64 \[5\], .*\[6\].* of the same examples"),
+    "swapped": (lambda x, y: (y, x), ValueError, r"labels y are torch.float64 \[6, 5\]"),
+    "fewer": (lambda x, y: (x, y[:-1]), ValueError, r"int64 \[5\], .*integers \[6\]"),
     "a number": (lambda x, y: (x, y[0]), ValueError, r"labels y are torch.int64 \[\]"),
     "empty": (lambda x, y: (x[:0], y[:0]), ValueError, r"inputs x are .*\[0, 5\].*at least one"),
     "negative": (lambda x, y: (x, y - 3), ValueError, "labels reach from -[0-9] to "),
     "too large": (lambda x, y: (x, y + 6), ValueError, r"labels reach from \d+ to \d+, .* 0 to"),
     "more rows": (lambda x, y: (x, y, x[:4]), ValueError, r"argument 3 is .*\[4, 5\], expected 6"),
     "alone": (lambda x, _: (x,), TypeError, r"got 1 arguments, .*loss\(x, y\)"),
-    "lists": (lambda x, y: (x, y.tolist()), TypeError, r"labels y are of type list, .*as_tensor"),
-    "a dict": (lambda x, y: ({"x": x}, y), TypeError, "inputs x are of type dict, .* of a module"),
+    "lists": (lambda x, y: (x, y.tolist()), TypeError, r"labels y are list .*as_tensor"),
+    "a dict": (lambda x, y: ({"x": x}, y), TypeError, "inputs x are dict, .* of a module"),
 }
 # What a model makes of its logits, and what is said of it.
 BAD_OUTPUTS = {

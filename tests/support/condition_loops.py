@@ -16,7 +16,12 @@ LR = 0.02
 
 
 class Trained:
-    """A method on a model. "apart": its own functions around torch's step; "fused": in the pass."""
+    """A method on a model.
+
+    "apart": its own functions around torch's step ("scaled": on gradients that a GradScaler has
+    scaled still); "fused": in the pass of an optimizer of clext; "attached" to one of torch's,
+    which is told to unscale by GradScaler ("attached in step") or not.
+    """
 
     def __init__(self, case, way="apart", device="cpu", model=None, dtype=torch.float64):
         kind, _, strength, options = CASES[case]
@@ -31,10 +36,14 @@ class Trained:
         if self.way == "fused":
             self.optimizer = optim.Adam(params, lr=LR, method=self.method)
         else:
-            self.optimizer = torch.optim.Adam(params, lr=LR)
+            fused = True if self.way == "attached in step" else None
+            self.optimizer = torch.optim.Adam(params, lr=LR, fused=fused)
+        if self.way.startswith("attached"):
+            self.method.attach(self.optimizer)
 
-    def backward(self, *batches, scaler=None, autocast=None):
-        self.optimizer.zero_grad()
+    def backward(self, *batches, scaler=None, autocast=None, clear=True):
+        if clear:
+            self.optimizer.zero_grad()
         for x, y in batches:
             context = contextlib.nullcontext()
             if autocast is not None:
@@ -44,22 +53,25 @@ class Trained:
             (loss if scaler is None else scaler.scale(loss)).backward()
 
     def finish(self, clip=None, scaler=None):
-        if scaler is not None and (clip is not None or self.way == "apart"):
+        by_hand = self.way in ("apart", "scaled")
+        if scaler is not None and self.way == "apart":
             scaler.unscale_(self.optimizer)
-        if self.way == "apart":
-            self.method.add_penalty_grad_()
-        for norm in clip or ():
-            self.method.clip_grad_norm_(norm)
+        if by_hand:
+            self.method.add_penalty_grad_(scaler if self.way == "scaled" else None)
+        if self.way == "fused":
+            self.optimizer.max_grad_norm = clip
+        elif clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         if scaler is None:
             self.optimizer.step()
         else:
             scaler.step(self.optimizer)
             scaler.update()
-        if self.way == "apart":
+        if by_hand:
             self.method.update()
 
     def step(self, *batches, clip=None, scaler=None, autocast=None):
-        """One step on the mean loss of `batches`, clipped to each norm of `clip` in turn."""
+        """One step on the mean loss of `batches`, clipped to the norm `clip`."""
         self.backward(*batches, scaler=scaler, autocast=autocast)
         self.finish(clip, scaler)
 
@@ -76,7 +88,9 @@ class Defined:
         for name, value in options.items():
             setattr(self.naive, {"fisher": "kind"}.get(name, name), value)
         # Only where the penalty's gradient is in `.grad` is it clipped with the task's.
-        self.clips_pull = way == "apart"
+        self.clips_pull = way in ("apart", "scaled")
+        # What is clipped before a method is told of it is the task's gradient to it.
+        self.sees_clipped = way.startswith("attached")
         self.model = self.naive.model
         self.restart()
 
@@ -96,8 +110,10 @@ class Defined:
         naive.before_step(task)
         for parameter, own, other in zip(naive.params, task, pull, strict=True):
             parameter.grad = own + other if self.clips_pull else own.clone()
-        for norm in clip or ():
-            torch.nn.utils.clip_grad_norm_(naive.params, norm)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(naive.params, clip)
+        if self.sees_clipped:
+            naive.before_step([parameter.grad.clone() for parameter in naive.params])
         if not self.clips_pull:
             for parameter, other in zip(naive.params, pull, strict=True):
                 parameter.grad += other
@@ -120,7 +136,7 @@ def assert_agree(trained, defined, rtol=1e-7, atol=1e-9):
     for mine, theirs in zip(trainable, naive.params, strict=True):
         compare(mine, theirs)
     compare(method.penalty().double(), naive.penalty().double())
-    if method.importance:
+    if method.has_penalty:
         for mine, theirs in zip(method.importance.values(), naive.omega, strict=True):
             compare(mine, theirs)
         if getattr(method, "anchors", "latest") != "all":

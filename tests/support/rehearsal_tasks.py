@@ -14,19 +14,19 @@ INPUTS = torch.zeros(4, FEATURES, dtype=torch.float64)
 # ends, or begins.
 BAD_EXAMPLES = [
     ((INPUTS[:0], torch.zeros(0).long()), "the data of the task is empty"),
-    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected .* \[0, 1\]"),
+    ((INPUTS, torch.tensor([0, 1, 2, 0])), r"labels reach from 0 to 2, expected 0 to 1"),
     ((INPUTS, torch.tensor([0, 1, -1, 0])), "labels reach from -1 to 1"),
-    ((INPUTS, torch.zeros(4)), "labels have dtype torch.float32"),
+    ((INPUTS, torch.zeros(4)), "labels y are torch.float32"),
     ((INPUTS, torch.zeros(3).long()), "4 inputs but 3 labels"),
     ((INPUTS[:, :3], torch.zeros(4).long()), r"inputs are torch.float64 \[3\] each, .* \[5\]"),
-    ((INPUTS / 0, torch.zeros(4).long()), "4 of 4 inputs hold NaN or infinity; leave"),
+    ((INPUTS / 0, torch.zeros(4).long()), "inputs hold NaN or infinity; leave"),
     ((INPUTS,), "expected a pair"),
 ]
 AT_THE_BEGINNING = {
     "the data of the task is empty": r"float64 \[0, 5\], torch.int64 \[0\], expected a pair of t",
     "4 inputs but 3 labels": r"float64 \[4, 5\], torch.int64 \[3\], expected a pair of tensors",
-    r"labels reach from 0 to 2, expected .* \[0, 1\]": "0 to 2, expected 0 to 1: the task's own",
-    "expected a pair": "of type tuple, expected a pair of tensors",
+    r"labels reach from 0 to 2, expected 0 to 1": "0 to 2, expected 0 to 1: the task's own",
+    "expected a pair": "tuple of 1 entries, expected a pair of tensors",
 }
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS)

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clext.methods.parts.examples import check_alike
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -80,29 +78,6 @@ def exemplars_per_set(
             f"{len(counts)} classes{tasks}; make the method with budget={needed} or more"
         )
     return {label: share // count for label, count in counts.items()}
-
-
-def checked_sets(owner: str, given: object, budget: int) -> Sets:
-    """`given` if it is such as a state has; ValueError otherwise."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{owner} is {type(given).__name__}, expected exemplars by class")
-    known: Tensor | None = None
-    total = 0
-    for label, entries in given.items():
-        if type(label) is not int or label < 0 or not isinstance(entries, list) or not entries:
-            raise ValueError(f"{owner} holds {label!r}, expected a class and its exemplars")
-        for entry in entries:
-            if not isinstance(entry, Tensor) or entry.dim() == 0 or len(entry) == 0:
-                raise ValueError(f"{owner}[{label}] is no list of tensors with exemplars")
-            known = entry if known is None else known
-            check_alike(owner, entry, known, "of the other classes")
-            total += len(entry)
-    if total > budget:
-        raise ValueError(
-            f"{owner} has {total} exemplars and the budget is {budget}; make the method with the "
-            "budget that it was saved with"
-        )
-    return given
 
 
 def joined(sets: Sets) -> tuple[Tensor, Tensor] | None:

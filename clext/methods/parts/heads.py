@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from clext.core.batches import read_examples
+from clext.core.modes import module_mode
+from clext.core.parameters import device_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
+
+    from clext.core.batches import Batches
 
 
 class Heads:
@@ -24,7 +30,7 @@ class Heads:
         model: from inputs to logits [N, outputs].
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.active: range | None = None  # None: all that the model has
         self.blocks: list[range] = []  # of the tasks begun, in their order
@@ -125,6 +131,28 @@ class Heads:
                 f"{owner}: the model has {outputs} outputs, and {known} when earlier tasks ended: "
                 "a head may grow but not shrink; make a new method for this model"
             )
+
+    @torch.no_grad()
+    def count(self, inputs: Tensor) -> int:
+        """How many outputs the model has, as it makes them of inputs like these."""
+        with module_mode(self._model, training=False):
+            return self.logits(inputs[:2]).shape[1]
+
+    def read_examples(
+        self, owner: str, batches: Batches | None, ended: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the task after `ended` others, on the model's device, with global labels.
+
+        ValueError if they are not (x, y), not finite, or not of the task's classes.
+        """
+
+        def classes(inputs: Tensor) -> range:
+            if self.classes is not None and len(self.blocks) > ended:
+                return self.classes
+            return range(self.count(inputs) if self.active is None else len(self.active))
+
+        device = device_of(self._model)
+        return read_examples(owner, batches, device, classes, self.start)
 
     def cross_entropy(self, inputs: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
         """The loss of examples of any task seen.

@@ -31,6 +31,11 @@ def checked_strength(kind: type[Method], given: object) -> float:
     return strength
 
 
+def scale_of(scaler: object) -> float:
+    """By what gradients are scaled: of a GradScaler, or a number; 1 for None."""
+    return 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
+
+
 def described(method: Method) -> str:
     """Class, options and counts, as `repr` shows them."""
     values = {name: getattr(method, name) for name in option_names(type(method))}

@@ -1,8 +1,8 @@
-"""A model as it was at one time: what distillation and generated replay learn from."""
+"""Teachers: a model as it was at the end of a task, and what another one learns from it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,22 @@ from torch.func import functional_call
 
 from clext.core.modes import module_mode
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clext.methods.parts.heads import Heads
+
+# How a distillation loss is scaled, the default first.
+SCALES = ("squared", "mean", "none")
 # Large enough that a batch keeps every core busy, small enough for any model's activations.
 LARGE_BATCH = 1000
 
 
-class Snapshot:
+class Teacher:
     """Copies of a model's parameters and buffers, and the model run with them.
 
-    It is the live model that runs, so its hooks apply, and with them the selection of outputs (see
-    `Outputs`). The model may have grown since: parameters that came later are the live ones, and a
-    head that was replaced by a wider one of the same name has its old width.
+    The live model may have grown since: parameters that came later are the live ones, and a head
+    that was replaced by a wider one of the same name has its old width.
 
     Args:
         model: whose values are copied, on the device where they are.
@@ -27,24 +33,11 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._values = {
-            name: value.detach().clone(memory_format=torch.preserve_format)
-            for name, value in _named_values(model).items()
-        }
+        self._values = {name: value.detach().clone() for name, value in _values(model).items()}
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
-        """What the model returned for `inputs` at that time, in eval mode and without gradients.
-
-        Raises:
-            RuntimeError: the live model has lost a parameter or buffer since.
-        """
-        lost = self._values.keys() - _named_values(self._model).keys()
-        if lost:
-            raise RuntimeError(
-                f"the model as it was has '{min(lost)}', which the model has no more; keep the "
-                "names of what it is made of, and add what is new under other names"
-            )
+        """All outputs of the model for `inputs` at that time, in eval mode, without gradients."""
         with module_mode(self._model, training=False):
             outputs: Tensor = functional_call(self._model, self._values, (inputs,))
         return outputs
@@ -53,97 +46,95 @@ class Snapshot:
         """The same for many inputs, in batches of 1000."""
         return torch.cat([self(batch) for batch in inputs.split(LARGE_BATCH)])
 
-    def move(self, device: torch.device) -> None:
-        """Move the copies to `device`."""
+    def to(self, device: torch.device) -> None:
+        """Move the copies."""
         self._values = {name: value.to(device) for name, value in self._values.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The values by name, as copies, and the names, by which a loss of values is seen."""
-        values = {name: value.clone() for name, value in self._values.items()}
-        return {"names": list(values), "values": values}
+        """Copies of the values by name."""
+        return {"values": {name: value.clone() for name, value in self._values.items()}}
 
     @classmethod
-    def load(cls, owner: str, model: nn.Module, given: object) -> Snapshot:
-        """The snapshot of `model` that `state_dict` was made of, on the model's device.
+    def load(cls, model: nn.Module, given: Mapping[str, Any]) -> Teacher:
+        """The teacher of `model` with such values; ValueError if the model never had such."""
+        teacher, live = cls(model), _values(model)
+        teacher._values = {}
+        for name, value in given["values"].items():
+            fits = value.dim() == live[name].dim()
+            if not fits or any(map(int.__gt__, value.shape, live[name].shape)):
+                raise ValueError(
+                    f"teacher: '{name}' is {list(value.shape)}, expected at most the "
+                    f"{list(live[name].shape)} of the model"
+                )
+            teacher._values[name] = value.to(live[name].device, live[name].dtype, copy=True)
+        return teacher
 
-        Raises:
-            ValueError: `given`, called `owner` in the message, is no such state of this model.
-        """
-        values = _checked_values(owner, model, given)
-        snapshot = cls.__new__(cls)
-        snapshot._model, snapshot._values = model, values
-        return snapshot
 
-
-def refuse_broken(owner: str, model: nn.Module, what: str = "model") -> None:
-    """ValueError if a model, `what` in the message, is no teacher: training has broken it.
-
-    A buffer may hold -inf, of which masks are made.
-    """
-    entries: list[tuple[str, str, Tensor]] = [
-        ("parameter", name, value) for name, value in model.named_parameters()
-    ]
-    entries += [("buffer", name, value) for name, value in model.named_buffers()]
-    for kind, name, value in entries:
-        if not _usable(value.detach(), mask=kind == "buffer"):
+def check_teacher(owner: str, model: nn.Module, what: str = "model") -> None:
+    """ValueError if a model, `what` in the message, is none: training has broken it."""
+    known = dict(model.named_parameters())
+    for name, value in _values(model).items():
+        # Masks are buffers with -inf.
+        broken = ~value.isfinite() if name in known else value.isnan()
+        if bool(broken.any()):
             raise ValueError(
-                f"{owner}: the {what}'s {kind} {name!r} holds NaN or infinity, so the {what} is "
-                "of no use to later tasks: go back to state dicts of the model and the method "
-                "saved before it"
+                f"{owner}: '{name}' of the {what} holds NaN or infinity, so the {what} is of no "
+                "use to later tasks: go back to state dicts of the model and the method saved "
+                "before it"
             )
 
 
-def _usable(value: Tensor, *, mask: bool) -> bool:
-    """Whether all numbers are finite, or with `mask` also -inf."""
-    usable = value.isfinite()
-    if mask and value.is_floating_point():
-        usable = usable | value.isneginf()
-    return bool(usable.all())
-
-
-def _named_values(model: nn.Module) -> dict[str, Tensor]:
+def _values(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers; what is shared goes by its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _checked_values(owner: str, model: nn.Module, given: object) -> dict[str, Tensor]:
-    """`given` as copies on the model's device, in its types; ValueError if they do not fit it."""
-    if not isinstance(given, dict) or given.keys() != {"names", "values"}:
-        got = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
-        raise ValueError(f"{owner} holds {got or 'nothing'}, expected names and values")
-    names, values = given["names"], given["values"]
-    if not isinstance(names, list) or not isinstance(values, dict):
-        raise ValueError(
-            f"{owner} has names and values of {type(names).__name__} and {type(values).__name__}, "
-            "expected a list, and a dict of tensors by name"
-        )
-    live = _named_values(model)
-    unknown = sorted(values.keys() - live.keys(), key=str)
-    if unknown or not values:
-        what = f"'{unknown[0]}', which the model has not" if unknown else "nothing"
-        raise ValueError(f"{owner} holds {what}; expected the model's parameters and buffers")
-    # A model that has grown since has more than the state; what the state had it has to have still.
-    if sorted(names, key=str) != sorted(values, key=str):
-        missing = [name for name in names if name not in values]
-        what = f"'{missing[0]}' is missing" if missing else "there are others"
-        raise ValueError(f"{owner}: {what} among its values, expected those that its names list")
-    return {
-        name: _checked_value(f"{owner}[{name!r}]", live[name], value)
-        for name, value in values.items()
-    }
+def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float, scale: str) -> Tensor:
+    """Cross entropy between the softened probabilities of a teacher and those of the model, 0-dim.
+
+    T^2 * mean over examples of -sum_c p_c log q_c with p = softmax(teacher / T) and
+    q = softmax(logits / T) (Hinton et al. 2015, arXiv:1503.02531).
+
+    Args:
+        logits: of the model, [N, classes].
+        teacher: its logits, [N, classes that it knew], the first of those above; to the rest it
+            gives the probability zero.
+        temperature: T > 0.
+        scale: "squared" as above, so that gradients do not shrink with T; "mean": T^2 divided by
+            the number of classes; "none": without T^2.
+    """
+    # A sum of logarithms in bfloat16 would have two digits left.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = torch.softmax(teacher.to(logits.dtype) / temperature, dim=1)
+    log_probabilities = torch.log_softmax(logits / temperature, dim=1)
+    loss = -(targets * log_probabilities[:, : teacher.shape[1]]).sum(dim=1).mean()
+    if scale == "none":
+        return loss
+    return loss * (temperature**2 / (logits.shape[1] if scale == "mean" else 1))
 
 
-def _checked_value(label: str, live: Tensor, given: object) -> Tensor:
-    if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta:
-        raise ValueError(f"{label} is {type(given).__name__}, expected a dense tensor with values")
-    fits = given.dim() == live.dim() and all(
-        old <= new for old, new in zip(given.shape, live.shape, strict=True)
-    )
-    if not fits or given.is_floating_point() != live.is_floating_point():
-        raise ValueError(
-            f"{label} is {given.dtype} {list(given.shape)}, expected the {live.dtype} "
-            f"{list(live.shape)} of the model, or no larger"
-        )
-    if not _usable(given.detach(), mask=not isinstance(live, nn.Parameter)):
-        raise ValueError(f"{label} holds NaN or infinity")
-    return given.detach().to(live.device, live.dtype, copy=True)
+def old_heads(heads: Heads, ended: int, known: int) -> list[tuple[slice, slice]]:
+    """The outputs that examples of earlier tasks are told apart by.
+
+    Args:
+        heads: of the model.
+        ended: tasks ended so far.
+        known: how many outputs the model had then.
+
+    Returns:
+        For each head of the earlier tasks (one for all of them, but where each task has its own)
+        the model's outputs that compete in it now, and those of them that did at the end of the
+        last task.
+    """
+    active = heads.active
+    if active is None:
+        return [(slice(None), slice(0, known))]
+    tops: dict[range, int] = {}
+    for block in heads.blocks[:ended]:
+        inside = active.start <= block.start and block.stop <= active.stop
+        head = active if inside else block
+        tops[head] = max(tops.get(head, 0), block.stop)
+    return [
+        (slice(head.start, head.stop), slice(head.start, min(top, known)))
+        for head, top in tops.items()
+    ]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clext.core.batches import described
+
 
 class VAE(nn.Module):
     """A symmetric, fully connected variational auto-encoder of inputs in [0, 1], with ReLU.
@@ -45,12 +47,12 @@ class VAE(nn.Module):
 
         Args:
             inputs: in [0, 1], [N, *shape].
-            generator: of the noise of the codes; None: torch's own.
+            generator: of the noise of the codes, on the CPU; None: torch's own.
         """
         flat = inputs.flatten(1).to(self.mean.weight.dtype)
         features = self.encoder(flat)
         mean, log_variance = _widened(self.mean(features)), _widened(self.log_variance(features))
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         logits = _widened(self._decode(mean + (0.5 * log_variance).exp() * noise))
         bits = F.binary_cross_entropy_with_logits(logits, flat.to(logits.dtype), reduction="sum")
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
@@ -61,7 +63,7 @@ class VAE(nn.Module):
         """Inputs that the decoder makes of codes drawn from the prior, [count, *shape]."""
         like = self.mean.weight
         shape = (count, self.mean.out_features)
-        codes = torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+        codes = torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
         return torch.sigmoid(_widened(self._decode(codes))).view(count, *self.shape)
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -95,57 +97,37 @@ def check_generator(owner: str, generator: object) -> nn.Module:
     return generator
 
 
-def check_inputs(owner: str, inputs: Tensor, *, bounded: bool, values: bool) -> None:
-    """ValueError unless `inputs` are what a generator can learn.
+def check_inputs(owner: str, generator: nn.Module, inputs: Tensor) -> None:
+    """ValueError unless `inputs` are what a generator can learn: in [0, 1] for a `VAE`, or finite.
 
-    Args:
-        owner: whose inputs they are, for messages.
-        inputs: of a batch, or of a whole task.
-        bounded: whether they have to be in [0, 1], as for a `VAE`; else finite.
-        values: whether to look at the numbers, which waits for the device.
+    Looks at the numbers, so it waits for the device.
     """
-    remedy = "scale them, or pass a generator of your own"
-    if bounded and not inputs.is_floating_point():
+    bounded = isinstance(generator, VAE)
+    expected = "numbers in [0, 1]" if bounded else "finite numbers"
+    if not inputs.is_floating_point():
+        least, most = (-math.inf, math.inf) if bounded else (0.0, 1.0)
+    else:
+        least, most = torch.stack(inputs.detach().aminmax()).tolist()
+    fits = least >= 0 and most <= 1 if bounded else math.isfinite(least + most)
+    if not fits:
         raise ValueError(
-            f"{owner}: inputs are {inputs.dtype}, and the variational auto-encoder expects numbers "
-            f"in [0, 1]; {remedy}"
-        )
-    if not values or not inputs.numel() or not inputs.is_floating_point():
-        return
-    least, most = torch.stack(inputs.detach().aminmax()).tolist()
-    if bounded and not (least >= 0 and most <= 1):
-        raise ValueError(
-            f"{owner}: inputs lie between {least:g} and {most:g}, and the variational "
-            f"auto-encoder expects numbers in [0, 1]; {remedy}"
-        )
-    if not (math.isfinite(least) and math.isfinite(most)):
-        raise ValueError(
-            f"{owner}: inputs hold NaN or infinity, which the generator would learn; leave these "
-            "examples out, or replace their values"
+            f"{owner}: inputs are {inputs.dtype} between {least:g} and {most:g}, and the generator "
+            f"expects {expected}; scale them, or pass a generator of your own"
         )
 
 
 def sample_like(
     owner: str, generator: nn.Module, inputs: Tensor, random: torch.Generator
 ) -> Tensor:
-    """As many samples as there are inputs; ValueError if they are not like these."""
+    """As many samples as there are inputs, on their device; ValueError if they are not like these."""
     with torch.no_grad():
         samples = generator.sample(len(inputs), random)  # type: ignore[operator]
-    if (
-        not isinstance(samples, Tensor)
-        or samples.shape != inputs.shape
-        or samples.device != inputs.device
-    ):
-        got = (
-            f"{list(samples.shape)} on {samples.device}"
-            if isinstance(samples, Tensor)
-            else type(samples).__name__
-        )
+    if not isinstance(samples, Tensor) or samples.shape != inputs.shape:
         raise ValueError(
-            f"{owner}: sample({len(inputs)}, ...) of the generator returned {got}, expected "
-            f"{list(inputs.shape)} on {inputs.device}, like the inputs"
+            f"{owner}: sample({len(inputs)}, ...) of the generator returned {described(samples)}, "
+            f"expected {list(inputs.shape)} like the inputs"
         )
-    return samples.to(inputs.dtype)
+    return samples.to(inputs)
 
 
 def generator_loss(
@@ -155,20 +137,7 @@ def generator_loss(
     noise = (random,) if isinstance(generator, VAE) else ()
     loss = generator.loss(inputs, *noise)  # type: ignore[operator]
     if not isinstance(loss, Tensor) or loss.dim() != 0:
-        got = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"{owner}: loss(inputs) of the generator returned {got}, expected 0-dim")
+        raise ValueError(
+            f"{owner}: loss(inputs) of the generator returned {described(loss)}, expected 0-dim"
+        )
     return loss
-
-
-def check_state(owner: str, module: nn.Module, given: object) -> None:
-    """ValueError unless `given` is a state dict of `module` with finite numbers."""
-    own = module.state_dict()
-    if not isinstance(given, dict) or given.keys() != own.keys():
-        raise ValueError(f"{owner} is not of this generator: expected {', '.join(own)}")
-    for name, value in own.items():
-        other = given[name]
-        if not isinstance(other, Tensor) or other.shape != value.shape:
-            got = list(other.shape) if isinstance(other, Tensor) else type(other).__name__
-            raise ValueError(f"{owner}[{name!r}] is {got}, expected {list(value.shape)}")
-        if not bool(other.isfinite().all()):
-            raise ValueError(f"{owner}[{name!r}] holds NaN or infinity")

@@ -1,13 +1,14 @@
-"""Published numbers again: `python bench/reproduce.py NAME [--row ROW] [--seed N]`.
+"""Published numbers again: `python bench/published/reproduce.py NAME [--row ROW] [--seed N]`.
 
-NAME is a table of bench/published.py. Each row is trained by the protocol of its authors; the
-result is printed beside the published value and appended to bench/results/published.jsonl, which
-`python bench/report.py` turns into a table. MNIST has to be there, see `clext info`.
+NAME is a table of bench/published/tables.py. Each row is trained by the protocol of its authors;
+the result is printed beside the published value and appended to bench/results/published.jsonl,
+which `python bench/report/report.py` turns into a table. MNIST has to be there, see `clext info`.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +16,8 @@ from statistics import fmean
 
 import click
 import torch
-from protocols import Protocol, Row, verdict, with_shuffled_classes
-from published import PROTOCOLS
-from timing import machine, record
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, generator, isolated_rng
@@ -28,6 +28,9 @@ from clext.training.evaluate import Examiner
 from clext.training.loop import begin_task
 from clext.training.settings import resolve_device
 from clext.training.steps import TaskSteps
+from published.protocols import Protocol, Row, verdict, with_shuffled_classes
+from published.tables import PROTOCOLS
+from speed.timing import machine, record
 
 
 @click.command(help=__doc__)

@@ -1,11 +1,11 @@
-"""The course's formulas beside the papers', on the same batches: `python bench/course_quirks.py`.
+"""The course's formulas beside the papers', same batches: `python bench/course/course_quirks.py`.
 
 Permuted MNIST as in `clext.train`'s defaults: `clext.train` for the papers' formulas, and for the
 classes of `clext.course` the notebook's loop with the same permutations, initial weights and order
 of examples. Some runs take one quirk out of a class. Appends a line per run to
 bench/results/course.jsonl. `--sizes` instead compares importances after the first task
 (course_sizes.jsonl), `--steps` times penalty and update of one training step, of these classes and
-of the notebook's own (course_step.jsonl). `python bench/report.py` makes the README's tables.
+of the notebook's own (course_step.jsonl); `python bench/report/report.py` makes tables of these.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import Stopwatch, machine, record, rounds_for
 from torch import nn
 
 import clext
@@ -32,6 +31,10 @@ from clext.importance import fisher_information, output_sensitivity, sliced_cram
 from clext.training.evaluate import evaluate
 from clext.training.models import mlp
 from clext.training.settings import resolve_device
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
+
+from speed.timing import Stopwatch, machine, record, rounds_for
 
 TASKS, BATCH, LR = 5, 128, 1e-4
 
@@ -227,7 +230,7 @@ def first_task(epochs: int, seeds: Seeds, device: torch.device) -> tuple[nn.Modu
 
 def time_steps() -> None:
     """Penalty, its gradient and the update in a later task, without the model's own work."""
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "support"))
     import notebook_methods as notebook
 
     pairs = {

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean, stdev
 
-from result_tables import NOT_MEASURED, RESULTS, Entry, markdown, newest, read_lines, where
-
 from clext import Comparison, Result
+from report.result_tables import NOT_MEASURED, RESULTS, Entry, markdown, newest, read_lines, where
 
 _ENOUGH_TO_SCATTER = 3
 
@@ -30,8 +29,8 @@ def published_table() -> str:
 
     Runs that were made before a row's options changed are left out.
     """
-    from protocols import verdict
-    from published import PROTOCOLS
+    from published.protocols import verdict
+    from published.tables import PROTOCOLS
 
     runs = newest(read_lines("published"), "name", "row", "method", "seed")
     rows = []

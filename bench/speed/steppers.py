@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import DECAY, STRENGTH
-from sizes import Shapes
 from torch import Tensor, nn
 
 import clext
+from speed.cases import DECAY, STRENGTH
+from speed.sizes import Shapes
 
 NEVER = 10**9
 LR, MOMENTUM = 1e-3, 0.9

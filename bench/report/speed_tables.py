@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from result_tables import NOT_MEASURED, Entry, by_device, markdown, newest, read_lines, times, where
+from report.result_tables import (
+    NOT_MEASURED,
+    Entry,
+    by_device,
+    markdown,
+    newest,
+    read_lines,
+    times,
+    where,
+)
 
 NAMES = {"torch": "plain torch"}
 CONTESTANTS = ("clext", "course")
@@ -36,8 +45,8 @@ def penalty_table() -> str:
 
 def traffic_table() -> str:
     """From the definitions of the benchmarks, not from results."""
-    from cases import CASES
-    from steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, least_traffic
+    from speed.cases import CASES
+    from speed.steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, least_traffic
 
     counts = {f"`{op}`": (case.reads, case.writes) for op, case in CASES.items()}
     for optimizer in CLEXT_OPTIMIZERS:

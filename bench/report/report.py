@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and bench/README.md from bench/results: `python bench/report.py`.
+"""Writes the tables of both READMEs from bench/results: `python bench/report/report.py`.
 
 With --check nothing is written; the exit code is 1 where a table differs from the results.
 """
@@ -6,14 +6,17 @@ With --check nothing is written; the exit code is 1 where a table differs from t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import accuracy_tables
 import click
-import speed_tables
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
+
+from report import accuracy_tables, speed_tables
+
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md"]
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -58,7 +61,7 @@ def report(check: bool) -> None:
     paths = stale()
     names = ", ".join(path.relative_to(ROOT).as_posix() for path in paths) or "nothing"
     if check and paths:
-        raise SystemExit(f"{names}: tables differ from bench/results; run bench/report.py")
+        raise SystemExit(f"{names}: tables differ from bench/results; run bench/report/report.py")
     for path in paths:
         path.write_text(filled(path.read_text()))
     print(f"{'stale' if check else 'written'}: {names}")

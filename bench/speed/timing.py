@@ -17,7 +17,7 @@ import torch
 
 from clext.ops._extension import build_info
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROUNDS = int(os.environ.get("CLEXT_BENCH_ROUNDS", "0"))
 

@@ -1,0 +1,1 @@
+"""Published numbers again, by the protocols of their authors."""

@@ -1,0 +1,1 @@
+"""Cases, sizes and contestants of the benchmarks, and their clock."""
