@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clext import ops
-from speed.cases import STRENGTH, Lists
+from speed.cases import PATH, STRENGTH, Lists
 from speed.timing import Stopwatch, machine, record
 
 CALLS = 200
@@ -17,11 +17,14 @@ CALLS = 200
 
 @pytest.mark.parametrize("tensors", [8, 100, 600])
 def test_call_overhead(tensors: int, benchmark: Any, capsys: Any) -> None:
-    lists = Lists.make([(16,)] * tensors, "cpu", ("anchor", "importance", "path", "previous"))
+    shapes = [(16,)] * tensors
+    lists = Lists.make(shapes, "cpu", ("anchor", "importance"))
+    with_path = Lists.make(shapes, "cpu", PATH).plan_after_a_pull()
     plan = lists.plan()
     contestants = {
         "plan": partial(plan.add_quadratic_penalty_grad_, STRENGTH),
-        "plan_path": partial(plan.accumulate_path_integral_, STRENGTH),
+        "plan_keeps": partial(with_path.add_quadratic_penalty_grad_, STRENGTH),
+        "plan_path": with_path.accumulate_path_integral_,
         "op": partial(
             ops.add_quadratic_penalty_grad_,
             lists.grads,

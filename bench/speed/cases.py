@@ -66,6 +66,14 @@ class Lists:
         state = {name: list_ for name, list_ in self.state.items() if name != "estimate"}
         return C.ParameterPlan([str(i) for i in range(len(self.params))], self.params, state)
 
+    def plan_after_a_pull(self) -> C.ParameterPlan:
+        """A plan whose path ops have something to work on; the lists are as they were."""
+        before = [tensor.clone() for tensor in self.everything()]
+        plan = self.plan()
+        plan.add_quadratic_penalty_grad_(STRENGTH)
+        torch._foreach_copy_(self.everything(), before)
+        return plan
+
     def everything(self) -> list[Tensor]:
         return [*self.grads, *(tensor for list_ in self.state.values() for tensor in list_)]
 
@@ -166,51 +174,38 @@ def add_quadratic_penalty_grad(t: Lists) -> Contestants:
 
 
 def accumulate_path_integral(t: Lists) -> Contestants:
-    lists = (t["path"], t["previous"], t.params, t.grads, t["anchor"], t["importance"])
-    path, previous, params, grads, anchors, importances = lists
-    plan = t.plan()
+    path, params, starts, task_grads = t["path"], t.params, t["step_start"], t["task_gradient"]
+    plan = t.plan_after_a_pull()
 
     def loop() -> None:
-        for w, old, p, g, a, o in zip(*lists, strict=True):
-            task_grad = g - 2 * STRENGTH * o * (old - a)
-            w.sub_(task_grad * (p - old))
-            old.copy_(p)
+        for w, p, old, g in zip(path, params, starts, task_grads, strict=True):
+            w.sub_(g * (p - old))
 
     def foreach() -> None:
-        pulls = torch._foreach_sub(previous, anchors)
-        torch._foreach_mul_(pulls, importances)
-        task_grads = torch._foreach_add(grads, pulls, alpha=-2 * STRENGTH)
-        steps = torch._foreach_sub(params, previous)
+        steps = torch._foreach_sub(params, starts)
         torch._foreach_addcmul_(path, task_grads, steps, -1.0)
-        torch._foreach_copy_(previous, params)
 
     return {
         "loop": loop,
         "foreach": foreach,
         "compile": torch.compile(loop),
-        "clext": partial(plan.accumulate_path_integral_, STRENGTH),
+        "clext": plan.accumulate_path_integral_,
     }
 
 
 def riemannian_walk_step(t: Lists) -> Contestants:
-    lists = (t["path"], t["previous"], t["fisher"], t.params, t.grads, t["anchor"], t["importance"])
-    path, previous, fisher, params, grads, anchors, importances = lists
-    plan = t.plan()
+    path, fisher, params = t["path"], t["fisher"], t.params
+    starts, task_grads = t["step_start"], t["task_gradient"]
+    plan = t.plan_after_a_pull()
 
     def loop() -> None:
-        for w, old, f, p, g, a, o in zip(*lists, strict=True):
-            task_grad = g - 2 * STRENGTH * o * (old - a)
-            w.sub_(task_grad * (p - old))
-            old.copy_(p)
-            f.copy_(DECAY * f + (1 - DECAY) * task_grad**2)
+        for w, f, p, old, g in zip(path, fisher, params, starts, task_grads, strict=True):
+            w.sub_(g * (p - old))
+            f.copy_(DECAY * f + (1 - DECAY) * g**2)
 
     def foreach() -> None:
-        pulls = torch._foreach_sub(previous, anchors)
-        torch._foreach_mul_(pulls, importances)
-        task_grads = torch._foreach_add(grads, pulls, alpha=-2 * STRENGTH)
-        steps = torch._foreach_sub(params, previous)
+        steps = torch._foreach_sub(params, starts)
         torch._foreach_addcmul_(path, task_grads, steps, -1.0)
-        torch._foreach_copy_(previous, params)
         torch._foreach_mul_(fisher, DECAY)
         torch._foreach_addcmul_(fisher, task_grads, task_grads, 1 - DECAY)
 
@@ -218,7 +213,7 @@ def riemannian_walk_step(t: Lists) -> Contestants:
         "loop": loop,
         "foreach": foreach,
         "compile": torch.compile(loop),
-        "clext": partial(plan.riemannian_walk_step_, STRENGTH, DECAY),
+        "clext": partial(plan.riemannian_walk_step_, DECAY),
     }
 
 
@@ -393,15 +388,15 @@ def _max(tensors: list[Tensor]) -> Tensor:
 
 
 PENALTY = ("anchor", "importance")
-PATH = (*PENALTY, "path", "previous")
+PATH = (*PENALTY, "path", "step_start", "task_gradient")
 WALK = (*PATH, "fisher")
 
 CASES: dict[str, Case] = {
     "quadratic_penalty": Case(3, 0, PENALTY, quadratic_penalty),
     "quadratic_penalty_backward": Case(3, 1, (*PENALTY, "out"), quadratic_penalty_backward),
     "add_quadratic_penalty_grad_": Case(4, 1, PENALTY, add_quadratic_penalty_grad),
-    "accumulate_path_integral_": Case(6, 2, PATH, accumulate_path_integral),
-    "riemannian_walk_step_": Case(7, 3, WALK, riemannian_walk_step),
+    "accumulate_path_integral_": Case(4, 1, PATH, accumulate_path_integral),
+    "riemannian_walk_step_": Case(5, 2, WALK, riemannian_walk_step),
     "accumulate_riemannian_walk_score_": Case(
         5, 3, ("task_score", "path", "interval_start", "fisher"), accumulate_riemannian_walk_score
     ),

@@ -36,16 +36,15 @@ class Method:
         loss = method.loss(x, y)        # or a loss of your own, for methods that only protect
         loss.backward()
         method.add_penalty_grad_()      # or, before backward: loss = loss + method.penalty()
-        optimizer.step()                # clip before it if you like, by whatever means
+        optimizer.step()                # clip before it if you like
         method.update()
         optimizer.zero_grad()
         method.consolidate(dataloader)  # at the end of each task
 
     `method.attach(optimizer)` makes the two calls around each step of any optimizer of torch; one
-    of `clext.optim` that is given the method does all of it in the pass that steps.
-
-    A subclass keeps each option in an attribute of its name and overrides what it needs of the
-    hooks below. What can fail is computed first, then assigned.
+    of `clext.optim` that is given the method does all of it in the pass that steps. A subclass
+    keeps each option in an attribute of its name and overrides the hooks below that it needs;
+    what can fail is computed first, then assigned.
 
     Args:
         model: its trainable parameters are meant; frozen ones are not touched.
@@ -89,13 +88,11 @@ class Method:
 
         Args:
             examples: inputs [N, ...] and local labels [N] int64 of the whole task, for methods that
-                prepare something or train on more (LwF, joint, iCaRL), on the model's device.
+                prepare something or train on more (LwF, joint, iCaRL), on the model's device. The
+                same rows of all tensors that are returned are the arguments of `loss`.
             block: the outputs that are the classes of this task; None: all.
             active: the outputs that compete: the task's own (a head for each task), or all seen (a
                 growing head); `heads(x)` returns these, labels count from the first. None: all.
-
-        Returns:
-            Tensors with a row for each example; the same rows of each are the arguments of `loss`.
 
         Raises:
             ValueError: that does not fit the model or the method; nothing is changed.
@@ -112,10 +109,9 @@ class Method:
             raise
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The loss without the penalty (0-dim) of inputs [N, ...] and labels int [N].
+        """The loss without the penalty, 0-dim, of inputs [N, ...] and labels int [N].
 
-        Or of the same rows of all that `begin_task` returned. TypeError or ValueError if they are
-        not such, or the model returns no logits [N, outputs].
+        Or of rows of what `begin_task` returned; TypeError or ValueError for anything else.
         """
         value = self._loss(*checked_batch(batch))
         self.steps += self.has_own_loss
@@ -147,12 +143,9 @@ class Method:
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task: take what is to be kept of it.
 
-        Args:
-            dataloader: batches (x, y) of the task, for methods that measure importance on data (MAS
-                and SCP do without y) or keep examples.
-
-        Raises:
-            ValueError: the data is not as described, or the steps have left NaN; nothing is changed.
+        `dataloader`: batches (x, y), for methods that measure importance on data (MAS and SCP do
+        without y) or keep examples. ValueError: they are not such, or the steps have left NaN;
+        nothing is changed.
         """
         grad = torch.is_grad_enabled()
         # No later loss could use what is made in inference mode.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import compress
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from clext import ops
 from clext.core.parameters import canonical_names, check_parameters
 from clext.methods.base import Method
 from clext.methods.parts.options import scale_of
@@ -65,13 +63,7 @@ class QuadraticPenalty(Method):
 
     def penalty(self) -> Tensor:
         """The penalty: 0-dim, differentiable, to be added to the loss."""
-
-        def value(state: ParameterState) -> Tensor:
-            moving = [entry.requires_grad or entry.grad is not None for entry in state.params]
-            lists = (state.params, state.lists["anchor"], state.lists["importance"])
-            return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
-
-        penalty = self.strength * (self._on_state(value) + self.constant)
+        penalty = self.strength * (self._on_state(ParameterState.penalty) + self.constant)
         if penalty.requires_grad:
             # A count that a compiled loss advanced would compile it anew in each step.
             self.steps = 1 if torch.compiler.is_compiling() else self.steps + 1
@@ -83,22 +75,15 @@ class QuadraticPenalty(Method):
 
         Call it once in a step, on complete gradients; after it they may be clipped or dropped.
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
-
-        Raises:
-            RuntimeError: these gradients hold the pull already.
+        RuntimeError: these gradients hold the pull already.
         """
-        self._step.refuse_second_pull(self.name, self._state)
-        scale = scale_of(scaler)
+        scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += 1
         return value + self.strength * self.constant if self.constant else value
 
     def update(self) -> None:
-        """Look at a step, after it.
-
-        Raises:
-            RuntimeError: for methods with a path integral, if nothing was kept of the step.
-        """
+        """Look at a step, after it; RuntimeError if a path integral needs it and none was kept."""
         if self._step.follows_path:
             if self._step.kept_by is None:
                 raise RuntimeError(

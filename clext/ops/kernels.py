@@ -50,59 +50,22 @@ def add_quadratic_penalty_grad_(
 
 
 def accumulate_path_integral_(
-    path: TensorList,
-    previous: TensorList,
-    params: TensorList,
-    grads: TensorList,
-    anchors: TensorList,
-    importances: TensorList,
-    strength: float,
-    *,
-    task_scale: Tensor | None = None,
-    pull_scale: Tensor | None = None,
+    path: TensorList, params: TensorList, starts: TensorList, task_grads: TensorList
 ) -> None:
-    """Subtract task gradient * step from `path`; `previous` becomes the parameters (SI)."""
-    _ops.accumulate_path_integral_.default(
-        path,
-        previous,
-        params,
-        grads,
-        anchors,
-        importances,
-        strength,
-        task_scale=task_scale,
-        pull_scale=pull_scale,
-    )
+    """Subtract task gradient * (parameter - start) from `path` (SI)."""
+    _ops.accumulate_path_integral_.default(path, params, starts, task_grads)
 
 
 def riemannian_walk_step_(
     path: TensorList,
-    previous: TensorList,
     fisher: TensorList,
     params: TensorList,
-    grads: TensorList,
-    anchors: TensorList,
-    importances: TensorList,
-    strength: float,
+    starts: TensorList,
+    task_grads: TensorList,
     decay: float,
-    *,
-    task_scale: Tensor | None = None,
-    pull_scale: Tensor | None = None,
 ) -> None:
     """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
-    _ops.riemannian_walk_step_.default(
-        path,
-        previous,
-        fisher,
-        params,
-        grads,
-        anchors,
-        importances,
-        strength,
-        decay,
-        task_scale=task_scale,
-        pull_scale=pull_scale,
-    )
+    _ops.riemannian_walk_step_.default(path, fisher, params, starts, task_grads, decay)
 
 
 def accumulate_riemannian_walk_score_(
@@ -247,7 +210,7 @@ def sgd_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    task_scale: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """One protected step of SGD in one pass; returns the penalty's value before it."""
     return cast(
@@ -273,7 +236,7 @@ def sgd_step_(
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            task_scale=task_scale,
+            clip=clip,
         ),
     )
 
@@ -302,7 +265,7 @@ def adam_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    task_scale: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """One protected step of Adam (AdamW if `decoupled`) in one pass; returns as `sgd_step_`."""
     return cast(
@@ -330,6 +293,6 @@ def adam_step_(
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            task_scale=task_scale,
+            clip=clip,
         ),
     )

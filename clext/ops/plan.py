@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 
 # As the ops of optimizer steps order these lists.
 _PROTECTION = ("path", "fisher", "anchor", "importance")
+# What a pull keeps of the step: the parameters and the task's gradient.
+_KEPT = ("step_start", "task_gradient")
 
 
 class ReferencePlan:
     """Parameters and a method's state, checked once; gradients are read at each call.
 
     `state`: lists as long as `params`, each entry laid out like its parameter and in the state
-    dtype; keys among "anchor", "importance", "path", "previous", "fisher", "task_score", "score",
-    "interval_start", "momentum_buffer", "exp_avg", "exp_avg_sq". `steps`: one 0-dim state tensor
-    per parameter for the steps of an optimizer, or none.
+    dtype; keys among "anchor", "importance", "path", "task_gradient", "step_start", "fisher",
+    "task_score", "score", "interval_start", "momentum_buffer", "exp_avg", "exp_avg_sq".
+    `steps`: one 0-dim state tensor per parameter for the steps of an optimizer, or none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ReferencePlan:
         check_lists("ParameterPlan", layout, *lists, parameter_names=self._names)
         self._guard = tuple(key for key in _PROTECTION if key in self._state)
         self._steps = list(steps)
+        self._kept: list[int] | None = None  # the parameters that the last pull was added to
 
     def quadratic_penalty(self) -> Tensor:
         """The penalty's value without strength, without autograd (0-dim)."""
@@ -72,76 +75,41 @@ class ReferencePlan:
     def add_quadratic_penalty_grad_(self, strength: float) -> Tensor:
         """Add the gradient of strength * penalty to every `.grad`; returns the value (0-dim).
 
-        A missing `.grad` is made; frozen parameters without one are left out.
+        A missing `.grad` is made; frozen parameters without one are left out. A state with the
+        lists "task_gradient" and "step_start" keeps there the gradients before the pull and the
+        parameters.
         """
-        keys = ("anchor", "importance")
+        op = "add_quadratic_penalty_grad_"
         params, grads, (anchors, importances) = self._active(
-            "add_quadratic_penalty_grad_", *keys, written=True
+            op, "anchor", "importance", written=True
         )
+        before = [grad.clone() for grad in grads]
         value = add_quadratic_penalty_grad_(grads, params, anchors, importances, strength)
+        if "task_gradient" in self._state:
+            self._kept = [i for i, p in enumerate(self._params) if any(p is q for q in params)]
+            _, (starts, task_grads) = self._kept_lists(op, *_KEPT)
+            for theta, grad, start, task_grad in zip(
+                params, before, starts, task_grads, strict=True
+            ):
+                start.copy_(theta.detach())
+                task_grad.copy_(grad)
         for parameter, grad in zip(params, grads, strict=True):
             parameter.grad = grad
         return value
 
-    def gradient_stamp(self) -> int:
-        """A number that changes when a gradient is replaced, or changed in place."""
-        grads = (parameter.grad for parameter in self._params)
-        return hash(
-            tuple(
-                (id(grad), 0 if grad.is_inference() else grad._version)
-                for grad in grads
-                if grad is not None
-            )
+    def accumulate_path_integral_(self) -> None:
+        """One step of SI, of the parameters that the last pull was added to."""
+        params, (path, starts, task_grads) = self._kept_lists(
+            "accumulate_path_integral_", "path", *_KEPT
         )
+        accumulate_path_integral_(path, params, starts, task_grads)
 
-    def accumulate_path_integral_(
-        self,
-        strength: float,
-        task_scale: Tensor | None = None,
-        pull_scale: Tensor | None = None,
-    ) -> None:
-        """One step of SI; parameters without gradient are left out: no optimizer has moved them."""
-        keys = ("path", "previous", "anchor", "importance")
-        params, grads, (path, previous, anchors, importances) = self._active(
-            "accumulate_path_integral_", *keys
+    def riemannian_walk_step_(self, decay: float) -> None:
+        """One step of RWalk, of the parameters that the last pull was added to."""
+        params, (path, fisher, starts, task_grads) = self._kept_lists(
+            "riemannian_walk_step_", "path", "fisher", *_KEPT
         )
-        accumulate_path_integral_(
-            path,
-            previous,
-            params,
-            grads,
-            anchors,
-            importances,
-            strength,
-            task_scale=task_scale,
-            pull_scale=pull_scale,
-        )
-
-    def riemannian_walk_step_(
-        self,
-        strength: float,
-        decay: float,
-        task_scale: Tensor | None = None,
-        pull_scale: Tensor | None = None,
-    ) -> None:
-        """One step of RWalk; parameters without gradient are left out."""
-        keys = ("path", "previous", "fisher", "anchor", "importance")
-        params, grads, (path, previous, fisher, anchors, importances) = self._active(
-            "riemannian_walk_step_", *keys
-        )
-        riemannian_walk_step_(
-            path,
-            previous,
-            fisher,
-            params,
-            grads,
-            anchors,
-            importances,
-            strength,
-            decay,
-            task_scale=task_scale,
-            pull_scale=pull_scale,
-        )
+        riemannian_walk_step_(path, fisher, params, starts, task_grads, decay)
 
     def accumulate_riemannian_walk_score_(self, eps: float) -> None:
         """Close an interval of RWalk."""
@@ -191,7 +159,7 @@ class ReferencePlan:
         clear_grad: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        task_scale: Tensor | None,
+        clip: Tensor | None,
     ) -> Tensor | None:
         """One step of SGD; the penalty's value before it, or None where nothing is protected.
 
@@ -216,7 +184,7 @@ class ReferencePlan:
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            task_scale=task_scale,
+            clip=clip,
         )
         return value if self._guard else None
 
@@ -235,7 +203,7 @@ class ReferencePlan:
         clear_grad: bool,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        task_scale: Tensor | None,
+        clip: Tensor | None,
     ) -> Tensor | None:
         """One step of Adam, or of AdamW if `decoupled`; otherwise as `sgd_step_`."""
         keys = ("exp_avg", "exp_avg_sq", "step")
@@ -258,7 +226,7 @@ class ReferencePlan:
             clear_grad=clear_grad,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            task_scale=task_scale,
+            clip=clip,
         )
         return value if self._guard else None
 
@@ -278,6 +246,16 @@ class ReferencePlan:
                     f"ParameterPlan.{op}: state has no list '{key}'; pass it to the constructor"
                 )
         return [self._steps if key == "step" else self._state[key] for key in keys]
+
+    def _kept_lists(self, op: str, *keys: str) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The parameters that the last pull was added to, and their entries of the state."""
+        if self._kept is None:
+            raise RuntimeError(
+                f"ParameterPlan.{op}: nothing has been kept of this step, expected "
+                "add_quadratic_penalty_grad_ first"
+            )
+        lists = [[entries[i] for i in self._kept] for entries in self._lists(op, *keys)]
+        return [self._params[i] for i in self._kept], lists
 
     def _active(
         self, op: str, *keys: str, written: bool = False, cleared: bool = False

@@ -6,6 +6,7 @@ namespace clext {
 
 template void apply_cpu(const TensorLists&, const QuadraticPenalty&, double*, int);
 template void apply_cpu(const TensorLists&, const QuadraticPenaltyBackward&, double*, int);
-template void apply_cpu(const TensorLists&, const AddQuadraticPenaltyGrad&, double*, int);
+template void apply_cpu(const TensorLists&, const AddQuadraticPenaltyGrad<false>&, double*, int);
+template void apply_cpu(const TensorLists&, const AddQuadraticPenaltyGrad<true>&, double*, int);
 
 }  // namespace clext

@@ -6,6 +6,7 @@ namespace clext {
 
 template void apply_cuda(const TensorLists&, const QuadraticPenalty&, double*, void*);
 template void apply_cuda(const TensorLists&, const QuadraticPenaltyBackward&, double*, void*);
-template void apply_cuda(const TensorLists&, const AddQuadraticPenaltyGrad&, double*, void*);
+template void apply_cuda(const TensorLists&, const AddQuadraticPenaltyGrad<false>&, double*, void*);
+template void apply_cuda(const TensorLists&, const AddQuadraticPenaltyGrad<true>&, double*, void*);
 
 }  // namespace clext

@@ -54,8 +54,7 @@ struct AdamStep : FusedStep<P> {
   template <class T, class A, class... S>
   CLEXT_HOST_DEVICE A operator()(StorageTag<T> tag, A& param, A grad, A& exp_avg, A& exp_avg_sq,
                                  S&... protection) const {
-    const A task_grad = A(this->grad_factor) * grad;
-    A total = task_grad;
+    A total = A(this->clipped_factor) * grad;
     const A value = this->add_pull(total, param, protection...);
     total += A(this->grad_weight) * param;
     // Not the average plus a share of the difference, in which a small gradient could be lost.
@@ -63,7 +62,7 @@ struct AdamStep : FusedStep<P> {
     exp_avg_sq = A(beta2) * exp_avg_sq + A(1 - beta2) * total * total;
     const A denominator = std::sqrt(exp_avg_sq) * A(correction) + A(eps);
     const A target = A(this->keep) * param - A(step_size) * exp_avg / denominator;
-    this->move(tag, param, target, task_grad, protection...);
+    this->move(tag, param, target, A(this->grad_factor) * grad, protection...);
     return value;
   }
 };

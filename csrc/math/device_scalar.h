@@ -18,26 +18,4 @@ struct DeviceScalar {
   }
 };
 
-// A factor that lies on the device; 1 where there is none.
-struct DeviceFactor {
-  const void* location = nullptr;
-  bool is_double = false;
-
-  CLEXT_HOST_DEVICE double read() const { return DeviceScalar{location, is_double, 1}.read(); }
-};
-
-// What the task's gradient was multiplied with (a clipping coefficient, say). Zero has left nothing
-// of it, and neither has infinity: such a step teaches nothing.
-struct TaskScale {
-  DeviceFactor scale;
-  double inverse = 1;
-
-  CLEXT_HOST_DEVICE void prepare() {
-    const double number = scale.read();
-    inverse = number == 0 ? 0 : 1 / number;
-  }
-
-  CLEXT_HOST_DEVICE bool is_lost() const { return inverse == 0; }
-};
-
 }  // namespace clext

@@ -2,14 +2,14 @@
 // arXiv:1801.10112).
 #pragma once
 
-#include "math/device_scalar.h"
 #include "math/element.h"
 
 namespace clext {
 
 // What a step takes from the path integral: path_i -= g_i (theta_i(t+1) - theta_i(t)) is the loss
-// decrease that parameter i is credited with. A parameter that stayed earns nothing: a step that a
-// GradScaler has skipped leaves infinite gradients, and infinity times zero is not a number.
+// decrease that parameter i is credited with, g the gradient of the task's loss alone. A parameter
+// that stayed earns nothing: a step that a GradScaler has skipped leaves infinite gradients, and
+// infinity times zero is not a number.
 template <class A>
 CLEXT_HOST_DEVICE A path_change(A task_grad, A movement) {
   const A change = task_grad * movement;
@@ -23,59 +23,29 @@ CLEXT_HOST_DEVICE A average_square(A average, A task_grad, A movement, A decay) 
   return movement == A(0) && !is_finite(next) ? average : next;
 }
 
-// The gradient of the task loss alone. `.grad` holds task_scale times it and pull_scale times the
-// gradient of the penalty at the parameter before the step, which is taken out again.
-struct TaskGradient {
-  double strength;
-  TaskScale task_scale = {};
-  DeviceFactor pull_scale = {};
-  double pull = 0;
-
-  CLEXT_HOST_DEVICE void prepare() {
-    task_scale.prepare();
-    pull = task_scale.is_lost() ? 0 : 2 * strength * pull_scale.read();
-  }
-
-  template <class A>
-  CLEXT_HOST_DEVICE A task_gradient(A grad, A previous, A anchor, A importance) const {
-    return A(task_scale.inverse) * (grad - A(pull) * importance * (previous - anchor));
-  }
-};
-
-struct AccumulatePathIntegral : TaskGradient {
-  using lists = Lists<UpdateState, UpdateState, ReadParameter, ReadParameter, ReadState, ReadState>;
+// SI's step, from the parameter and the task's gradient as they were before it.
+struct AccumulatePathIntegral {
+  using lists = Lists<UpdateState, ReadParameter, ReadState, ReadState>;
   static constexpr Reduction reduction = Reduction::None;
 
   template <class A>
-  CLEXT_HOST_DEVICE void operator()(A& path, A& previous, A param, A grad, A anchor,
-                                    A importance) const {
-    const A task_grad = task_gradient(grad, previous, anchor, importance);
-    path -= path_change(task_grad, param - previous);
-    previous = param;
+  CLEXT_HOST_DEVICE void operator()(A& path, A param, A start, A task_grad) const {
+    path -= path_change(task_grad, param - start);
   }
 };
 
 // SI's step and, from the same gradient, RWalk's moving average of the squared gradient.
-struct RiemannianWalkStep : TaskGradient {
-  using lists = Lists<UpdateState, UpdateState, UpdateState, ReadParameter, ReadParameter,
-                      ReadState, ReadState>;
+struct RiemannianWalkStep {
+  using lists = Lists<UpdateState, UpdateState, ReadParameter, ReadState, ReadState>;
   static constexpr Reduction reduction = Reduction::None;
 
   double decay;
 
-  CLEXT_HOST_DEVICE void prepare() {
-    TaskGradient::prepare();
-    if (task_scale.is_lost()) decay = 1;
-  }
-
   template <class A>
-  CLEXT_HOST_DEVICE void operator()(A& path, A& previous, A& fisher, A param, A grad, A anchor,
-                                    A importance) const {
-    const A task_grad = task_gradient(grad, previous, anchor, importance);
-    const A movement = param - previous;
+  CLEXT_HOST_DEVICE void operator()(A& path, A& fisher, A param, A start, A task_grad) const {
+    const A movement = param - start;
     path -= path_change(task_grad, movement);
     fisher = average_square(fisher, task_grad, movement, A(decay));
-    previous = param;
   }
 };
 

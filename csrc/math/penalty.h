@@ -32,9 +32,13 @@ struct QuadraticPenaltyBackward {
   }
 };
 
-// Value and gradient in one pass: every list is read once, the gradient is written once.
+// Value and gradient in one pass: every list is read once, the gradient is written once. With
+// `Keeps` it leaves the gradient of the task alone and the parameter as they are before the step,
+// for the path integral of the step that follows.
+template <bool Keeps>
 struct AddQuadraticPenaltyGrad {
-  using lists = Lists<UpdateParameter, ReadParameter, ReadState, ReadState>;
+  using lists = joined_t<Lists<UpdateParameter, ReadParameter, ReadState, ReadState>,
+                         std::conditional_t<Keeps, Lists<WriteState, WriteState>, Lists<>>>;
   static constexpr Reduction reduction = Reduction::Sum;
 
   double strength;
@@ -45,6 +49,14 @@ struct AddQuadraticPenaltyGrad {
     const A pull = A(strength) * importance * difference;
     grad += A(2) * pull;
     return pull * difference;
+  }
+
+  template <class A>
+  CLEXT_HOST_DEVICE A operator()(A& grad, A param, A anchor, A importance, A& task_grad,
+                                 A& start) const {
+    task_grad = grad;
+    start = param;
+    return (*this)(grad, param, anchor, importance);
   }
 };
 

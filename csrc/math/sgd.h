@@ -37,12 +37,11 @@ struct SgdStep<P, false> : FusedStep<P> {
 
   template <class T, class A, class... S>
   CLEXT_HOST_DEVICE A operator()(StorageTag<T> tag, A& param, A grad, S&... protection) const {
-    const A task_grad = A(this->grad_factor) * grad;
-    A direction = task_grad;
+    A direction = A(this->clipped_factor) * grad;
     const A value = this->add_pull(direction, param, protection...);
     direction += A(this->grad_weight) * param;
-    this->move(tag, param, A(this->keep) * param - A(this->rate) * direction, task_grad,
-               protection...);
+    this->move(tag, param, A(this->keep) * param - A(this->rate) * direction,
+               A(this->grad_factor) * grad, protection...);
     return value;
   }
 };
@@ -66,15 +65,14 @@ struct SgdStep<P, true> : FusedStep<P> {
   template <class T, class A, class... S>
   CLEXT_HOST_DEVICE A operator()(StorageTag<T> tag, A& param, A grad, A& buffer,
                                  S&... protection) const {
-    const A task_grad = A(this->grad_factor) * grad;
-    A total = task_grad;
+    A total = A(this->clipped_factor) * grad;
     const A value = this->add_pull(total, param, protection...);
     total += A(this->grad_weight) * param;
     buffer = A(momentum_now) * buffer + A(gain) * total;
     const A ahead = total + A(momentum) * buffer;
     const A direction = nesterov ? ahead : buffer;
-    this->move(tag, param, A(this->keep) * param - A(this->rate) * direction, task_grad,
-               protection...);
+    this->move(tag, param, A(this->keep) * param - A(this->rate) * direction,
+               A(this->grad_factor) * grad, protection...);
     return value;
   }
 };

@@ -55,9 +55,9 @@ struct StepOptions {
   DeviceScalar lr;
   const float* grad_scale = nullptr;  // gradients are this many times too large; null: they are not
   const float* found_inf = nullptr;
-  // Undone for the path integral and the average, not for the step: the clipped gradient is what
-  // moves the parameter, the task's own is what its movement is measured with.
-  TaskScale task_scale = {};
+  // Of the task's gradient, where it moves the parameter: what its movement is measured with is the
+  // gradient as it was before clipping.
+  DeviceScalar clip = {nullptr, false, 1};
   double weight_decay = 0;
   bool decoupled = false;  // weight decay beside the gradient (AdamW), not in it
   bool maximize = false;
@@ -80,6 +80,7 @@ struct FusedStep : StepOptions {
   // Coefficients of the formula, ready after prepare().
   double rate = 0;
   double grad_factor = 1;
+  double clipped_factor = 1;
   double keep = 1;         // the share of the parameter that decoupled weight decay leaves
   double grad_weight = 0;  // what other weight decay adds to the gradient, times the parameter
   double pull = 0;
@@ -91,12 +92,11 @@ struct FusedStep : StepOptions {
     rate = lr.read();
     grad_factor = maximize ? -1.0 : 1.0;
     if (grad_scale != nullptr) grad_factor /= static_cast<double>(*grad_scale);
+    clipped_factor = grad_factor * clip.read();
     keep = decoupled ? 1 - rate * weight_decay : 1;
     grad_weight = decoupled ? 0 : weight_decay;
     pull = proximal ? 0 : 2 * strength;
     prox = 2 * rate * strength;
-    task_scale.prepare();
-    if (task_scale.is_lost()) decay = 1;
   }
 
   CLEXT_HOST_DEVICE bool skip() const { return skipped; }
@@ -116,7 +116,7 @@ struct FusedStep : StepOptions {
     return A(strength) * tension * difference;
   }
 
-  // Lets the parameter go to `target`; `task_grad` is the gradient without the penalty.
+  // Lets the parameter go to `target`; `task_grad` is the task's gradient, not clipped.
   template <class T, class A>
   CLEXT_HOST_DEVICE void move(StorageTag<T>, A& param, A target, A) const {
     param = target;
@@ -133,7 +133,7 @@ struct FusedStep : StepOptions {
   CLEXT_HOST_DEVICE void move(StorageTag<T>, A& param, A target, A task_grad, A anchor,
                               A importance, A& path) const {
     const A stored = to_accumulate(from_accumulate<T>(pulled(target, anchor, importance)));
-    path -= path_change(A(task_scale.inverse) * task_grad, stored - param);
+    path -= path_change(task_grad, stored - param);
     param = stored;
   }
 
@@ -142,7 +142,7 @@ struct FusedStep : StepOptions {
                               A importance, A& path, A& fisher) const {
     const A before = param;
     move(tag, param, target, task_grad, anchor, importance, path);
-    fisher = average_square(fisher, A(task_scale.inverse) * task_grad, param - before, A(decay));
+    fisher = average_square(fisher, task_grad, param - before, A(decay));
   }
 
  private:

@@ -63,10 +63,10 @@ std::optional<at::Tensor> sgd_step_(clext::ParameterPlan& plan,
                                     bool maximize, double strength, double decay, bool proximal,
                                     bool clear_grad, const std::optional<at::Tensor>& grad_scale,
                                     const std::optional<at::Tensor>& found_inf,
-                                    const std::optional<at::Tensor>& task_scale) {
+                                    const std::optional<at::Tensor>& clip) {
   const WithoutLock unlocked(plan);
   return plan.sgd_step_({{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
-                          grad_scale, found_inf, task_scale},
+                          grad_scale, found_inf, clip},
                          momentum,
                          dampening,
                          nesterov});
@@ -78,10 +78,10 @@ std::optional<at::Tensor> adam_step_(clext::ParameterPlan& plan,
                                      bool maximize, double strength, double decay, bool proximal,
                                      bool clear_grad, const std::optional<at::Tensor>& grad_scale,
                                      const std::optional<at::Tensor>& found_inf,
-                                     const std::optional<at::Tensor>& task_scale) {
+                                     const std::optional<at::Tensor>& clip) {
   const WithoutLock unlocked(plan);
   return plan.adam_step_({{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
-                           grad_scale, found_inf, task_scale},
+                           grad_scale, found_inf, clip},
                           beta1,
                           beta2,
                           eps,
@@ -101,16 +101,11 @@ PYBIND11_MODULE(_C, m) {
                     std::vector<at::Tensor>>(),
            py::arg("names"), py::arg("params"), py::arg("state"),
            py::arg("steps") = std::vector<at::Tensor>())
-      .def("gradient_stamp", &ParameterPlan::gradient_stamp)
       .def("quadratic_penalty", step(&ParameterPlan::quadratic_penalty))
       .def("add_quadratic_penalty_grad_", step(&ParameterPlan::add_quadratic_penalty_grad_),
            py::arg("strength"))
-      .def("accumulate_path_integral_", step(&ParameterPlan::accumulate_path_integral_),
-           py::arg("strength"), py::arg("task_scale") = py::none(),
-           py::arg("pull_scale") = py::none())
-      .def("riemannian_walk_step_", step(&ParameterPlan::riemannian_walk_step_),
-           py::arg("strength"), py::arg("decay"), py::arg("task_scale") = py::none(),
-           py::arg("pull_scale") = py::none())
+      .def("accumulate_path_integral_", step(&ParameterPlan::accumulate_path_integral_))
+      .def("riemannian_walk_step_", step(&ParameterPlan::riemannian_walk_step_), py::arg("decay"))
       .def("accumulate_riemannian_walk_score_",
            step(&ParameterPlan::accumulate_riemannian_walk_score_), py::arg("eps"))
       .def("consolidate_importance_", &ParameterPlan::consolidate_importance_, py::arg("estimate"),
@@ -124,9 +119,9 @@ PYBIND11_MODULE(_C, m) {
       .def("sgd_step_", &sgd_step_, py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
            py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("strength"),
            py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("task_scale"))
+           py::arg("found_inf"), py::arg("clip"))
       .def("adam_step_", &adam_step_, py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("maximize"),
            py::arg("strength"), py::arg("decay"), py::arg("proximal"), py::arg("clear_grad"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("task_scale"));
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"));
 }

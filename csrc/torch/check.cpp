@@ -311,25 +311,4 @@ void check_fraction(const char* op, const char* name, double value) {
                     ", expected a number in [0, 1]");
 }
 
-void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& scale) {
-  if (!scale) return;
-  TORCH_CHECK_VALUE(scale->defined() && scale->numel() == 1, op, ": ", name, " has shape ",
-                    scale->sizes(), ", expected one element");
-  const at::ScalarType dtype = scale->scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": ", name, " has dtype ",
-                   c10::getDtypeNames(dtype).first, ", expected float32 or float64");
-}
-
-void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& scale,
-                 std::optional<at::Device> device) {
-  check_scale(op, name, scale);
-  TORCH_CHECK_VALUE(!scale || !device || scale->device() == *device, op, ": ", name, " is on ",
-                    scale->device(), ", expected ", *device, " (the device of params)");
-}
-
-DeviceFactor scale_of(const std::optional<at::Tensor>& scale) {
-  if (!scale) return {};
-  return {scale->const_data_ptr(), scale->scalar_type() == at::kDouble};
-}
-
 }  // namespace clext

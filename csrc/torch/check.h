@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "math/device_scalar.h"
 #include "math/element.h"
 #include "tensor_lists.h"
 
@@ -91,13 +90,5 @@ bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef
 void check_scalar(const char* op, const char* name, double value, bool positive = false);
 // Scalars in [0, 1].
 void check_fraction(const char* op, const char* name, double value);
-
-// A factor of gradients that stays on the device: float32 or float64, of one element.
-void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& scale);
-// The same for an op whose lists are on `device` (none: they are empty).
-void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& scale,
-                 std::optional<at::Device> device);
-// As the kernels read it; 1 where there is none.
-DeviceFactor scale_of(const std::optional<at::Tensor>& scale);
 
 }  // namespace clext

@@ -29,12 +29,18 @@ void check_beta(const char* op, const char* name, double value) {
                     ", expected a number in [0, 1)");
 }
 
-void check_number(const char* op, const char* name, const std::optional<at::Tensor>& tensor) {
+bool is_float(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+}
+
+void check_number(const char* op, const char* name, const std::optional<at::Tensor>& tensor,
+                  bool may_be_double = false) {
   if (!tensor) return;
   TORCH_CHECK_VALUE(tensor->defined() && tensor->numel() == 1, op, ": ", name, " has shape ",
                     tensor->sizes(), ", expected one element");
-  TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, op, ": ", name, " has dtype ",
-                   c10::getDtypeNames(tensor->scalar_type()).first, ", expected float32");
+  TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat || (may_be_double && is_float(*tensor)), op,
+                   ": ", name, " has dtype ", c10::getDtypeNames(tensor->scalar_type()).first,
+                   ", expected float32", may_be_double ? " or float64" : "");
 }
 
 const at::Tensor* tensor_of(const StepArguments& arguments) {
@@ -52,9 +58,9 @@ void check_rate(const char* op, const StepArguments& arguments) {
   if (const at::Tensor* tensor = tensor_of(arguments)) {
     TORCH_CHECK_VALUE(tensor->dim() == 0, op, ": lr has shape ", tensor->sizes(),
                       ", expected a 0-dim tensor");
-    const at::ScalarType dtype = tensor->scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": lr has dtype ",
-                     c10::getDtypeNames(dtype).first, ", expected float32 or float64");
+    TORCH_CHECK_TYPE(is_float(*tensor), op, ": lr has dtype ",
+                     c10::getDtypeNames(tensor->scalar_type()).first,
+                     ", expected float32 or float64");
   }
   // A rate on another device stays there: looking at it would stall the stream.
   check_scalar(op, "lr", read_rate(arguments).value);
@@ -67,7 +73,7 @@ void check_common(const char* op, const StepArguments& arguments) {
   check_fraction(op, "decay", arguments.decay);
   check_number(op, "grad_scale", arguments.grad_scale);
   check_number(op, "found_inf", arguments.found_inf);
-  check_scale(op, "task_scale", arguments.task_scale);
+  check_number(op, "clip", arguments.clip, /*may_be_double=*/true);
 }
 
 StepOptions options_of(const StepArguments& arguments, bool decoupled) {
@@ -75,7 +81,9 @@ StepOptions options_of(const StepArguments& arguments, bool decoupled) {
   options.lr = read_rate(arguments);
   if (arguments.grad_scale) options.grad_scale = arguments.grad_scale->const_data_ptr<float>();
   if (arguments.found_inf) options.found_inf = arguments.found_inf->const_data_ptr<float>();
-  options.task_scale.scale = scale_of(arguments.task_scale);
+  if (arguments.clip) {
+    options.clip = {arguments.clip->const_data_ptr(), arguments.clip->scalar_type() == at::kDouble};
+  }
   options.weight_decay = arguments.weight_decay;
   options.decoupled = decoupled;
   options.maximize = arguments.maximize;
@@ -178,7 +186,7 @@ void check_devices(const char* op, const StepArguments& arguments,
   if (rate != nullptr && !rate->is_cpu()) check("lr", *rate, " or cpu");
   if (arguments.grad_scale) check("grad_scale", *arguments.grad_scale, "");
   if (arguments.found_inf) check("found_inf", *arguments.found_inf, "");
-  if (arguments.task_scale) check("task_scale", *arguments.task_scale, "");
+  if (arguments.clip) check("clip", *arguments.clip, "");
 }
 
 Protection protection_of(const char* op, bool anchors, bool importances, bool path, bool fisher) {

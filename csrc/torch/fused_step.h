@@ -24,7 +24,7 @@ struct StepArguments {
   bool clear_grad;
   std::optional<at::Tensor> grad_scale;
   std::optional<at::Tensor> found_inf;
-  std::optional<at::Tensor> task_scale;
+  std::optional<at::Tensor> clip;
 };
 
 struct SgdArguments : StepArguments {

@@ -45,58 +45,36 @@ at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList para
                                        at::TensorList anchors, at::TensorList importances,
                                        double strength) {
   check_scalar("add_quadratic_penalty_grad_", "strength", strength);
-  const auto prepared = check_lists<AddQuadraticPenaltyGrad>(
+  const auto prepared = check_lists<AddQuadraticPenaltyGrad<false>>(
       "add_quadratic_penalty_grad_",
       {{{"grads", grads}, {"params", params}, {"anchors", anchors}, {"importances", importances}}},
       1);
-  at::Tensor value = run(prepared, AddQuadraticPenaltyGrad{strength});
+  at::Tensor value = run(prepared, AddQuadraticPenaltyGrad<false>{strength});
   mark_changed({grads});
   return value;
 }
 
-void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
-                               at::TensorList grads, at::TensorList anchors,
-                               at::TensorList importances, double strength,
-                               const std::optional<at::Tensor>& task_scale,
-                               const std::optional<at::Tensor>& pull_scale) {
-  constexpr const char* kName = "accumulate_path_integral_";
-  check_scalar(kName, "strength", strength);
-  const auto prepared = check_lists<AccumulatePathIntegral>(kName,
-                                                            {{{"path", path},
-                                                              {"previous", previous},
-                                                              {"params", params},
-                                                              {"grads", grads},
-                                                              {"anchors", anchors},
-                                                              {"importances", importances}}},
-                                                            2);
-  check_scale(kName, "task_scale", task_scale, prepared.device);
-  check_scale(kName, "pull_scale", pull_scale, prepared.device);
-  run(prepared, AccumulatePathIntegral{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}});
-  mark_changed({path, previous});
+void accumulate_path_integral_(at::TensorList path, at::TensorList params, at::TensorList starts,
+                               at::TensorList task_grads) {
+  const auto prepared = check_lists<AccumulatePathIntegral>(
+      "accumulate_path_integral_",
+      {{{"path", path}, {"params", params}, {"starts", starts}, {"task_grads", task_grads}}}, 1);
+  run(prepared, AccumulatePathIntegral{});
+  mark_changed({path});
 }
 
-void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
-                           at::TensorList params, at::TensorList grads, at::TensorList anchors,
-                           at::TensorList importances, double strength, double decay,
-                           const std::optional<at::Tensor>& task_scale,
-                           const std::optional<at::Tensor>& pull_scale) {
-  constexpr const char* kName = "riemannian_walk_step_";
-  check_scalar(kName, "strength", strength);
-  check_fraction(kName, "decay", decay);
-  const auto prepared = check_lists<RiemannianWalkStep>(kName,
+void riemannian_walk_step_(at::TensorList path, at::TensorList fisher, at::TensorList params,
+                           at::TensorList starts, at::TensorList task_grads, double decay) {
+  check_fraction("riemannian_walk_step_", "decay", decay);
+  const auto prepared = check_lists<RiemannianWalkStep>("riemannian_walk_step_",
                                                         {{{"path", path},
-                                                          {"previous", previous},
                                                           {"fisher", fisher},
                                                           {"params", params},
-                                                          {"grads", grads},
-                                                          {"anchors", anchors},
-                                                          {"importances", importances}}},
-                                                        3);
-  check_scale(kName, "task_scale", task_scale, prepared.device);
-  check_scale(kName, "pull_scale", pull_scale, prepared.device);
-  run(prepared,
-      RiemannianWalkStep{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}, decay});
-  mark_changed({path, previous, fisher});
+                                                          {"starts", starts},
+                                                          {"task_grads", task_grads}}},
+                                                        2);
+  run(prepared, RiemannianWalkStep{decay});
+  mark_changed({path, fisher});
 }
 
 void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList path,
@@ -248,14 +226,12 @@ TORCH_LIBRARY(clext, m) {
       "Tensor[] importances, float strength) -> Tensor",
       tags);
   m.def(
-      "accumulate_path_integral_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor[] params, "
-      "Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength, *, "
-      "Tensor? task_scale=None, Tensor? pull_scale=None) -> ()",
+      "accumulate_path_integral_(Tensor(a!)[] path, Tensor[] params, Tensor[] starts, "
+      "Tensor[] task_grads) -> ()",
       tags);
   m.def(
-      "riemannian_walk_step_(Tensor(a!)[] path, Tensor(b!)[] previous, Tensor(c!)[] fisher, "
-      "Tensor[] params, Tensor[] grads, Tensor[] anchors, Tensor[] importances, float strength, "
-      "float decay, *, Tensor? task_scale=None, Tensor? pull_scale=None) -> ()",
+      "riemannian_walk_step_(Tensor(a!)[] path, Tensor(b!)[] fisher, Tensor[] params, "
+      "Tensor[] starts, Tensor[] task_grads, float decay) -> ()",
       tags);
   m.def(
       "accumulate_riemannian_walk_score_(Tensor(a!)[] task_score, Tensor(b!)[] path, "
@@ -291,7 +267,7 @@ TORCH_LIBRARY(clext, m) {
       "Tensor[] importances, *, Tensor lr, float momentum=0, float dampening=0, "
       "float weight_decay=0, bool nesterov=False, bool maximize=False, float strength=0, "
       "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None, Tensor? task_scale=None) -> Tensor",
+      "Tensor? found_inf=None, Tensor? clip=None) -> Tensor",
       tags);
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
@@ -299,7 +275,7 @@ TORCH_LIBRARY(clext, m) {
       "Tensor[] anchors, Tensor[] importances, *, Tensor lr, float beta1, float beta2, float eps, "
       "float weight_decay=0, bool decoupled=False, bool maximize=False, float strength=0, "
       "float decay=0, bool proximal=False, bool clear_grad=False, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None, Tensor? task_scale=None) -> Tensor",
+      "Tensor? found_inf=None, Tensor? clip=None) -> Tensor",
       tags);
 }
 

@@ -18,16 +18,10 @@ std::vector<at::Tensor> quadratic_penalty_backward(const at::Tensor& grad, at::T
 at::Tensor add_quadratic_penalty_grad_(at::TensorList grads, at::TensorList params,
                                        at::TensorList anchors, at::TensorList importances,
                                        double strength);
-void accumulate_path_integral_(at::TensorList path, at::TensorList previous, at::TensorList params,
-                               at::TensorList grads, at::TensorList anchors,
-                               at::TensorList importances, double strength,
-                               const std::optional<at::Tensor>& task_scale,
-                               const std::optional<at::Tensor>& pull_scale);
-void riemannian_walk_step_(at::TensorList path, at::TensorList previous, at::TensorList fisher,
-                           at::TensorList params, at::TensorList grads, at::TensorList anchors,
-                           at::TensorList importances, double strength, double decay,
-                           const std::optional<at::Tensor>& task_scale,
-                           const std::optional<at::Tensor>& pull_scale);
+void accumulate_path_integral_(at::TensorList path, at::TensorList params, at::TensorList starts,
+                               at::TensorList task_grads);
+void riemannian_walk_step_(at::TensorList path, at::TensorList fisher, at::TensorList params,
+                           at::TensorList starts, at::TensorList task_grads, double decay);
 void accumulate_riemannian_walk_score_(at::TensorList task_score, at::TensorList path,
                                        at::TensorList interval_start, at::TensorList fisher,
                                        at::TensorList params, double eps);
@@ -56,7 +50,7 @@ at::Tensor sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList
                      bool maximize, double strength, double decay, bool proximal, bool clear_grad,
                      const std::optional<at::Tensor>& grad_scale,
                      const std::optional<at::Tensor>& found_inf,
-                     const std::optional<at::Tensor>& task_scale);
+                     const std::optional<at::Tensor>& clip);
 at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                       at::TensorList exp_avg_sqs, at::TensorList steps, at::TensorList path,
                       at::TensorList fisher, at::TensorList anchors, at::TensorList importances,
@@ -65,6 +59,6 @@ at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorLis
                       double decay, bool proximal, bool clear_grad,
                       const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf,
-                      const std::optional<at::Tensor>& task_scale);
+                      const std::optional<at::Tensor>& clip);
 
 }  // namespace clext

@@ -42,10 +42,10 @@ at::Tensor sgd_step_(at::TensorList params, at::TensorList grads, at::TensorList
                      bool maximize, double strength, double decay, bool proximal, bool clear_grad,
                      const std::optional<at::Tensor>& grad_scale,
                      const std::optional<at::Tensor>& found_inf,
-                     const std::optional<at::Tensor>& task_scale) {
+                     const std::optional<at::Tensor>& clip) {
   constexpr const char* kName = "sgd_step_";
   const SgdArguments arguments{{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
-                                grad_scale, found_inf, task_scale},
+                                grad_scale, found_inf, clip},
                                momentum,
                                dampening,
                                nesterov};
@@ -81,10 +81,10 @@ at::Tensor adam_step_(at::TensorList params, at::TensorList grads, at::TensorLis
                       double decay, bool proximal, bool clear_grad,
                       const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf,
-                      const std::optional<at::Tensor>& task_scale) {
+                      const std::optional<at::Tensor>& clip) {
   constexpr const char* kName = "adam_step_";
   const AdamArguments arguments{{lr, weight_decay, maximize, strength, decay, proximal, clear_grad,
-                                 grad_scale, found_inf, task_scale},
+                                 grad_scale, found_inf, clip},
                                 beta1,
                                 beta2,
                                 eps,

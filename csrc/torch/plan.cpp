@@ -2,7 +2,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/util/Exception.h>
-#include <c10/util/hash.h>
 
 #include <utility>
 
@@ -83,20 +82,6 @@ at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
   return result;
 }
 
-size_t ParameterPlan::gradient_stamp() const {
-  size_t stamp = 0;
-  for (const at::Tensor& param : params_) {
-    const at::Tensor& gradient = param.unsafeGetTensorImpl()->grad();
-    if (!gradient.defined()) continue;
-    const size_t version =
-        gradient.is_inference()
-            ? 0
-            : gradient.unsafeGetTensorImpl()->version_counter().current_version();
-    stamp = c10::hash_combine(stamp, c10::get_hash(gradient.unsafeGetTensorImpl(), version));
-  }
-  return stamp;
-}
-
 at::Tensor ParameterPlan::quadratic_penalty() {
   static const std::vector<Source> sources = {{Source::kParameter, "params"},
                                               {Source::kState, "anchors", "anchor"},
@@ -105,47 +90,49 @@ at::Tensor ParameterPlan::quadratic_penalty() {
 }
 
 at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
+  constexpr const char* kName = "add_quadratic_penalty_grad_";
   static const std::vector<Source> sources = {{Source::kGradient, "grads"},
                                               {Source::kParameter, "params"},
                                               {Source::kState, "anchors", "anchor"},
                                               {Source::kState, "importances", "importance"}};
-  check_scalar("add_quadratic_penalty_grad_", "strength", strength);
-  return call("add_quadratic_penalty_grad_", penalty_grad_, sources,
-              AddQuadraticPenaltyGrad{strength});
-}
-
-void ParameterPlan::accumulate_path_integral_(double strength,
-                                              const std::optional<at::Tensor>& task_scale,
-                                              const std::optional<at::Tensor>& pull_scale) {
-  constexpr const char* kName = "accumulate_path_integral_";
-  static const std::vector<Source> sources = {
-      {Source::kState, "path", "path"},      {Source::kState, "previous", "previous"},
-      {Source::kParameter, "params"},        {Source::kGradient, "grads"},
-      {Source::kState, "anchors", "anchor"}, {Source::kState, "importances", "importance"}};
+  static const std::vector<Source> keeping = {{Source::kGradient, "grads"},
+                                              {Source::kParameter, "params"},
+                                              {Source::kState, "anchors", "anchor"},
+                                              {Source::kState, "importances", "importance"},
+                                              {Source::kState, "task_gradient", "task_gradient"},
+                                              {Source::kState, "step_start", "step_start"}};
   check_scalar(kName, "strength", strength);
-  check_scale(kName, "task_scale", task_scale, params_[0].device());
-  check_scale(kName, "pull_scale", pull_scale, params_[0].device());
-  call(kName, path_, sources,
-       AccumulatePathIntegral{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}});
+  if (state_.count("task_gradient") == 0) {
+    return call(kName, penalty_grad_, sources, AddQuadraticPenaltyGrad<false>{strength});
+  }
+  return call(kName, penalty_grad_, keeping, AddQuadraticPenaltyGrad<true>{strength});
 }
 
-void ParameterPlan::riemannian_walk_step_(double strength, double decay,
-                                          const std::optional<at::Tensor>& task_scale,
-                                          const std::optional<at::Tensor>& pull_scale) {
+void ParameterPlan::check_kept(const char* op_name) const {
+  TORCH_CHECK(penalty_grad_.valid, "ParameterPlan.", op_name,
+              ": nothing has been kept of this step, expected add_quadratic_penalty_grad_ first");
+}
+
+void ParameterPlan::accumulate_path_integral_() {
+  constexpr const char* kName = "accumulate_path_integral_";
+  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
+                                              {Source::kParameter, "params"},
+                                              {Source::kState, "starts", "step_start"},
+                                              {Source::kState, "task_grads", "task_gradient"}};
+  check_kept(kName);
+  call(kName, path_, sources, AccumulatePathIntegral{});
+}
+
+void ParameterPlan::riemannian_walk_step_(double decay) {
   constexpr const char* kName = "riemannian_walk_step_";
   static const std::vector<Source> sources = {{Source::kState, "path", "path"},
-                                              {Source::kState, "previous", "previous"},
                                               {Source::kState, "fisher", "fisher"},
                                               {Source::kParameter, "params"},
-                                              {Source::kGradient, "grads"},
-                                              {Source::kState, "anchors", "anchor"},
-                                              {Source::kState, "importances", "importance"}};
-  check_scalar(kName, "strength", strength);
+                                              {Source::kState, "starts", "step_start"},
+                                              {Source::kState, "task_grads", "task_gradient"}};
   check_fraction(kName, "decay", decay);
-  check_scale(kName, "task_scale", task_scale, params_[0].device());
-  check_scale(kName, "pull_scale", pull_scale, params_[0].device());
-  call(kName, walk_, sources,
-       RiemannianWalkStep{{strength, {scale_of(task_scale)}, scale_of(pull_scale)}, decay});
+  check_kept(kName);
+  call(kName, walk_, sources, RiemannianWalkStep{decay});
 }
 
 void ParameterPlan::accumulate_riemannian_walk_score_(double eps) {

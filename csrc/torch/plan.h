@@ -34,19 +34,16 @@ class ParameterPlan {
   // Whether a step takes microseconds: few parameters, on the CPU.
   bool is_short() const { return is_short_; }
 
-  // A number that changes when a gradient is replaced, or changed in place.
-  size_t gradient_stamp() const;
-
   // The value alone, without autograd; strength not included.
   at::Tensor quadratic_penalty();
-  // Creates `.grad` where there is none. Frozen parameters without gradient are left out.
+  // Creates `.grad` where there is none. Frozen parameters without gradient are left out. A state
+  // with the lists "task_gradient" and "step_start" keeps there, in the same pass, the gradients as
+  // they were before the pull, and the parameters.
   at::Tensor add_quadratic_penalty_grad_(double strength);
-  // Parameters without gradient are left out: no optimizer has moved them.
-  void accumulate_path_integral_(double strength, const std::optional<at::Tensor>& task_scale,
-                                 const std::optional<at::Tensor>& pull_scale);
-  void riemannian_walk_step_(double strength, double decay,
-                             const std::optional<at::Tensor>& task_scale,
-                             const std::optional<at::Tensor>& pull_scale);
+  // What those lists and the parameters as they are now add to the path, for the parameters that
+  // the last pull was added to: `.grad` is not looked at.
+  void accumulate_path_integral_();
+  void riemannian_walk_step_(double decay);
   void accumulate_riemannian_walk_score_(double eps);
 
   void consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma);
@@ -95,8 +92,8 @@ class ParameterPlan {
     bool written;
   };
 
-  // What happens to a parameter that has no gradient.
-  enum class Missing { Irrelevant, LeftOut, Created };
+  // What happens to a parameter that has no gradient. Kept: those of the last pull take part.
+  enum class Missing { Irrelevant, LeftOut, Created, Kept };
 
   struct Launch {
     Missing missing;
@@ -105,7 +102,8 @@ class ParameterPlan {
     c10::DispatchKeySet keys = {};  // of a normal tensor on this device
     Access parameter_access = Access::Read;
     Access gradient_access = Access::Read;
-    std::vector<Active> active = {};     // the parameters that take part
+    std::vector<size_t> chosen = {};     // the parameters that take part
+    std::vector<Active> active = {};     // each of them
     std::vector<size_t> left_out = {};   // the others
     std::vector<int64_t> geometry = {};  // sizes, then strides, of each active parameter
     std::vector<StateCell> state = {};
@@ -117,7 +115,8 @@ class ParameterPlan {
                   const Op& op);
   void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
                const std::vector<ListKind>& kinds);
-  std::vector<size_t> choose_active(Launch& launch) const;
+  void check_kept(const char* op_name) const;
+  void choose_active(Launch& launch) const;
   void remember(Launch& launch, const std::vector<Source>& sources,
                 const std::vector<ListArgument>& arguments) const;
   bool refresh(Launch& launch) const;
@@ -139,8 +138,8 @@ class ParameterPlan {
   bool is_short_ = false;
   Launch penalty_{Missing::Irrelevant};
   Launch penalty_grad_{Missing::Created};
-  Launch path_{Missing::LeftOut};
-  Launch walk_{Missing::LeftOut};
+  Launch path_{Missing::Kept};
+  Launch walk_{Missing::Kept};
   Launch score_{Missing::Irrelevant};
   Launch step_{Missing::LeftOut};
   int step_variant_ = 0;

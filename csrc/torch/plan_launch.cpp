@@ -57,19 +57,21 @@ bool ParameterPlan::takes_part(const at::Tensor& param, Missing missing) const {
   return missing == Missing::Created && param.requires_grad();
 }
 
-// Fills the launch's tables of parameters, all but the pointers; returns who takes part.
-std::vector<size_t> ParameterPlan::choose_active(Launch& launch) const {
+// Fills the launch's tables of parameters, all but the pointers.
+void ParameterPlan::choose_active(Launch& launch) const {
+  launch.chosen.clear();
   launch.active.clear();
   launch.left_out.clear();
   launch.geometry.clear();
-  std::vector<size_t> chosen;
-  for (size_t i = 0; i < params_.size(); ++i) {
-    const at::Tensor& param = params_[i];
-    if (!takes_part(param, launch.missing)) {
-      launch.left_out.push_back(i);
-      continue;
+  if (launch.missing == Missing::Kept) {
+    launch.chosen = penalty_grad_.chosen;
+  } else {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      (takes_part(params_[i], launch.missing) ? launch.chosen : launch.left_out).push_back(i);
     }
-    chosen.push_back(i);
+  }
+  for (const size_t i : launch.chosen) {
+    const at::Tensor& param = params_[i];
     launch.active.push_back({param.unsafeGetTensorImpl(), nullptr, nullptr, nullptr, nullptr,
                              nullptr, launch.geometry.size(), static_cast<uint32_t>(param.dim()),
                              param.scalar_type()});
@@ -77,7 +79,6 @@ std::vector<size_t> ParameterPlan::choose_active(Launch& launch) const {
       launch.geometry.insert(launch.geometry.end(), numbers.begin(), numbers.end());
     }
   }
-  return chosen;
 }
 
 // After the check: where the launch keeps each parameter's pointers, and where its state is.
@@ -118,14 +119,14 @@ void ParameterPlan::remember(Launch& launch, const std::vector<Source>& sources,
 void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
                             const std::vector<ListKind>& kinds) {
   launch.valid = false;
-  const std::vector<size_t> chosen = choose_active(launch);
+  choose_active(launch);
   std::vector<std::string> names;
   std::vector<at::Tensor> params, grads;
   bool writes_grads = false;
   for (size_t a = 0; a < sources.size(); ++a) {
     writes_grads |= sources[a].kind == Source::kGradient && kinds[a].access != Access::Read;
   }
-  for (const size_t i : chosen) {
+  for (const size_t i : launch.chosen) {
     const at::Tensor& param = params_[i];
     names.push_back(names_[i]);
     params.push_back(param);
@@ -147,7 +148,7 @@ void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vect
       tensors[a] = sources[a].kind == Source::kParameter ? params : grads;
     } else {
       const std::vector<at::Tensor>& all = tensors_of(op_name, sources[a]);
-      for (const size_t i : chosen) tensors[a].push_back(all[i]);
+      for (const size_t i : launch.chosen) tensors[a].push_back(all[i]);
     }
     arguments.push_back({sources[a].name, tensors[a], kinds[a].storage, kinds[a].access});
   }
@@ -177,6 +178,7 @@ void ParameterPlan::prefetch(const Active& active) {
 // Brings the pointers of gradients up to date; false if only a new check can tell whether
 // everything still fits. An address alone does not tell: memory is used again for other shapes.
 bool ParameterPlan::refresh(Launch& launch) const {
+  if (launch.missing == Missing::Kept && launch.chosen != penalty_grad_.chosen) return false;
   for (const size_t i : launch.left_out) {
     if (takes_part(params_[i], launch.missing)) return false;
   }

@@ -116,7 +116,7 @@ void penalty_and_gradient(double value_tolerance, double grad_tolerance) {
         launch_of(storage_type<T>(),
                   {pointers(grads), pointers(params), pointers(anchors), pointers(importances)});
     std::vector<double> partials(lists.chunks.size(), -1);
-    apply_cpu(lists, AddQuadraticPenaltyGrad{0.5}, partials.data(), threads);
+    apply_cpu(lists, AddQuadraticPenaltyGrad<false>{0.5}, partials.data(), threads);
     if (threads == 1) {
       first_grads = grads;
       first_partials = partials;

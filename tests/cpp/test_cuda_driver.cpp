@@ -207,7 +207,7 @@ void compare_grams() {
 void more_tensors_than_a_launch_holds() {
   const int launches = cuda_on_host::launches;
   const std::vector<int64_t> sizes(cuda::LaunchTable<4>::kCapacity + 10, 5);
-  compare_with_cpu<AddQuadraticPenaltyGrad, float>({0.3}, sizes, 0);
+  compare_with_cpu<AddQuadraticPenaltyGrad<false>, float>({0.3}, sizes, 0);
   check(cuda_on_host::launches == launches + 2 + 1 + 2, "two launches, a reduction, two launches");
 }
 
@@ -249,7 +249,7 @@ void compare_step(Op op) {
   op.clear = true;
   op.grad_scale = &scale;
   op.found_inf = &fine;
-  op.task_scale.scale = {&scale, false};
+  op.clip = {&scale, false};
   op.proximal = true;
   op.decoupled = true;
   compare_in_types<Op, float, BFloat16>(op);
@@ -270,10 +270,10 @@ int main() {
   const double scalar = 0.75, fisher_max = 2.5, score_max = 3.5;
   compare(QuadraticPenalty{});
   compare(QuadraticPenaltyBackward{&scalar});
-  compare(AddQuadraticPenaltyGrad{0.3});
-  const DeviceFactor half = {&scalar, true};
-  compare(AccumulatePathIntegral{{0.3, {half}, half}});
-  compare(RiemannianWalkStep{{0.3, {half}, half}, 0.9});
+  compare(AddQuadraticPenaltyGrad<false>{0.3});
+  compare(AddQuadraticPenaltyGrad<true>{0.3});
+  compare(AccumulatePathIntegral{});
+  compare(RiemannianWalkStep{0.9});
   compare(AccumulateRiemannianWalkScore{1e-3});
   compare(ConsolidatePathIntegral{0.1});
   compare(ConsolidatePathIntegral{0.1, true});

@@ -20,7 +20,7 @@ constexpr double kTolerance = std::is_same_v<A, float> ? 1e-5 : 1e-13;
 // Random arguments, exact in A, so that formula and expectation start from the same numbers.
 template <class A>
 struct Sample {
-  A param, anchor, grad, path, previous;         // any sign
+  A param, anchor, grad, path, start;            // any sign
   A importance, estimate, fisher, score, other;  // not negative
 };
 
@@ -52,62 +52,49 @@ void penalty() {
     backward(grad, s.param, s.anchor, s.importance);
     check_near(grad, grad_output * 2 * s.importance * difference, kTolerance<A>, "its gradient");
     grad = s.grad;
-    const A added = AddQuadraticPenaltyGrad{strength}(grad, s.param, s.anchor, s.importance);
+    const A added = AddQuadraticPenaltyGrad<false>{strength}(grad, s.param, s.anchor, s.importance);
     check_near(added, strength * value, kTolerance<A>, "value with strength");
     check_near(grad, s.grad + 2 * strength * s.importance * difference, kTolerance<A>,
                "added grad");
+    A kept = s.grad;
+    A task_grad = A(99);
+    A start = A(99);
+    AddQuadraticPenaltyGrad<true>{strength}(kept, s.param, s.anchor, s.importance, task_grad,
+                                            start);
+    check(kept == grad && task_grad == s.grad && start == s.param, "what is kept before the pull");
   }
 }
 
 template <class A>
-void path_steps(DeviceFactor scale, DeviceFactor pull_scale) {
-  const double strength = 0.75;
+void path_steps() {
   const double decay = 0.9;
-  AccumulatePathIntegral si{{strength, {scale}, pull_scale}};
-  RiemannianWalkStep rwalk{{strength, {scale}, pull_scale}, decay};
-  prepare(si);
-  prepare(rwalk);
   for (const Sample<A>& s : samples<A>()) {
-    // The loss is task loss + strength * Omega (theta - theta*)^2, and its gradient was taken at
-    // `previous`.
-    const double pull = strength * 2 * s.importance * (double(s.previous) - s.anchor);
-    const double task_grad = (s.grad - pull_scale.read() * pull) / scale.read();
-    const double credit = s.path - task_grad * (double(s.param) - s.previous);
-    const double fisher = decay * s.fisher + (1 - decay) * task_grad * task_grad;
+    const double credit = s.path - double(s.grad) * (double(s.param) - s.start);
+    const double fisher = decay * s.fisher + (1 - decay) * double(s.grad) * s.grad;
     A path = s.path;
-    A previous = s.previous;
-    si(path, previous, s.param, s.grad, s.anchor, s.importance);
+    AccumulatePathIntegral{}(path, s.param, s.start, s.grad);
     check_near(path, credit, 4 * kTolerance<A>, "SI path");
-    check(previous == s.param, "SI remembers the parameter");
     path = s.path;
-    previous = s.previous;
     A average = s.fisher;
-    rwalk(path, previous, average, s.param, s.grad, s.anchor, s.importance);
+    RiemannianWalkStep{decay}(path, average, s.param, s.start, s.grad);
     check_near(path, credit, 4 * kTolerance<A>, "RWalk path");
     check_near(average, fisher, 4 * kTolerance<A>, "RWalk Fisher average");
-    check(previous == s.param, "RWalk remembers the parameter");
   }
 }
 
-// The gradients of a step that was skipped, and of one that was clipped to nothing.
+// The gradients of a step that was skipped, and of one without any.
 template <class A>
-void path_of_lost_steps() {
+void path_of_skipped_steps() {
   const A inf = std::numeric_limits<A>::infinity();
-  for (const double scale : {1.0, 0.0}) {
-    for (const A grad : {inf, -inf, inf - inf, A(0)}) {
-      RiemannianWalkStep rwalk{{0.75, {{&scale, true}}}, 0.9};
-      prepare(rwalk);
-      A path = 3, previous = 2, fisher = 5;
-      rwalk(path, previous, fisher, A(2), grad, A(1), A(0));
-      check(path == 3, "a parameter that stayed earns nothing");
-      const A decayed = grad == 0 && scale == 1 ? A(0.9) * 5 : A(5);
-      check(fisher == decayed, "and its gradient is not averaged in");
-      rwalk(path, previous, fisher, A(2.5), grad, A(1), A(0));
-      check(previous == A(2.5), "the movement is over");
-      check(is_finite(path) == (grad == 0), "a parameter that moved shows the gradient");
-      check(is_finite(fisher) == (grad == 0), "so does its average");
-      check(grad != 0 || path == 3, "no gradient, no credit");
-    }
+  for (const A grad : {inf, -inf, inf - inf, A(0)}) {
+    A path = 3, fisher = 5;
+    RiemannianWalkStep{0.9}(path, fisher, A(2), A(2), grad);
+    check(path == 3, "a parameter that stayed earns nothing");
+    check(fisher == (grad == 0 ? A(0.9) * 5 : A(5)), "and its gradient is not averaged in");
+    RiemannianWalkStep{0.9}(path, fisher, A(2.5), A(2), grad);
+    check(is_finite(path) == (grad == 0), "a parameter that moved shows the gradient");
+    check(is_finite(fisher) == (grad == 0), "so does its average");
+    check(grad != 0 || path == 3, "no gradient, no credit");
   }
 }
 
@@ -258,11 +245,8 @@ void helpers() {
 template <class A>
 void all_formulas() {
   penalty<A>();
-  const float quarter = 0.25f;
-  const double half = 0.5;
-  path_steps<A>({}, {});
-  path_steps<A>({&quarter, false}, {&half, true});
-  path_of_lost_steps<A>();
+  path_steps<A>();
+  path_of_skipped_steps<A>();
   path_scores<A>();
   riemannian_walk_consolidation<A>();
   importance<A>();

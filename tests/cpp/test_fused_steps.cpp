@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kLr = 0.05;
 constexpr float kScale = 3;
-constexpr float kTaskScale = 0.25f;
+constexpr float kClip = 0.25f;
 
 template <class A>
 constexpr double kTolerance = std::is_same_v<A, float> ? 2e-6 : 1e-13;
@@ -50,14 +50,14 @@ StepOptions options_of(unsigned bits) {
   options.maximize = bits & 4;
   options.proximal = bits & 8;
   if (bits & 16) options.grad_scale = &kScale;
-  if (bits & 32) options.task_scale.scale = {&kTaskScale, false};
+  if (bits & 32) options.clip = {&kClip, false};
   return options;
 }
 constexpr unsigned kAllOptions = 64;
 
 // The part of a step before the optimizer: the two gradients, and the penalty.
 struct Gradients {
-  double task, total, value;
+  double task, total, value;  // `task` is not clipped
 };
 
 template <class A>
@@ -66,7 +66,7 @@ Gradients gradients_of(const Element<A>& e, const StepOptions& o, Protection lev
   const bool is_protected = level != Protection::None;
   const double distance = double(e.param) - e.anchor;
   const double pull = is_protected && !o.proximal ? 2 * o.strength * e.importance * distance : 0;
-  return {task, task + pull + (o.decoupled ? 0 : o.weight_decay * e.param),
+  return {task, o.clip.read() * task + pull + (o.decoupled ? 0 : o.weight_decay * e.param),
           is_protected ? o.strength * e.importance * distance * distance : 0};
 }
 
@@ -80,11 +80,10 @@ void check_end(const Element<A>& before, const Element<A>& after, const StepOpti
   }
   check_near(after.param, moved, kTolerance<A>, "parameter");
   const bool has_path = level == Protection::Path || level == Protection::Walk;
-  const double task = g.task / o.task_scale.scale.read();
-  const double path = before.path - (has_path ? task * (moved - before.param) : 0);
+  const double path = before.path - (has_path ? g.task * (moved - before.param) : 0);
   check_near(after.path, path, 4 * kTolerance<A>, "path integral");
   const double fisher =
-      level == Protection::Walk ? 0.9 * before.fisher + (1 - 0.9) * task * task : before.fisher;
+      level == Protection::Walk ? 0.9 * before.fisher + (1 - 0.9) * g.task * g.task : before.fisher;
   check_near(after.fisher, fisher, 16 * kTolerance<A>, "average of squared gradients");
 }
 
@@ -222,7 +221,6 @@ void device_scalars() {
   check(DeviceScalar{&narrow, false, 9}.read() == 0.25, "float on the device");
   check(DeviceScalar{&wide, true, 9}.read() == 0.1, "double on the device");
   check(DeviceScalar{nullptr, false, 9}.read() == 9, "a number of the host");
-  check(DeviceFactor{&narrow, false}.read() == 0.25 && DeviceFactor{}.read() == 1, "a factor");
 }
 
 // One tensor per size, in memory of its own; list 0 is the parameters, 1 the gradients.

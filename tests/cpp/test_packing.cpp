@@ -159,7 +159,7 @@ static_assert(Geometry<QuadraticPenalty, float>::kWidth == 4);
 static_assert(Geometry<QuadraticPenalty, double>::kWidth == 2);
 static_assert(Geometry<QuadraticPenalty, BFloat16>::kWidth == 8);
 static_assert(Geometry<Maximum, float>::kWidth == 4 && Geometry<Maximum, float>::kVectors == 4);
-static_assert(Geometry<AddQuadraticPenaltyGrad, float>::kVectors == 2);
+static_assert(Geometry<AddQuadraticPenaltyGrad<false>, float>::kVectors == 2);
 static_assert(Geometry<RiemannianWalkStep, float>::kVectors == 1);
 static_assert(Geometry<SlicedImportance, float>::kWidth == 1);
 static_assert(Geometry<AdamStep<Protection::None>, float>::kVectors == 2);
@@ -177,7 +177,7 @@ int main() {
   nothing_to_do();
   other_chunks_are_refused();
   every_element_has_one_thread_in_all_types<QuadraticPenalty>();
-  every_element_has_one_thread_in_all_types<AddQuadraticPenaltyGrad>();
+  every_element_has_one_thread_in_all_types<AddQuadraticPenaltyGrad<false>>();
   every_element_has_one_thread_in_all_types<AccumulateSquare>();
   every_element_has_one_thread_in_all_types<RiemannianWalkStep>();
   every_element_has_one_thread_in_all_types<ConsolidateRiemannianWalk>();

@@ -6,24 +6,16 @@ import pytest
 import torch
 from changing_models import Spare, Tied, frozen, grow, grow_naive, run_task, twins
 from condition_loops import WAYS, Trained, assert_agree
-from naive_methods import CASES
 from torch import nn
 from toy_training import CLASSES, assert_same_state, make_model, make_task
 
-from clext import METHODS, SI, Baseline, RWalk
+from clext import EWC, METHODS, SI, RWalk
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
-    pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 
-every_case = pytest.mark.parametrize("case", CASES)
+every_case = pytest.mark.parametrize("case", ["ewc", "si", "rwalk"])
+every_kind = pytest.mark.parametrize("kind", [EWC, SI, RWalk])
 every_way = pytest.mark.parametrize("way", WAYS)
-
-
-@pytest.fixture(params=[name for name, kind in METHODS.items() if kind.state_names])
-def kind(request):
-    return METHODS[request.param]
 
 
 # ------------------------------------------------------------------ frozen, tied, unused
@@ -40,10 +32,11 @@ def test_only_what_is_trained_counts_and_once(case, way, make, device):
         run_task(number, trained, defined)
     assert_agree(trained, defined)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert list(trained.method.importance) == ([] if case == "baseline" else trainable)
+    assert list(trained.method.importance) == trainable
 
 
 @every_way
+@every_kind
 def test_a_parameter_frozen_later_stays_and_costs_the_same_in_both_ways(kind, way, device):
     trained = Trained(kind.name, way, device)
     run_task(0, trained)
@@ -68,6 +61,22 @@ def test_a_parameter_frozen_later_stays_and_costs_the_same_in_both_ways(kind, wa
 
 
 @every_way
+def test_what_was_kept_of_a_parameter_before_it_was_frozen_is_not_used_again(way, device):
+    """Its last movement would be counted anew in every step."""
+    trained = Trained("si", way, device)
+    batches = make_task(0, device=device)
+    for batch in batches[:4]:
+        trained.step(batch)
+    trained.optimizer.zero_grad()
+    trained.model[0].requires_grad_(False)
+    path = trained.method._state.lists["path"][0].clone()
+    for batch in batches[4:]:
+        trained.step(batch)
+    assert torch.equal(trained.method._state.lists["path"][0], path)
+
+
+@every_way
+@every_kind
 def test_a_parameter_unfrozen_later_is_protected_from_then_on(kind, way, device):
     model = make_model()
     model[0].requires_grad_(False)
@@ -110,6 +119,7 @@ def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(
 
 
 @every_way
+@every_kind
 def test_parameters_added_later(kind, way, device):
     model = make_model()
     trained = Trained(kind.name, way, device, model)
@@ -127,10 +137,10 @@ def test_parameters_added_later(kind, way, device):
     assert trained.method.importance["3.weight"].gt(0).any()
 
 
-@every_way
-def test_a_module_replaced_by_one_of_its_shape_is_the_same_parameter(kind, way, device):
-    """By name: pulled to where its predecessor was. The exchange itself is not a movement."""
-    trained = Trained(kind.name, way, device)
+@every_kind
+def test_a_module_replaced_by_one_of_its_shape_is_the_same_parameter(kind, device):
+    """By name: pulled to where its predecessor was."""
+    trained = Trained(kind.name, "apart", device)
     run_task(0, trained)
     anchor = trained.method.anchor["2.weight"].clone()
     important = trained.method.importance["2.weight"].clone()
@@ -140,30 +150,7 @@ def test_a_module_replaced_by_one_of_its_shape_is_the_same_parameter(kind, way, 
     assert torch.equal(trained.method.anchor["2.weight"], anchor)
     assert torch.equal(trained.method.importance["2.weight"], important)
     assert trained.method.penalty().item() > 0
-    for key in ("previous", "interval_start"):
-        for name, entry in trained.method._state.view(key).items():
-            now = trained.model.get_parameter(name)
-            torch.testing.assert_close(entry, now.detach(), rtol=1e-12, atol=1e-12)
     run_task(1, trained)
-
-
-@pytest.mark.parametrize("kind", [SI, RWalk])
-def test_an_exchange_within_a_task_keeps_the_way_so_far(kind, device):
-    trained = Trained(kind.name, "apart", device)
-    batches = make_task(0, device=device)
-    for batch in batches[:5]:
-        trained.step(batch)
-    state = trained.method._state
-    path = state.view("path")["2.weight"].clone()
-    key = "interval_start" if kind is RWalk else "previous"
-    way = trained.model[2].weight.detach() - state.view(key)["2.weight"]
-    trained.model[2] = nn.Linear(6, CLASSES, device=device, dtype=torch.float64)
-    trained.method.refresh_parameters()
-    state = trained.method._state
-    assert torch.equal(state.view("path")["2.weight"], path)
-    torch.testing.assert_close(
-        trained.model[2].weight.detach() - state.view(key)["2.weight"], way, rtol=1e-9, atol=1e-12
-    )
 
 
 @pytest.mark.parametrize(
@@ -175,13 +162,12 @@ def test_an_exchange_within_a_task_keeps_the_way_so_far(kind, device):
     ],
     ids=["fewer rows", "more rows, fewer columns", "another dimension"],
 )
-@every_way
-def test_a_shape_that_no_longer_fits_is_named(kind, way, new, shapes, device):
-    trained = Trained(kind.name, way, device)
+def test_a_shape_that_no_longer_fits_is_named(new, shapes):
+    trained = Trained("ewc")
     run_task(0, trained)
     before = trained.method.state_dict()
-    trained.model[2] = new().to(device).double()
-    message = rf"{kind.name}: parameter '2.weight' had shape {shapes}: .*give the new parameter"
+    trained.model[2] = new().double()
+    message = rf"ewc: parameter '2.weight' had shape {shapes}: .*give the new parameter"
     for call in (trained.method.refresh_parameters, trained.method.consolidate):
         with pytest.raises(ValueError, match=message):
             call()
@@ -189,7 +175,7 @@ def test_a_shape_that_no_longer_fits_is_named(kind, way, new, shapes, device):
 
 
 @pytest.mark.parametrize("name", ["lwf", "replay", "icarl", "dgr", "gem", "agem"])
-def test_a_shape_that_no_longer_serves_what_is_kept_is_named(name):
+def test_a_head_smaller_than_what_is_kept_is_refused(name):
     """Examples, or a model as it was, whose classes the smaller head has not."""
     model = make_model()
     method = METHODS[name](model)
@@ -204,21 +190,12 @@ def test_a_shape_that_no_longer_serves_what_is_kept_is_named(name):
     task(y)
     method.consolidate([(x, y)])
     model.zero_grad()
-    head = model[2]
     model[2] = nn.Linear(6, CLASSES - 1).double()
-    message = (
-        r"the model has 2 outputs, and 3 when|labels reach from 0 to 2, expected 0 to 1: the m"
-    )
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises((ValueError, IndexError), match=r"2 outputs, and 3 when|out of bounds"):
         task(y % (CLASSES - 1))
-    assert "\n" not in str(caught.value)
     assert method.tasks == 1
-    with torch.no_grad():  # the same in place
-        head.weight.data, head.bias.data = head.weight[:2].clone(), head.bias[:2].clone()
-    model[2] = head
-    with pytest.raises(ValueError, match=message):
-        task(y % (CLASSES - 1))
     model[2] = nn.Linear(6, CLASSES + 1).double()
+    model.zero_grad()
     task(y + 1)
     assert method.loss(x[:4], y[:4]).isfinite()
 
@@ -236,27 +213,21 @@ def test_a_narrower_layer_inside_is_nobodys_business(name):
         method.consolidate([(x, y)])
 
 
-def test_a_method_that_keeps_nothing_takes_any_shape():
-    model = make_model()
-    method = Baseline(model)
-    model[2] = nn.Linear(6, 2).double()
-    method.refresh_parameters()
-    assert [entry.shape for entry in method._state.params][2] == (2, 6)
+def test_sparse_gradients_are_refused_by_name(device):
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2)).to(device)
+    method = SI(model)
+    model(torch.tensor([1, 2], device=device)).sum().backward()
+    with pytest.raises(TypeError, match=r"0.weight.* has layout"):
+        method.add_penalty_grad_()
 
 
 # ------------------------------------------------------------------ converted, moved
 
 
-def assert_refused(trained, batch):
-    with pytest.raises((ValueError, TypeError), match=r"call refresh_parameters\(\)"):
-        trained.step(batch)
-    with pytest.raises((ValueError, TypeError), match=r"call refresh_parameters\(\)"):
-        trained.method.penalty()
-
-
 @every_way
+@every_kind
 def test_a_model_converted_within_a_task(kind, way, device):
-    """The next call says what to do; afterwards training goes on, in the model's new precision."""
+    """The state follows at the next call, and training goes on in the model's new precision."""
     trained = Trained(kind.name, way, device, dtype=torch.float32)
     run = [(x.float().to(device), y.to(device)) for x, y in make_task(0)]
     for batch in run:
@@ -265,30 +236,24 @@ def test_a_model_converted_within_a_task(kind, way, device):
     trained.step(run[0])
     important = {name: entry.clone() for name, entry in trained.method.importance.items()}
     trained.model.double()
-    batches = make_task(1, device=device)
-    assert_refused(trained, batches[0])
-    trained.method.refresh_parameters()
+    trained.method.penalty()
     for name, entry in trained.method.importance.items():
         assert torch.equal(entry, important[name].double())
     trained.restart()
+    batches = make_task(1, device=device)
     for batch in batches:
         trained.step(batch)
     trained.end_task(batches)
     assert all(entry.dtype == torch.float64 for entry in trained.method.importance.values())
 
 
-def test_a_model_moved_within_a_task(kind, device):
+@every_kind
+def test_a_model_moved_after_the_method_was_made(kind, device):
     model = make_model()
     method = kind(model)
     model.to(device)
-    for call in (method.penalty, method.add_penalty_grad_):
-        if device == "cpu":
-            call()  # it has not moved
-        else:
-            with pytest.raises(ValueError, match=r"call refresh_parameters\(\)"):
-                call()
-    method.refresh_parameters()
     assert method.penalty().device.type == method.add_penalty_grad_().device.type == device
+    assert all(entry.device.type == device for entry in method.importance.values())
 
 
 # ------------------------------------------------------------------ other names
@@ -298,6 +263,7 @@ def sums(method):
     return {name: entry.sum().item() for name, entry in method.importance.items()}
 
 
+@every_kind
 @pytest.mark.parametrize(
     "wrap", [nn.Sequential, lambda layer: torch.compile(layer, backend="eager")]
 )
@@ -305,24 +271,44 @@ def test_a_wrapped_layer_keeps_what_is_known_of_it(kind, wrap):
     model = make_model()
     method = kind(model)
     x, y = make_task(0)[0]
-    with torch.no_grad():
-        for entry in method.importance.values():
-            entry.fill_(2.0)
+    for entry in method.importance.values():
+        entry.fill_(2.0)
     method.tasks = 1
     before, anchor = sums(method), method.anchor["0.weight"].clone()
     model[0] = wrap(model[0])
     method.begin_task((x, y))
     after = sums(method)
-    assert list(after) != list(before)
+    assert (list(after) == list(before)) == (wrap is not nn.Sequential)
     assert list(after.values()) == list(before.values())
     assert method.penalty().item() == 0
     assert next(iter(method.anchor.values())).equal(anchor)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: nn.ModuleDict({"module": model}),
+        lambda model: nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})}),
+    ],
+    ids=["compiled", "parallel", "peft"],
+)
+def test_wrappers_put_nothing_before_a_name(wrap):
+    plain, wrapped = EWC(make_model()), EWC(wrap(make_model()))
+    assert list(wrapped.importance) == list(plain.importance)
+    wrapped.load_state_dict(plain.state_dict())
+
+
+def test_names_that_would_be_one_stay_two():
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    model.register_parameter("weight", nn.Parameter(torch.zeros(2)))
+    assert sorted(EWC(model).importance) == ["module.bias", "module.weight", "weight"]
+
+
 def test_a_layer_put_before_others_moves_no_importance_to_a_neighbour():
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-    method = METHODS["ewc"](model)
+    method = EWC(model)
     method.consolidate([(torch.randn(16, 4), torch.arange(16) % 4)])
     before = list(sums(method).values())
     model.insert(0, nn.Dropout(0.1))
@@ -333,18 +319,6 @@ def test_a_layer_put_before_others_moves_no_importance_to_a_neighbour():
     method.begin_task()
     assert list(sums(method).values()) == [0, 0, *before]
     assert method.penalty().item() == 0
-
-
-def test_a_frozen_layer_that_is_wrapped_keeps_what_is_known_of_it(recwarn):
-    model = make_model()
-    method = METHODS["ewc"](model)
-    method.consolidate(make_task(0))
-    before = list(sums(method).values())
-    model[0].requires_grad_(False)
-    model[0] = nn.Sequential(model[0])
-    method.begin_task()
-    assert list(sums(method).values()) == before
-    assert not [entry for entry in recwarn if "not in the model" in str(entry.message)]
 
 
 def test_a_path_goes_on_in_a_layer_that_was_wrapped():
@@ -362,7 +336,7 @@ def test_a_path_goes_on_in_a_layer_that_was_wrapped():
 
 def test_what_is_known_of_a_parameter_that_is_gone_is_not_forgotten_in_silence():
     model = make_model()
-    method = METHODS["ewc"](model)
+    method = EWC(model)
     method.consolidate(make_task(0))
     torch.nn.utils.parametrizations.weight_norm(model[0])
     with pytest.warns(UserWarning, match="'0.weight' is not in the model any more, .* ewc knew"):

@@ -289,16 +289,15 @@ def test_slices_of_two_dtypes(module, device):
 
 @pytest.mark.parametrize("module", [ops, reference], ids=["kernel", "reference"])
 def test_state_made_in_inference_mode_is_refused_before_any_is_changed(module, device):
-    params, grads = [torch.ones(3, device=device)], [torch.ones(3, device=device)]
-    path, anchors, importances = ([torch.ones(3, device=device)] for _ in range(3))
+    importances, estimate, params = ([torch.ones(3, device=device)] for _ in range(3))
     with torch.inference_mode():
-        previous = [torch.zeros(3, device=device)]
+        anchors = [torch.zeros(3, device=device)]
     with pytest.raises(
-        ValueError, match=r"previous\[0\] was made in torch.inference_mode\(\), expected"
+        ValueError, match=r"anchors\[0\] was made in torch.inference_mode\(\), expected"
     ):
-        module.accumulate_path_integral_(path, previous, params, grads, anchors, importances, 1.0)
-    assert torch.equal(path[0], torch.ones_like(path[0]))
-    assert torch.equal(previous[0], torch.zeros_like(previous[0]))
+        module.consolidate_importance_(importances, anchors, estimate, params, 1.0)
+    assert torch.equal(importances[0], torch.ones_like(importances[0]))
+    assert torch.equal(anchors[0], torch.zeros_like(anchors[0]))
 
 
 def test_something_else_than_tensors():

@@ -85,27 +85,24 @@ EVENTS = (
 )
 
 
-@pytest.mark.parametrize("pull", [True, False], ids=["pull", "walk only"])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_steps_equal_the_ops(event, pull, implementation, device):
+def test_steps_equal_the_ops(event, implementation, device):
     problem = Problem(implementation, device)
     twin = Twin(problem, implementation)
     for step in range(5):
         event(problem, step)
-        run_step(problem, twin, pull)
+        run_step(problem, twin)
 
 
-@pytest.mark.parametrize("pull", [True, False], ids=["pull", "walk only"])
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_both_plans_mean_the_same(event, pull, device):
+def test_both_plans_mean_the_same(event, device):
     left, right = Problem("compiled", device), Problem("reference", device)
     for step in range(3):
         for problem in (left, right):
             event(problem, step)
-            if pull:  # which makes the gradients that are missing
-                problem.plan.add_quadratic_penalty_grad_(0.5)
+            problem.plan.add_quadratic_penalty_grad_(0.5)
             problem.optimize()
-            problem.plan.riemannian_walk_step_(0.5, 0.9)
+            problem.plan.riemannian_walk_step_(0.9)
             problem.plan.accumulate_riemannian_walk_score_(0.1)
     estimate = [entry.clone() for entry in left.state["fisher"]]
     for problem in (left, right):
@@ -157,17 +154,12 @@ def test_missing_gradients_are_made_like_their_parameters(implementation, device
         torch.testing.assert_close(theta.grad, expected)
 
 
-def test_gradients_in_another_layout_do_for_reading_but_not_for_adding(implementation, device):
+def test_gradients_in_another_layout_are_refused(implementation, device):
     problem = Problem(implementation, device, entries=(Entry((3, 2)), Entry((4, 5))))
-    twin = Twin(problem, implementation)
     for _ in range(3):
         problem.backward()
         theta = problem.params[1]
         theta.grad = theta.grad.t().contiguous().t()
-        twin.walk(0.5, 0.9)
-        problem.plan.accumulate_path_integral_(0.5)
-        problem.plan.riemannian_walk_step_(0.5, 0.9)
-        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
         with pytest.raises(
             ValueError, match=r"grads\[1\] of parameter 'layer1.weight' has strides"
         ):
@@ -177,14 +169,51 @@ def test_gradients_in_another_layout_do_for_reading_but_not_for_adding(implement
 def test_a_gradient_at_the_same_address_in_another_layout(implementation, device):
     """Allocators hand out the same memory again; only the strides tell."""
     problem = Problem(implementation, device, entries=(Entry((3, 2)),))
-    twin = Twin(problem, implementation)
     memory = torch.randn(6, device=device)
-    for view in (memory.view(3, 2), memory.view(2, 3).t(), memory.view(3, 2)):
-        problem.params[0].grad = view
-        twin.walk(0.5, 0.9)
-        problem.plan.accumulate_path_integral_(0.5)
-        problem.plan.riemannian_walk_step_(0.5, 0.9)
+    problem.params[0].grad = memory.view(3, 2)
+    problem.plan.add_quadratic_penalty_grad_(0.5)
+    problem.params[0].grad = memory.view(2, 3).t()
+    with pytest.raises(ValueError, match=r"grads\[0\] of parameter 'layer0.weight' has strides"):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+
+
+def test_a_walk_without_a_pull_is_an_error(implementation, device):
+    problem = Problem(implementation, device)
+    problem.backward()
+    message = "nothing has been kept of this step, expected add_quadratic"
+    with pytest.raises(RuntimeError, match=message):
+        problem.plan.accumulate_path_integral_()
+    with pytest.raises(RuntimeError, match=message):
+        problem.plan.riemannian_walk_step_(0.9)
+
+
+def test_a_walk_follows_the_last_pull(implementation, device):
+    """Gradients that are gone by then, and parameters frozen meanwhile, do not matter."""
+    problem = Problem(implementation, device)
+    twin = Twin(problem, implementation)
+    for without in ((), (1,), ()):
+        problem.backward(*without)
+        for index, theta in enumerate(problem.params):
+            theta.requires_grad_(index not in without)
+        twin.pull(0.5)
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+        problem.optimize()
+        for index, theta in enumerate(problem.params):
+            theta.grad = None
+            theta.requires_grad_(index % 2 == 0)
+        twin.walk(0.9)
+        problem.plan.accumulate_path_integral_()
+        problem.plan.riemannian_walk_step_(0.9)
         assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
+
+
+def test_without_lists_to_keep_it_the_pull_keeps_nothing(implementation, device):
+    keys = ("anchor", "importance", "path")
+    problem = Problem(implementation, device, keys=keys)
+    problem.backward()
+    problem.plan.add_quadratic_penalty_grad_(0.5)
+    with pytest.raises((RuntimeError, ValueError), match="accumulate_path_integral_: "):
+        problem.plan.accumulate_path_integral_()
 
 
 def test_a_parameter_at_the_same_address_in_another_layout(implementation, device):
@@ -206,7 +235,7 @@ def test_a_gradient_with_other_strides_where_they_do_not_matter(implementation, 
         if step % 2:
             for theta, strides in zip(problem.params, ((1, 7), (9, 1)), strict=True):
                 theta.grad = theta.grad.clone().as_strided(theta.shape, strides)
-        run_step(problem, twin, pull=True)
+        run_step(problem, twin)
 
 
 def test_state_that_moves_to_shared_memory(implementation):
@@ -219,7 +248,7 @@ def test_state_that_moves_to_shared_memory(implementation):
             for key in ("path", "importance"):
                 for tensor in problem.state[key]:
                     tensor.share_memory_()
-        run_step(problem, twin, pull=True)
+        run_step(problem, twin)
 
 
 def test_a_lazy_clone_of_what_is_written_keeps_its_values(implementation, device):
@@ -231,7 +260,7 @@ def test_a_lazy_clone_of_what_is_written_keeps_its_values(implementation, device
         tensors = [problem.state["path"][0], problem.params[1].grad]
         clones = [torch._lazy_clone(tensor) for tensor in tensors]
         before = [clone.tolist() for clone in clones]
-        run_step(problem, twin, pull=True)
+        run_step(problem, twin)
         assert [clone.tolist() for clone in clones] == before
         assert [tensor.tolist() for tensor in tensors] != before
 
@@ -242,13 +271,12 @@ def test_sparse_gradients_are_refused_by_name(calls_before, implementation, devi
     for _ in range(calls_before):
         problem.backward()
         problem.plan.add_quadratic_penalty_grad_(0.5)
-        problem.plan.accumulate_path_integral_(0.5)
+        problem.plan.accumulate_path_integral_()
     problem.backward(0)
     problem.params[1].grad = problem.params[1].grad.to_sparse()
     before = {key: [t.clone() for t in entries] for key, entries in problem.state.items()}
-    for call in (problem.plan.add_quadratic_penalty_grad_, problem.plan.accumulate_path_integral_):
-        with pytest.raises(TypeError, match=r"parameter 'layer1.weight' has layout .*sparse=False"):
-            call(0.5)
+    with pytest.raises(TypeError, match=r"parameter 'layer1.weight' has layout .*sparse=False"):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
     assert_same_bits(tensors_of(problem.state), tensors_of(before))
 
 
@@ -290,10 +318,10 @@ def test_nothing_is_recorded_for_autograd(mode, implementation, device):
         each.backward()
     with mode():
         value = problem.plan.add_quadratic_penalty_grad_(0.5)
-        problem.plan.accumulate_path_integral_(0.5)
+        problem.plan.accumulate_path_integral_()
         alone = problem.plan.quadratic_penalty()
     expected.plan.add_quadratic_penalty_grad_(0.5)
-    expected.plan.accumulate_path_integral_(0.5)
+    expected.plan.accumulate_path_integral_()
     assert not value.requires_grad
     assert not alone.requires_grad
     assert not any(theta.grad.requires_grad for theta in problem.params)
@@ -323,12 +351,10 @@ def test_gradients_that_are_lazy_negatives_have_their_sign(
         assert torch.equal(problem.plan.add_quadratic_penalty_grad_(0.5), value)
         for index, gradient in grads.items():
             assert torch.equal(problem.params[index].grad, gradient)
-        # Read alone, it stays what it is.
         problem.params[0].grad = lazily_negative(problem.params[0].grad)
-        twin.walk(0.5, 0.9)
-        problem.plan.accumulate_path_integral_(0.5)
-        problem.plan.riemannian_walk_step_(0.5, 0.9)
-        assert problem.params[0].grad.is_neg()
+        twin.walk(0.9)
+        problem.plan.accumulate_path_integral_()
+        problem.plan.riemannian_walk_step_(0.9)
         assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
 
 
@@ -360,7 +386,7 @@ def test_ten_thousand_calls_leak_no_memory():
             for theta in problem.params:
                 theta.grad = torch.zeros_like(theta)
             problem.plan.add_quadratic_penalty_grad_(0.0)
-            problem.plan.accumulate_path_integral_(0.0)
+            problem.plan.accumulate_path_integral_()
 
     calls(1000)
     before = resident_pages()

@@ -107,33 +107,22 @@ def test_add_penalty_grad_adds_gradient_and_returns_value(params, dtype):
     assert_elements(grads, expected, max(torch.finfo(dtype).eps, tolerance(dtype)))
 
 
-def test_path_integral_takes_the_penalty_gradient_out(params, dtype):
-    path, previous, grads = like(params), like(params), grads_of(params)
-    anchors, importances = like(params), like(params, positive=True)
-    before = elements(path, previous, params, grads, anchors, importances)
-    reference.accumulate_path_integral_(path, previous, params, grads, anchors, importances, 0.3)
-    expected = [s - (g - 0.6 * w * (q - a)) * (p - q) for s, q, p, g, a, w in before]
+def test_path_integral_is_the_task_gradient_along_the_step(params, dtype):
+    path, starts, task_grads = like(params), like(params), like(params)
+    before = elements(path, params, starts, task_grads)
+    reference.accumulate_path_integral_(path, params, starts, task_grads)
+    expected = [s - g * (p - q) for s, p, q, g in before]
     assert_elements(path, expected, 10 * tolerance(dtype))
-    assert_elements(previous, [p for _, _, p, *_ in before], 0.0)
 
 
 def test_riemannian_walk_step_averages_the_squared_task_gradient(params, dtype):
-    path, previous, fisher = like(params), like(params), like(params, positive=True)
-    grads, anchors, importances = grads_of(params), like(params), like(params, positive=True)
-    before = elements(path, previous, fisher, params, grads, anchors, importances)
-    reference.riemannian_walk_step_(
-        path, previous, fisher, params, grads, anchors, importances, 0.3, 0.9
-    )
-    task = [g - 0.6 * w * (q - a) for _, q, _, _, g, a, w in before]
-    moved = [p - q for _, q, _, p, *_ in before]
+    path, fisher = like(params), like(params, positive=True)
+    starts, task_grads = like(params), like(params)
+    before = elements(path, fisher, params, starts, task_grads)
+    reference.riemannian_walk_step_(path, fisher, params, starts, task_grads, 0.9)
     rtol = 20 * tolerance(dtype)
-    assert_elements(
-        path, [s[0] - g * d for s, g, d in zip(before, task, moved, strict=False)], rtol
-    )
-    assert_elements(
-        fisher, [0.9 * s[2] + 0.1 * g * g for s, g in zip(before, task, strict=False)], rtol
-    )
-    assert_elements(previous, [s[3] for s in before], 0.0)
+    assert_elements(path, [s - g * (p - q) for s, _, p, q, g in before], rtol)
+    assert_elements(fisher, [0.9 * f + 0.1 * g * g for _, f, _, _, g in before], rtol)
 
 
 def test_riemannian_walk_score_counts_only_falls_of_the_loss(params, dtype):
@@ -257,12 +246,9 @@ def test_empty_lists_give_zero_or_nothing():
 
 def test_ops_read_parameters_that_require_grad(device):
     params = [torch.randn(3, device=device, requires_grad=True)]
-    path, previous = like(params), like(params)
-    reference.accumulate_path_integral_(
-        path, previous, params, grads_of(params), like(params), like(params), 1.0
-    )
+    path = like(params)
+    reference.accumulate_path_integral_(path, params, like(params), like(params))
     assert not path[0].requires_grad
-    assert not previous[0].requires_grad
 
 
 # ------------------------------------------------------------------ bad input
@@ -311,9 +297,7 @@ def test_written_list_in_another_layout_is_refused_but_a_read_one_is_not():
 def test_saved_weights_that_alias_the_live_ones_are_refused():
     params = [torch.randn(4)]
     with pytest.raises(ValueError, match="shares memory with"):
-        reference.accumulate_path_integral_(
-            [entry((4,))], [params[0]], params, [entry((4,))], [entry((4,))], [entry((4,))], 1.0
-        )
+        reference.consolidate_importance_([entry((4,))], [params[0]], [entry((4,))], params, 1.0)
 
 
 @pytest.mark.parametrize("strength", [-1.0, math.nan, math.inf])

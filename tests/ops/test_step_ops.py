@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import OPS, Entry, assert_same_bits, copy, lay_out, outputs_of, sample, tensors_of
 
-from clext import ops, reference
+from clext import ops
 from clext.ops._extension import C
+from clext.ops.plan import ReferencePlan
 
 STEPS = [op for op in OPS if op.name in ("sgd_step_", "adam_step_")]
 ENTRIES = (
@@ -108,6 +109,8 @@ def test_options_that_are_tensors(op, implementation, device):
         refused(
             rf"{name} has dtype \S+, expected float32", TypeError, **{name: torch.ones(()).double()}
         )
+    refused(r"clip has shape \[2\], expected one element", clip=torch.ones(2))
+    refused("clip has dtype .*expected float32 or", TypeError, clip=torch.ones(()).half())
     for rate in (-1.0, float("nan"), float("inf")):
         changes = {**arguments, "lr": torch.tensor(rate)}
         assert_refused(op, implementation, changes, r"lr is \S+, expected a finite number >= 0")
@@ -180,7 +183,7 @@ class Twins:
         self.params = [torch.nn.Parameter(entry) for entry in own["params"]]
         self.state = {key: own[name] for name, key in KEYS.items() if own.get(name)}
         self.steps = own["steps"]
-        kind = C.ParameterPlan if implementation == "kernel" else reference.ReferencePlan
+        kind = C.ParameterPlan if implementation == "kernel" else ReferencePlan
         self.plan = kind(["a", "b", "c"], self.params, self.state, self.steps)
         self.options = {name: v for name, v in own.items() if not isinstance(v, list)}
 
@@ -230,7 +233,7 @@ def test_the_plan_without_any_gradient(op, implementation, device):
 def test_what_the_plan_lacks(implementation, device):
     theta = torch.nn.Parameter(torch.ones(3, device=device))
     theta.grad = torch.ones_like(theta)
-    kind = C.ParameterPlan if implementation == "kernel" else reference.ReferencePlan
+    kind = C.ParameterPlan if implementation == "kernel" else ReferencePlan
     op = next(op for op in STEPS if op.name == "adam_step_")
     options = {n: v for n, v in sample(op, (), device).items() if not isinstance(v, list)}
     state = {key: [torch.zeros(3, device=device)] for key in ("exp_avg", "exp_avg_sq")}

@@ -26,7 +26,7 @@ from op_arguments import (
 )
 from step_registry import STEPS
 
-_STEP = {"params": 2.5, "previous": 2.0, "grads": 3.0, "anchors": 1.0, "importances": 0.5}
+_STEP = {"params": 2.5, "starts": 2.0, "task_grads": 3.0}
 
 OPS = (
     Op(
@@ -67,38 +67,23 @@ OPS = (
     ),
     Op(
         "accumulate_path_integral_",
-        (
-            state("path", "update"),
-            state("previous", "update"),
-            params(),
-            grads(),
-            state("anchors"),
-            weights("importances"),
-            at_least_zero("strength", 0.75),
-            Fixed("task_scale"),
-            Fixed("pull_scale"),
-        ),
-        (Example({"path": 1.0, **_STEP, "strength": 0.25}, {"path": -0.375, "previous": 2.5}),),
+        (state("path", "update"), params(), state("starts"), state("task_grads")),
+        (Example({"path": 1.0, **_STEP}, {"path": -0.5}),),
     ),
     Op(
         "riemannian_walk_step_",
         (
             state("path", "update"),
-            state("previous", "update"),
             weights("fisher", "update"),
             params(),
-            grads(),
-            state("anchors"),
-            weights("importances"),
-            at_least_zero("strength", 0.75),
+            state("starts"),
+            state("task_grads"),
             fraction("decay", 0.9),
-            Fixed("task_scale"),
-            Fixed("pull_scale"),
         ),
         (
             Example(
-                {"path": 1.0, "fisher": 8.0, **_STEP, "strength": 0.25, "decay": 0.75},
-                {"path": -0.375, "previous": 2.5, "fisher": 7.890625},
+                {"path": 1.0, "fisher": 8.0, **_STEP, "decay": 0.75},
+                {"path": -0.5, "fisher": 8.25},
             ),
         ),
     ),

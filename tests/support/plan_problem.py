@@ -7,17 +7,20 @@ from helpers import Entry, assert_same_bits, lay_out, state_dtype, tensors_of
 
 from clext import ops, reference
 from clext.ops._extension import C
+from clext.ops.plan import ReferencePlan
 
 KEYS = (
     "anchor",
     "importance",
     "path",
-    "previous",
     "fisher",
     "task_score",
     "score",
     "interval_start",
+    "task_gradient",
+    "step_start",
 )
+SIGNED = ("anchor", "path", "task_gradient", "step_start")
 ENTRIES = (
     Entry((5, 3)),
     Entry((2, 3, 4, 5), layout="channels_last"),
@@ -45,13 +48,13 @@ class Problem:
         self.state = {
             key: [
                 torch.empty_like(theta, dtype=state_dtype(entry.dtype), requires_grad=False)
-                .copy_(values(entry) if key in ("anchor", "path") else values(entry).abs())
+                .copy_(values(entry) if key in SIGNED else values(entry).abs())
                 .detach()
                 for theta, entry in zip(self.params, entries, strict=True)
             ]
             for key in keys
         }
-        self.classes = {"compiled": C.ParameterPlan, "reference": reference.ReferencePlan}
+        self.classes = {"compiled": C.ParameterPlan, "reference": ReferencePlan}
         self.plan = self.make(implementation)
         self.random = generator
 
@@ -89,34 +92,31 @@ class Twin:
     def lists(self, *keys, active):
         return [[self.state[key][i] for i in active] for key in keys]
 
-    def active(self):
-        return [i for i, theta in enumerate(self.problem.params) if theta.grad is not None]
-
     def pull(self, strength):
-        """Gradients after add_quadratic_penalty_grad_, and the value."""
+        """Gradients after add_quadratic_penalty_grad_, and the value; keeps what the plan keeps."""
         params = self.problem.params
-        active = [i for i, p in enumerate(params) if p.grad is not None or p.requires_grad]
+        self.kept = [i for i, p in enumerate(params) if p.grad is not None or p.requires_grad]
         grads = [
             torch.zeros_like(params[i]).detach()
             if params[i].grad is None
             else params[i].grad.clone()
-            for i in active
+            for i in self.kept
         ]
-        lists = self.lists("anchor", "importance", active=active)
-        chosen = [params[i] for i in active]
+        for index, grad in zip(self.kept, grads, strict=True):
+            self.state["task_gradient"][index].copy_(grad)
+            self.state["step_start"][index].copy_(params[index].detach())
+        lists = self.lists("anchor", "importance", active=self.kept)
+        chosen = [params[i] for i in self.kept]
         value = self.module.add_quadratic_penalty_grad_(grads, chosen, *lists, strength)
-        return value, dict(zip(active, grads, strict=True))
+        return value, dict(zip(self.kept, grads, strict=True))
 
-    def walk(self, strength, decay):
-        active = self.active()
-        params = [self.problem.params[i] for i in active]
-        grads = [theta.grad for theta in params]
-        path, previous, fisher, anchors, importances = self.lists(
-            "path", "previous", "fisher", "anchor", "importance", active=active
+    def walk(self, decay):
+        params = [self.problem.params[i] for i in self.kept]
+        path, fisher, *kept = self.lists(
+            "path", "fisher", "step_start", "task_gradient", active=self.kept
         )
-        rest = (params, grads, anchors, importances, strength)
-        self.module.accumulate_path_integral_(path, previous, *rest)
-        self.module.riemannian_walk_step_(path, previous, fisher, *rest, decay)
+        self.module.accumulate_path_integral_(path, params, *kept)
+        self.module.riemannian_walk_step_(path, fisher, params, *kept, decay)
 
     def score(self, eps):
         keys = ("task_score", "path", "interval_start", "fisher")
@@ -124,17 +124,19 @@ class Twin:
         self.module.accumulate_riemannian_walk_score_(*lists, self.problem.params, eps)
 
 
-def run_step(problem, twin, pull):
+def run_step(problem, twin):
     """One step by the plan and by the ops: same gradients, same value, same state, to the bit."""
-    if pull:
-        value, grads = twin.pull(0.5)
-        assert_same_bits({"value": problem.plan.add_quadratic_penalty_grad_(0.5)}, {"value": value})
-        got = {i: p.grad for i, p in enumerate(problem.params) if p.grad is not None}
-        assert_same_bits(got, grads)
+    value, grads = twin.pull(0.5)
+    assert_same_bits({"value": problem.plan.add_quadratic_penalty_grad_(0.5)}, {"value": value})
+    got = {i: p.grad for i, p in enumerate(problem.params) if p.grad is not None}
+    assert_same_bits(got, grads)
     problem.optimize()
-    twin.walk(0.5, 0.9)
-    problem.plan.accumulate_path_integral_(0.5)
-    problem.plan.riemannian_walk_step_(0.5, 0.9)
+    for theta in problem.params:  # what becomes of the gradients after the pull does not matter
+        if theta.grad is not None:
+            theta.grad.mul_(0.1)
+    twin.walk(0.9)
+    problem.plan.accumulate_path_integral_()
+    problem.plan.riemannian_walk_step_(0.9)
     twin.score(0.1)
     problem.plan.accumulate_riemannian_walk_score_(0.1)
     assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))

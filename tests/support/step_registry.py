@@ -43,7 +43,7 @@ def _rest(proximal: bool, clear_grad: bool) -> tuple[Arg, ...]:
         Fixed("clear_grad", clear_grad),
         Fixed("grad_scale"),
         Fixed("found_inf"),
-        Fixed("task_scale"),
+        Fixed("clip"),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from clext import ops
 from clext.core.lists import same_layout, state_dtype
 from clext.core.parameters import allocate_state
 from clext.ops.plan import make_plan
@@ -75,13 +77,21 @@ class ParameterState:
 
     def keep_steps(self) -> None:
         """From now on the pull also keeps the task's gradient and the parameters: see `SCRATCH`."""
-        if not self.scratch:
-            self.scratch = {key: allocate_state(self.params) for key in SCRATCH}
-            self._make_plan()
+        self.scratch = {key: allocate_state(self.params) for key in SCRATCH}
+        self._make_plan()
 
     def view(self, key: str) -> StateView:
         """The tensors of `key` by parameter name."""
         return StateView(key, self.names, self.lists[key])
+
+    def penalty(self) -> Tensor:
+        """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
+
+        Frozen parameters without a gradient have no part in it.
+        """
+        moving = [entry.requires_grad or entry.grad is not None for entry in self.params]
+        lists = (self.params, self.lists["anchor"], self.lists["importance"])
+        return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
 
     @torch.no_grad()
     def restart(self, key: str) -> None:
@@ -165,12 +175,24 @@ class ParameterState:
             self.view(key).assign(given[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors of their own: pickle would write all of their common memory for each.
-        return {"named": dict(zip(self.names, self.params, strict=True)), "lists": self.state_dict()}
+        # The memory of a list as a whole, since its tensors are parts of it: pickle would write it
+        # for each of them. No copies: what goes to another process has to live until it has come.
+        named = dict(zip(self.names, self.params, strict=True))
+        return {"named": named, "lists": {key: _memory(self.lists[key]) for key in self.lists}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["named"], list(state["lists"]))  # type: ignore[misc]
-        self.load_state_dict(state["lists"])
+        for key, kept in state["lists"].items():
+            torch._foreach_copy_(_memory(self.lists[key]), kept)
+
+
+def _memory(entries: Sequence[Tensor]) -> list[Tensor]:
+    """The flat buffers that these tensors lie in."""
+    buffers = {entry.untyped_storage().data_ptr(): entry for entry in entries}
+    return [
+        torch.empty(0, dtype=entry.dtype, device=entry.device).set_(entry.untyped_storage())
+        for entry in buffers.values()
+    ]
 
 
 def _leading_part(name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:

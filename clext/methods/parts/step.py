@@ -32,19 +32,6 @@ class Step:
         """The step is over."""
         self.kept_by = self._pulled = None
 
-    def refuse_second_pull(self, owner: str, state: ParameterState) -> None:
-        """RuntimeError if the gradients are those of the last pull, at most added to since."""
-        if self._pulled is None:
-            return
-        place, gradient, writes = self._pulled
-        now = state.params[place].grad
-        # To clear and fill it again takes two writes, one more backward pass of this step one.
-        if now is not None and now is gradient() and now._version <= writes + 1:
-            raise RuntimeError(
-                f"{owner}: add_penalty_grad_() was called twice on the same gradients, so the pull "
-                "would count twice; call it once in a step, after the last backward pass"
-            )
-
     @torch.no_grad()
     def pull(self, state: ParameterState, strength: float, scale: float) -> Tensor:
         """Add the pull to gradients that are scaled by `scale`; returns the penalty.
@@ -52,12 +39,24 @@ class Step:
         In the same pass the task's gradient and the parameters are kept. But a closure that is
         evaluated again, where the parameters have moved (LBFGS), belongs to the step that its first
         evaluation began; a step that was dropped has moved nothing.
+
+        Raises:
+            RuntimeError: the gradients are those of the last pull, at most added to since.
         """
-        first = None
-        if self.follows_path:
+        if self._pulled is not None:
+            place, gradient, writes = self._pulled
+            now = state.params[place].grad
+            # To clear and fill it again takes two writes, one more backward pass of this step one.
+            if now is not None and now is gradient() and now._version <= writes + 1:
+                raise RuntimeError(
+                    "add_penalty_grad_() was called twice on the same gradients, so the pull would "
+                    "count twice; call it once in a step, after the last backward pass"
+                )
+        if self.follows_path and not state.scratch:
             state.keep_steps()
-            if self.kept_by == "pull" and state.has_moved():
-                first = {key: [entry.clone() for entry in kept] for key, kept in state.scratch.items()}
+        first = None
+        if self.follows_path and self.kept_by == "pull" and state.has_moved():
+            first = {key: [entry.clone() for entry in kept] for key, kept in state.scratch.items()}
         value = state.plan.add_quadratic_penalty_grad_(strength * scale)
         if first is not None:
             for key, entries in first.items():
@@ -74,7 +73,8 @@ class Step:
     def begin_by_penalty(self, state: ParameterState) -> None:
         """The penalty is in the loss: keep the parameters."""
         if self.follows_path and self.kept_by is None:
-            state.keep_steps()
+            if not state.scratch:
+                state.keep_steps()
             state.restart("step_start")
             self.kept_by = "penalty"
 
@@ -89,4 +89,5 @@ class Step:
         state.plan.add_quadratic_penalty_grad_(0.0)  # keeps the gradients
         torch._foreach_copy_(starts, began)
         anchors, importances = state.lists["anchor"], state.lists["importance"]
-        ops.add_quadratic_penalty_grad_(gradients, starts, anchors, importances, -strength)
+        # The pull the other way round: 2 * strength * importance * (anchor - step_start).
+        ops.add_quadratic_penalty_grad_(gradients, anchors, starts, importances, strength)

@@ -11,8 +11,7 @@ parameter <- (parameter + p * anchor) / (1 + p), which no strength makes unstabl
     path   <- path - g * (the movement of the parameter, as it is stored)           (SI, RWalk)
     fisher <- decay * fisher + (1 - decay) * g^2                                    (RWalk)
 
-with g divided by `task_scale` first, where that is given: what the task's gradient was clipped with
-before the step. A scale of 0 has left nothing of it, and these two stay as they are.
+With `clip` the step is that for clip * g + 2 * strength * t, while path and fisher still see g.
 
 Which of these a call does is told by the lists that are given: none of them; anchors and
 importances; path too; fisher too. Lists that are not used are empty.
@@ -37,7 +36,7 @@ from clext.core.lists import (
     widest,
 )
 from clext.ops.reference.arithmetic import total, wide
-from clext.ops.reference.path import average_square, check_scale, path_change
+from clext.ops.reference.path import average_square, path_change
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def sgd_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    task_scale: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """One step of torch.optim.SGD with protection; returns the penalty's value before it (0-dim).
 
@@ -81,10 +80,8 @@ def sgd_step_(
         )
     buffers = [state("momentum_buffers", momentum_buffers, written=True), step_counts(steps)]
     step = _Step(name, params, grads, path, fisher, anchors, importances, strength, decay)
-    step.check(buffers if momentum else [], clear_grad, lr, grad_scale, found_inf, task_scale)
-    step.prepare(
-        lr, grad_scale, task_scale, maximize, weight_decay, decoupled=False, proximal=proximal
-    )
+    step.check(buffers if momentum else [], clear_grad, lr, grad_scale, found_inf, clip)
+    step.prepare(lr, grad_scale, clip, maximize, weight_decay, decoupled=False, proximal=proximal)
     if found_inf is not None and bool(found_inf):
         return step.value()
     firsts = [count == 1 for count in _advance(steps)]
@@ -125,7 +122,7 @@ def adam_step_(
     clear_grad: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    task_scale: Tensor | None = None,
+    clip: Tensor | None = None,
 ) -> Tensor:
     """One step of torch.optim.Adam with protection; returns the penalty's value before it (0-dim).
 
@@ -142,9 +139,9 @@ def adam_step_(
         step_counts(steps),
     ]
     step = _Step(name, params, grads, path, fisher, anchors, importances, strength, decay)
-    step.check(averages, clear_grad, lr, grad_scale, found_inf, task_scale)
+    step.check(averages, clear_grad, lr, grad_scale, found_inf, clip)
     step.prepare(
-        lr, grad_scale, task_scale, maximize, weight_decay, decoupled=decoupled, proximal=proximal
+        lr, grad_scale, clip, maximize, weight_decay, decoupled=decoupled, proximal=proximal
     )
     if found_inf is not None and bool(found_inf):
         return step.value()
@@ -203,8 +200,7 @@ class _Step:
 
     lr: float = 0.0
     factor: float = 1.0  # of the gradient
-    inverse: float = 1.0  # of the task's scale
-    memory: float = 0.0  # of the average of the squared gradient
+    clip: float = 1.0  # of the gradient, where it moves the parameter
     keep: float = 1.0  # what decoupled weight decay leaves of the parameter
     weight_decay: float = 0.0  # that goes through the gradient
     pull: float = 0.0
@@ -218,7 +214,7 @@ class _Step:
         lr: Tensor,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        task_scale: Tensor | None,
+        clip: Tensor | None,
     ) -> None:
         check_scalar(self.op, "strength", self.strength)
         check_fraction(self.op, "decay", self.decay)
@@ -238,7 +234,15 @@ class _Step:
             *used,
         )
         _check_number(self.op, "lr", lr)
-        check_scale(self.op, "task_scale", task_scale, self.params)
+        if clip is not None and clip.numel() != 1:
+            raise ValueError(f"{self.op}: clip has shape {list(clip.shape)}, expected one element")
+        if clip is not None and clip.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{self.op}: clip has dtype {clip.dtype}, expected float32 or float64")
+        if clip is not None and self.params and clip.device != self.params[0].device:
+            raise ValueError(
+                f"{self.op}: clip is on {clip.device}, expected {self.params[0].device} "
+                "(the device of params)"
+            )
         for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             if scalar is not None and scalar.numel() != 1:
                 raise ValueError(
@@ -251,7 +255,7 @@ class _Step:
         self,
         lr: Tensor,
         grad_scale: Tensor | None,
-        task_scale: Tensor | None,
+        clip: Tensor | None,
         maximize: bool,
         weight_decay: float,
         *,
@@ -263,9 +267,7 @@ class _Step:
         self.factor = -1.0 if maximize else 1.0
         if grad_scale is not None:
             self.factor /= float(grad_scale)
-        scale = 1.0 if task_scale is None else float(task_scale)
-        self.inverse = 1 / scale if scale else 0.0
-        self.memory = self.decay if self.inverse else 1.0
+        self.clip = 1.0 if clip is None else float(clip)
         self.keep = 1 - self.lr * weight_decay if decoupled else 1.0
         self.weight_decay = 0.0 if decoupled else weight_decay
         self.pull = 0.0 if proximal else 2 * self.strength
@@ -278,7 +280,7 @@ class _Step:
         for index, (param, gradient) in enumerate(zip(self.params, self.grads, strict=True)):
             theta = wide(param)
             task_grad = self.factor * wide(gradient)
-            grad = task_grad
+            grad = self.factor * self.clip * wide(gradient)
             if self.anchors:
                 anchor, omega = self.anchors[index], self.importances[index]
                 difference = theta - anchor
@@ -291,12 +293,12 @@ class _Step:
                 weight = self.prox * omega
                 new = (new + weight * anchor) / (1 + weight)
             stored = new.to(param.dtype)
-            own, movement = self.inverse * task_grad, wide(stored) - theta
+            movement = wide(stored) - theta
             if self.path:
-                self.path[index].sub_(path_change(own, movement))
+                self.path[index].sub_(path_change(task_grad, movement))
             if self.fisher:
                 average = self.fisher[index]
-                average.copy_(average_square(average, own, movement, self.memory))
+                average.copy_(average_square(average, task_grad, movement, self.decay))
             param.copy_(stored)
             if clear_grad:
                 gradient.zero_()

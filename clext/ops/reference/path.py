@@ -5,10 +5,6 @@ SI: Zenke et al. 2017, arXiv:1703.04200. RWalk: Chaudhry et al. 2018, arXiv:1801
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -25,86 +21,54 @@ from clext.ops.reference.arithmetic import maximum, wide
 
 @torch.no_grad()
 def accumulate_path_integral_(
-    path: TensorList,
-    previous: TensorList,
-    params: TensorList,
-    grads: TensorList,
-    anchors: TensorList,
-    importances: TensorList,
-    strength: float,
-    *,
-    task_scale: Tensor | None = None,
-    pull_scale: Tensor | None = None,
+    path: TensorList, params: TensorList, starts: TensorList, task_grads: TensorList
 ) -> None:
-    """Subtract task gradient * step from `path`; `previous` becomes the parameters.
+    """Subtract task gradient * (parameter - start) from `path`.
 
-    The penalty's gradient at `previous` is taken out of `grads` first, so that `path` holds the
-    decrease of the task loss alone (Zenke et al. 2017, equation 3). `grads` hold task_scale times
-    the task's gradient and pull_scale times the penalty's, each 1 unless given (float32 or float64,
-    one element). A task_scale of 0 has left nothing to learn from; a parameter that stayed earns
-    nothing, whatever its gradient.
+    `starts` and `task_grads`: the parameters before the step and the gradient of the task's loss
+    alone there, both in the state dtype; `path` is the decrease of that loss (Zenke et al. 2017,
+    equation 3). A parameter that stayed earns nothing, whatever its gradient.
     """
-    check_scalar("accumulate_path_integral_", "strength", strength)
     check_lists(
         "accumulate_path_integral_",
         Argument("params", params),
-        Argument("grads", grads),
         state("path", path, written=True),
-        state("previous", previous, written=True),
-        state("anchors", anchors),
-        state("importances", importances),
+        state("starts", starts),
+        state("task_grads", task_grads),
     )
-    scales = _Scales.read("accumulate_path_integral_", strength, params, task_scale, pull_scale)
-    for gain, before, theta, grad, anchor, omega in zip(
-        path, previous, params, grads, anchors, importances, strict=True
-    ):
-        task_grad = scales.task_gradient(grad, before, anchor, omega)
-        gain.sub_(path_change(task_grad, wide(theta) - before))
-        before.copy_(theta)
+    for gain, theta, start, task_grad in zip(path, params, starts, task_grads, strict=True):
+        gain.sub_(path_change(task_grad, wide(theta) - start))
 
 
 @torch.no_grad()
 def riemannian_walk_step_(
     path: TensorList,
-    previous: TensorList,
     fisher: TensorList,
     params: TensorList,
-    grads: TensorList,
-    anchors: TensorList,
-    importances: TensorList,
-    strength: float,
+    starts: TensorList,
+    task_grads: TensorList,
     decay: float,
-    *,
-    task_scale: Tensor | None = None,
-    pull_scale: Tensor | None = None,
 ) -> None:
     """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2.
 
-    The gradient of a step that was skipped (not finite, where the parameter stayed) or lost
-    (task_scale 0) is not averaged in.
+    The gradient of a step that was skipped (not finite, where the parameter stayed) is not
+    averaged in.
     """
-    check_scalar("riemannian_walk_step_", "strength", strength)
     check_fraction("riemannian_walk_step_", "decay", decay)
     check_lists(
         "riemannian_walk_step_",
         Argument("params", params),
-        Argument("grads", grads),
         state("path", path, written=True),
-        state("previous", previous, written=True),
         state("fisher", fisher, written=True),
-        state("anchors", anchors),
-        state("importances", importances),
+        state("starts", starts),
+        state("task_grads", task_grads),
     )
-    scales = _Scales.read("riemannian_walk_step_", strength, params, task_scale, pull_scale)
-    memory = 1.0 if scales.is_lost else decay
-    for gain, before, average, theta, grad, anchor, omega in zip(
-        path, previous, fisher, params, grads, anchors, importances, strict=True
+    for gain, average, theta, start, task_grad in zip(
+        path, fisher, params, starts, task_grads, strict=True
     ):
-        task_grad = scales.task_gradient(grad, before, anchor, omega)
-        movement = wide(theta) - before
+        movement = wide(theta) - start
         gain.sub_(path_change(task_grad, movement))
-        average.copy_(average_square(average, task_grad, movement, memory))
-        before.copy_(theta)
+        average.copy_(average_square(average, task_grad, movement, decay))
 
 
 @torch.no_grad()
@@ -221,51 +185,6 @@ def average_square(average: Tensor, task_grad: Tensor, movement: Tensor, memory:
     """The moving average of the squared gradient, in which that of a skipped step has no part."""
     updated = memory * average + (1 - memory) * task_grad * task_grad
     return torch.where((movement == 0) & ~updated.isfinite(), average, updated)
-
-
-def check_scale(op: str, name: str, scale: Tensor | None, params: TensorList) -> None:
-    """Raise unless `scale` is None or a float tensor of one element, where the parameters are."""
-    if scale is None:
-        return
-    if scale.numel() != 1:
-        raise ValueError(f"{op}: {name} has shape {list(scale.shape)}, expected one element")
-    if scale.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: {name} has dtype {scale.dtype}, expected float32 or float64")
-    if params and scale.device != params[0].device:
-        raise ValueError(
-            f"{op}: {name} is on {scale.device}, expected {params[0].device} (the device of params)"
-        )
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """How the gradient of the task loss alone is found in what `.grad` holds."""
-
-    inverse: float
-    pull: float
-    is_lost: bool
-
-    @classmethod
-    def read(
-        cls,
-        op: str,
-        strength: float,
-        params: TensorList,
-        task_scale: Tensor | None,
-        pull_scale: Tensor | None,
-    ) -> Self:
-        check_scale(op, "task_scale", task_scale, params)
-        check_scale(op, "pull_scale", pull_scale, params)
-        task = 1.0 if task_scale is None else float(task_scale)
-        pull = 1.0 if pull_scale is None else float(pull_scale)
-        if task == 0 or math.isinf(task):
-            return cls(0.0, 0.0, is_lost=True)
-        return cls(1 / task, 2 * strength * pull, is_lost=False)
-
-    def task_gradient(
-        self, grad: Tensor, previous: Tensor, anchor: Tensor, omega: Tensor
-    ) -> Tensor:
-        return self.inverse * (wide(grad) - self.pull * omega * (previous - anchor))
 
 
 def _normalised(tensor: Tensor, largest: Tensor) -> Tensor:
