@@ -50,40 +50,28 @@ __all__ = [
     "part_names",
 ]
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        *(Baseline, EWC, MAS, SI, RWalk, SCP),
-        *(LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint),
-    )
-}
+_KINDS = (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint)
+METHODS: dict[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 
 
 def part_names(method: str | Sequence[str]) -> list[str]:
     """The names in "ewc", "ewc+replay" or ["ewc", "replay"].
 
-    ValueError for an unknown one (with the nearest valid name), a missing one, or more than two.
+    ValueError for an unknown one (with the nearest valid name), or for more than two.
     """
     if isinstance(method, type) or not isinstance(method, str | Iterable):
-        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
         raise ValueError(
-            f"method: expected a name such as 'ewc', two names to combine, or an instance, got "
-            f"{got}"
+            "method: expected a name such as 'ewc', two names to combine, or an instance, got "
+            f"{method!r}"
         )
-    names: list[str] = method.split("+") if isinstance(method, str) else list(method)
-    names = [name.strip() if isinstance(name, str) else name for name in names]
-    if "" in names:
-        raise ValueError(
-            f"method: a name is missing in {method!r}; expected one, such as 'ewc', or two to "
-            "combine, such as 'ewc+replay'"
-        )
+    names = [n.strip() for n in method.split("+")] if isinstance(method, str) else list(method)
     for name in names:
-        if not isinstance(name, str) or name not in METHODS:
-            words = re.findall(r"\w+", str(name))
-            if len(words) == 2 and set(words) <= METHODS.keys():
-                raise ValueError(
-                    f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
-                )
+        words = re.findall(r"\w+", str(name))
+        if name not in METHODS and len(words) == 2 and set(words) <= METHODS.keys():
+            raise ValueError(
+                f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
+            )
+        if name not in METHODS:
             raise unknown_name("method", name, METHODS)
     if not 1 <= len(names) <= 2:
         raise ValueError(f"method: expected one name or two to combine, got {len(names)}: {names}")
@@ -126,40 +114,34 @@ def make_method(
                 f"make_method: this {method.name!r} instance was made for another model"
             )
         return method
-    kinds = [METHODS[name] for name in part_names(method)]
     # Whichever was named first: it is the other one that learns by its own loss.
-    kinds.sort(key=lambda kind: kind.has_own_loss)
-    weighed = next((kind for kind in kinds if kind.has_strength), kinds[0])
-    shared, of_parts = _sorted_options(kinds, options)
-    parts = []
-    for kind in kinds:
-        own = {name: value for name, value in shared.items() if name in option_names(kind)}
-        own |= {"strength": strength} if kind is weighed else {}
-        parts.append(kind(model, **{**own, **of_parts[kind.name]}))
+    kinds = sorted(
+        (METHODS[name] for name in part_names(method)), key=lambda kind: kind.has_own_loss
+    )
+    own = _options_of(kinds, options)
+    if strength is not None:
+        weighed = next((kind for kind in kinds if kind.has_strength), kinds[0])
+        own[weighed.name].setdefault("strength", strength)
+    parts = [kind(model, **own[kind.name]) for kind in kinds]
     return parts[0] if len(parts) == 1 else Combined(*parts)
 
 
-def _sorted_options(
+def _options_of(
     kinds: Sequence[type[Method]], options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The options for every part that has them, and those "PART.OPTION" by part.
-
-    ValueError for a name that no part has.
-    """
+) -> dict[str, dict[str, Any]]:
+    """The options of each part, by its name; ValueError for one that no part has."""
     known = {kind.name: option_names(kind) for kind in kinds}
-    shared: dict[str, Any] = {}
-    of_parts: dict[str, dict[str, Any]] = {name: {} for name in known}
-    for option, value in options.items():
-        part, dot, name = option.partition(".")
-        if not dot:
-            valid = list(dict.fromkeys(name for names in known.values() for name in names))
-            if option not in valid:
-                raise unknown_name(f"option of {'+'.join(known)}", option, valid)
-            shared[option] = value
-        elif part not in known:
+    own: dict[str, dict[str, Any]] = {part: {} for part in known}
+    # "PART.OPTION" last: it takes the place of what is given for both.
+    for option, value in sorted(options.items(), key=lambda item: "." in item[0]):
+        part, dot, name = option.rpartition(".")
+        if dot and part not in known:
             raise unknown_name(f"part of {'+'.join(known)} in option {option!r}:", part, known)
-        elif name not in known[part]:
-            raise unknown_name(f"option of {part}", name, known[part])
-        else:
-            of_parts[part][name] = value
-    return shared, of_parts
+        valid = {part: known[part]} if dot else known
+        having = [part for part, names in valid.items() if name in names]
+        if not having:
+            names = dict.fromkeys(name for names in valid.values() for name in names)
+            raise unknown_name(f"option of {'+'.join(valid)}", name, names)
+        for part in having:
+            own[part][name] = value
+    return own

@@ -119,7 +119,7 @@ def check_inputs(owner: str, generator: nn.Module, inputs: Tensor) -> None:
 def sample_like(
     owner: str, generator: nn.Module, inputs: Tensor, random: torch.Generator
 ) -> Tensor:
-    """As many samples as there are inputs, on their device; ValueError if they are not like these."""
+    """As many samples as there are inputs; ValueError if they are not like these."""
     with torch.no_grad():
         samples = generator.sample(len(inputs), random)  # type: ignore[operator]
     if not isinstance(samples, Tensor) or samples.shape != inputs.shape:
