@@ -38,14 +38,7 @@ class CourseMethod:
         """The sum of importance * (parameter - anchor)^2: 0-dim, differentiable, no strength."""
         named = self._trained(model)
         anchors, importances = (
-            # As an expression of torch would take them: also a number, or another dtype.
-            [
-                torch.as_tensor(entries[key], dtype=state_dtype(p.dtype), device=p.device)
-                .detach()
-                .expand_as(p)
-                for key, p in named.items()
-            ]
-            for entries in self._quadratic()
+            [as_state(entries[key], p) for key, p in named.items()] for entries in self._quadratic()
         )
         return ops.quadratic_penalty(list(named.values()), anchors, importances)
 
@@ -85,21 +78,24 @@ class CourseMethod:
         }
 
     def _copies(self) -> Tensors:
-        return {k: p.detach().to(state_dtype(p.dtype), copy=True) for k, p in self._keyed().items()}
+        return {key: copied(p) for key, p in self._keyed().items()}
+
+
+def as_state(entry: Tensor | float, p: Tensor) -> Tensor:
+    """`entry` as an expression with `p` would take it: a number too, or one of another dtype."""
+    found = torch.as_tensor(entry, dtype=state_dtype(p.dtype), device=p.device)
+    return found.detach().expand_as(p)
+
+
+def copied(p: Tensor) -> Tensor:
+    """The parameter as it is now, as state."""
+    return p.detach().to(state_dtype(p.dtype), copy=True)
 
 
 class baseline(CourseMethod):  # noqa: N801  (the notebook's name)
     """Plain fine-tuning: every importance is zero.
 
-    Args:
-        model: see `ewc`.
-        dataloader: not looked at.
-        device: not used.
-
-    Attributes:
-        params: the trainable parameters by name.
-        p_old: their values when the object was made.
-        _precision_matrices: zeros, or what `_calculate_importance` of a subclass returns.
+    Arguments and attributes are those of `ewc`; the data is not looked at.
     """
 
     def __init__(self, model: nn.Module, dataloader: Batches | None, device: Device) -> None:

@@ -182,18 +182,8 @@ class scp(Measured):  # noqa: N801  (the notebook's name)
 
     `clext.SCP` does not. Labels are not looked at, and batches may be x or (x,) as well.
 
-    Args:
-        model: see `ewc`, as `dataloader`, `device` and `prev_guards`.
-        dataloader: see `ewc`.
-        L: number of directions, >= 1.
-        device: see `ewc`.
-        prev_guards: see `ewc`.
-
-    Attributes:
-        _state_parameters: the anchor (`p_old` in the other classes); others as in `ewc`.
-
-    Raises:
-        ValueError: an argument is not as described; the model is as it was.
+    Arguments, attributes and errors are those of `ewc`, but for `L`, the number of directions,
+    >= 1, and `_state_parameters`, the anchor.
     """
 
     def __init__(

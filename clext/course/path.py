@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clext import ops
 from clext.core.checks import number
-from clext.course.base import CourseMethod, Device, Tensors
+from clext.course.base import CourseMethod, Device, Tensors, as_state, copied
 from clext.course.measured import Guards, add_mean_importance_, cross_entropies, sum_of_guards
 
 if TYPE_CHECKING:
@@ -63,15 +63,15 @@ class PathMethod(CourseMethod):
         anchor, omega = self._copies(), self._zeros()
         for key, now in anchor.items():
             if self.dataloader is not None:
-                distance = (now - getattr(self.model, f"{key}_SI_prev_task")).square()
-                gain = getattr(self.model, f"{key}_W") / self._damped(key, distance)
+                squared_distance = (now - getattr(self.model, f"{key}_SI_prev_task")).square()
+                gain = getattr(self.model, f"{key}_W") / self._damped(key, squared_distance)
                 old = getattr(self.model, f"{key}_SI_omega", omega[key])
                 omega[key] = self._merged(old, gain)
                 self.model.register_buffer(f"{key}_SI_omega", omega[key])
             self.model.register_buffer(f"{key}_SI_prev_task", now)
         return anchor, omega
 
-    def _damped(self, key: str, distance: Tensor) -> Tensor:
+    def _damped(self, key: str, squared_distance: Tensor) -> Tensor:
         """By what the path integral is divided."""
         raise NotImplementedError
 
@@ -86,22 +86,15 @@ class PathMethod(CourseMethod):
         """
         named = self._trained(model)
         moved = {key: p for key, p in named.items() if p.grad is not None}
-        # The notebook leaves the penalty's gradient in. At strength 0 neither anchor nor importance
-        # counts, and one list for both is read once.
-        unused = [self._n_p_prev[key] for key in moved]
         ops.accumulate_path_integral_(
             [self.W[key] for key in moved],
-            [self.p_old[key] for key in moved],
             list(moved.values()),
-            [p.grad for p in moved.values() if p.grad is not None],
-            anchors=unused,
-            importances=unused,
-            strength=0.0,
+            [as_state(self.p_old[key], p) for key, p in moved.items()],
+            [as_state(p.grad, p) for p in moved.values() if p.grad is not None],  # of all the loss
         )
         for key, p in named.items():
-            if key not in moved:
-                self.p_old[key].copy_(p.detach())
-            else:
+            self.p_old[key] = copied(p)
+            if key in moved:
                 self.model.register_buffer(f"{key}_W", self.W[key])
 
 
@@ -135,8 +128,8 @@ class si(PathMethod):  # noqa: N801  (the notebook's name)
         self._n_p_prev, self._n_omega = self._calculate_importance()
         self.W, self.p_old = self._init_()
 
-    def _damped(self, key: str, distance: Tensor) -> Tensor:  # noqa: ARG002
-        return distance + self.epsilon
+    def _damped(self, key: str, squared_distance: Tensor) -> Tensor:  # noqa: ARG002
+        return squared_distance + self.epsilon
 
     def _merged(self, old: Tensor, gain: Tensor) -> Tensor:
         return old + gain
@@ -160,19 +153,8 @@ class rwalk(PathMethod):  # noqa: N801  (the notebook's name)
 
     `clext.RWalk` does not.
 
-    Args:
-        model: see `ewc`, as `dataloader`, `device` and `prev_guards`.
-        dataloader: see `ewc`.
-        epsilon: damping of the score, > 0.
-        device: see `ewc`.
-        prev_guards: see `ewc`; names have `__` for dots.
-
-    Attributes:
-        _precision_matrices: F; others as in `si`. Names have `__` for dots.
-
-    Raises:
-        ValueError: an argument is not as described, or the buffers of the task are missing; the
-            model is as it was.
+    Arguments, attributes and errors are those of `si` and `ewc`, with F in `_precision_matrices`.
+    All names have `__` for dots, those in `prev_guards` too.
     """
 
     def __init__(
@@ -198,8 +180,8 @@ class rwalk(PathMethod):  # noqa: N801  (the notebook's name)
         add_mean_importance_(self, total, cross_entropies(self), ops.accumulate_square_, share)
         return total
 
-    def _damped(self, key: str, distance: Tensor) -> Tensor:
-        return 0.5 * self._precision_matrices[key] * distance + self.epsilon
+    def _damped(self, key: str, squared_distance: Tensor) -> Tensor:
+        return 0.5 * self._precision_matrices[key] * squared_distance + self.epsilon
 
     def _merged(self, old: Tensor, gain: Tensor) -> Tensor:
         return (1 - SCORE_SHARE) * old + SCORE_SHARE * gain
