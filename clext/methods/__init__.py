@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from clext.core.checks import unknown_name
+from clext.core.names import part_names
 from clext.methods.agem import AGEM
 from clext.methods.base import Method, option_names
 from clext.methods.baseline import Baseline
@@ -54,37 +53,6 @@ METHODS: dict[str, type[Method]] = {
         *(LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint),
     )
 }
-
-
-def part_names(method: str | Sequence[str]) -> list[str]:
-    """The names in "ewc", "ewc+replay" or ["ewc", "replay"].
-
-    ValueError for an unknown one (with the nearest valid name), a missing one, or more than two.
-    """
-    if isinstance(method, type) or not isinstance(method, str | Iterable):
-        got = f"the class {method.__name__}" if isinstance(method, type) else type(method).__name__
-        raise ValueError(
-            f"method: expected a name such as 'ewc', two names to combine, or an instance, got "
-            f"{got}"
-        )
-    names: list[str] = method.split("+") if isinstance(method, str) else list(method)
-    names = [name.strip() if isinstance(name, str) else name for name in names]
-    if "" in names:
-        raise ValueError(
-            f"method: a name is missing in {method!r}; expected one, such as 'ewc', or two to "
-            "combine, such as 'ewc+replay'"
-        )
-    for name in names:
-        if not isinstance(name, str) or name not in METHODS:
-            words = re.findall(r"\w+", str(name))
-            if len(words) == 2 and set(words) <= METHODS.keys():
-                raise ValueError(
-                    f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
-                )
-            raise unknown_name("method", name, METHODS)
-    if not 1 <= len(names) <= 2:
-        raise ValueError(f"method: expected one name or two to combine, got {len(names)}: {names}")
-    return names
 
 
 def make_method(
