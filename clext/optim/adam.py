@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from clext.core.checks import flag, learning_rate, refuse, scalar
 from clext.optim.base import FusedOptimizer
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from clext.methods.base import Method
     from clext.ops.plan import ReferencePlan
+    from clext.optim.base import Shared
 
 
 class Adam(FusedOptimizer):
@@ -27,24 +27,18 @@ class Adam(FusedOptimizer):
         betas: weights of the old averages of the gradient and its square, in [0, 1).
         eps: added to the root of the second average, >= 0.
         weight_decay: >= 0.
-        amsgrad: must be False.
-        foreach: taken for compatibility; the step is always fused.
+        amsgrad, differentiable: must be False.
         maximize: climb instead.
-        capturable: taken for compatibility; the step can always be captured.
-        differentiable: must be False.
-        fused: taken for compatibility.
+        foreach, capturable, fused: taken for compatibility; the step is fused and can be captured.
         decoupled_weight_decay: beside the gradient (AdamW) rather than through it.
-        method: a method of clext, such as `clext.SI(model)`: the step pulls to its anchor and
-            follows its path integral in the same pass, so its `add_penalty_grad_` and `update` are
-            not to be called. See `FusedOptimizer`.
-        proximal: solve for the pull after the step rather than follow its gradient: stable at any
-            strength, see `FusedOptimizer`.
-        clear_grad: set the gradients to zero in the same pass.
+        shared: `method`, such as `clext.SI(model)`, `proximal`, `clear_grad` and `max_grad_norm`:
+            see `FusedOptimizer`.
 
     Raises:
         ValueError: an option is out of range, or the method knows none of the parameters.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
     own_options: ClassVar[tuple[str, ...]] = ("betas", "eps")
 
     def __init__(
@@ -62,9 +56,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        method: Method | None = None,
-        proximal: bool = False,
-        clear_grad: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -79,7 +71,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, method=method, proximal=proximal, clear_grad=clear_grad)
+        super().__init__(params, defaults, **shared)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -88,17 +80,14 @@ class Adam(FusedOptimizer):
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"{owner}: betas must be two numbers, got {betas!r}")
+        bounds = {"minimum": 0.0, "maximum": 1.0, "open_maximum": True}
         group["betas"] = tuple(
-            scalar(owner, f"betas[{i}]", beta, minimum=0.0, maximum=1.0, open_maximum=True)
-            for i, beta in enumerate(betas)
+            scalar(owner, f"betas[{i}]", beta, **bounds) for i, beta in enumerate(betas)
         )
         for option in ("eps", "weight_decay"):
             group[option] = scalar(owner, option, group[option], minimum=0.0)
         for option in ("maximize", "decoupled_weight_decay"):
             flag(owner, option, group[option])
-
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG002
-        return ("step", "exp_avg", "exp_avg_sq")
 
     def _run(self, plan: ReferencePlan, group: dict[str, Any], **shared: Any) -> Tensor | None:  # noqa: ANN401
         beta1, beta2 = group["betas"]
@@ -127,33 +116,10 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        method: Method | None = None,
-        proximal: bool = False,
-        clear_grad: bool = False,
+        **options: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            method=method,
-            proximal=proximal,
-            clear_grad=clear_grad,
-        )
+        options["decoupled_weight_decay"] = True
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

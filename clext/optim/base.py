@@ -3,93 +3,105 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unlike torch.compiler's
 from torch.optim import Optimizer
 
-from clext.core.checks import flag
-from clext.methods import watch
-from clext.methods.base import Method
-from clext.optim.plans import Plans, identical
-from clext.optim.state import allocate_states, check_state
+from clext.core.checks import flag, number
+from clext.core.lists import widest
+from clext.optim.plans import Group, Keys, Plans, fitted, refuse_capture
+from clext.optim.protector import Attachment, Protector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from clext.ops.plan import ReferencePlan
 
-Group = dict[str, Any]
+
+class Shared(TypedDict, total=False):
+    """Options of all optimizers, see `FusedOptimizer`."""
+
+    method: Protector | None
+    proximal: bool
+    clear_grad: bool
+    max_grad_norm: float | None
 
 
 class FusedOptimizer(Optimizer):
     """Base of the optimizers of `clext.optim`.
 
     They differ from torch.optim's in this: the averages of parameters in half precision are kept
-    in float32, and an optimizer with a method cannot be pickled or deep-copied (save the state
-    dicts of both). A parameter without gradient is left out of everything, as ever, and so of the
-    pull to the anchor. `method.clip_grad_norm_` before the step clips the task's gradient; clipped
-    by a function of torch, the clipped gradient is the task's to the path integral.
+    in float32. A parameter without gradient is left out of everything, as ever, and so of the pull
+    to the anchor. The state of a parameter is made with its first gradient; whoever replaces
+    entries of `state` by hand has to load_state_dict() a state_dict() for it to count.
 
     Args:
         params: as for any optimizer of torch.
         defaults: options of the param groups.
         method: protects what it knows of the parameters, in the same pass; its own
             `add_penalty_grad_` and `update` are then not to be called. A method whose work the pass
-            cannot do (a subclass with an `update` of its own) has them called by `step`.
+            cannot do (`fused` is None: GEM, A-GEM, an own one) is attached: called around the step.
         proximal: pull to the anchor after the step, parameter <- (parameter + p * anchor) / (1 + p)
             with p = 2 * lr * strength * importance, rather than through the gradient: stable at
             any strength. Adam's averages do not scale it, so it needs a far larger strength there.
         clear_grad: set the gradients to zero in the same pass.
+        max_grad_norm: > 0; the gradient that moves the parameters is scaled to at most this norm,
+            taken over all parameters of the optimizer. The path integral sees it unclipped, and the
+            pull is added after it (but that of an attached method is in the gradient already). A
+            gradient that was clipped by other means before the step is the task's to the method.
 
     Raises:
         ValueError: an option is out of range, or the method knows none of the parameters.
     """
 
+    state_keys: ClassVar[Keys] = ()  # names of the state that a parameter may have
     # Options that a param group of this class has, and of its namesake, but none of other classes.
-    own_options: ClassVar[tuple[str, ...]] = ()
+    own_options: ClassVar[Keys] = ()
 
     def __init__(
         self,
         params: Iterable[Any],
         defaults: Group,
         *,
-        method: Method | None,
-        proximal: bool,
-        clear_grad: bool,
+        method: Protector | None = None,
+        proximal: bool = False,
+        clear_grad: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         owner = type(self).__name__
-        if method is not None and not isinstance(method, Method):
+        if method is not None and not isinstance(method, Protector):
             raise TypeError(
                 f"{owner}: method must be a method of clext or None, got {type(method).__name__}"
             )
-        self._method = method
+        if proximal and not (method is not None and method.fused):
+            raise ValueError(
+                f"{owner}: proximal=True needs a method that pulls in the optimizer's pass, got "
+                f"{None if method is None else method.name}"
+            )
+        if max_grad_norm is not None:
+            bounds = {"minimum": 0.0, "open_minimum": True}
+            max_grad_norm = number(owner, "max_grad_norm", max_grad_norm, **bounds)
+        self._method, self.max_grad_norm = method, max_grad_norm
         self.proximal = flag(owner, "proximal", proximal)
         self.clear_grad = flag(owner, "clear_grad", clear_grad)
-        if proximal and (method is None or method.fused_state is None):
-            given = "None" if method is None else f"{method.name!r}, which has a step of its own"
-            raise ValueError(f"{owner}: proximal=True needs a method that pulls, got {given}")
-        self._restart()
         super().__init__(params, defaults)
         if method is not None:
-            self._attach(method)
+            known = set(method.model.parameters())
+            if all(known.isdisjoint(group["params"]) for group in self.param_groups):
+                raise ValueError(
+                    f"{owner}: {method.name} was made for a model that has none of these parameters"
+                )
+        self._begin()
 
-    def _restart(self) -> None:
-        self._plans = Plans()
-        self._penalty: Tensor | None = None
-        self._offset = 0.0
-        self._checked: list[object] = []  # options as they were last checked
-
-    def _attach(self, method: Method) -> None:
-        known = {id(entry) for entry in method.model.parameters()}
-        if not any(id(entry) in known for group in self.param_groups for entry in group["params"]):
-            raise ValueError(
-                f"{type(self).__name__}: {method.name} was made for a model that has none of these "
-                "parameters"
-            )
-        if method.fused_state is not None:
-            method._attach()
+    def _begin(self) -> None:
+        self._penalty: Tensor | None = None  # before the last step
+        self._protector = self._method  # whose work the pass does
+        self._attachment: Attachment | None = None  # of a method that is called around the step
+        if self._method is not None and self._method.fused is None:
+            self._attachment, self._protector = self._method.attach(self), None
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -97,9 +109,10 @@ class FusedOptimizer(Optimizer):
         """Raise ValueError for an option out of range; numbers become floats."""
         raise NotImplementedError
 
-    def _state_keys(self, group: Group) -> tuple[str, ...]:
+    @classmethod
+    def _keys_of(cls, group: Group) -> Keys:  # noqa: ARG003
         """Names of the state of this group's parameters, "step" among them if steps are counted."""
-        raise NotImplementedError
+        return cls.state_keys
 
     def _run(self, plan: ReferencePlan, group: Group, **shared: Any) -> Tensor | None:  # noqa: ANN401
         """One step of `plan` with the options of `group`."""
@@ -108,7 +121,7 @@ class FusedOptimizer(Optimizer):
     # ------------------------------------------------------------------ the step
 
     @property
-    def method(self) -> Method | None:
+    def method(self) -> Protector | None:
         """The method that was given; for another one, make another optimizer."""
         return self._method
 
@@ -119,16 +132,16 @@ class FusedOptimizer(Optimizer):
         Of several optimizers with one method each has the part of its own parameters; the constant
         of `EWC(anchors="all")` is in each.
         """
-        value = self._penalty
-        if value is None:
-            params = (entry for group in self.param_groups for entry in group["params"])
-            value = torch.zeros((), device=next((entry.device for entry in params), None))
-        return value + self._offset if self._offset else value
+        value = self._penalty if self._attachment is None else self._attachment.penalty
+        if value is not None:
+            return value
+        params = (entry for group in self.param_groups for entry in group["params"])
+        return torch.zeros((), device=next((entry.device for entry in params), None))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Whether GradScaler leaves it to `step` to scale gradients back and to skip."""
-        return self.method is None or self.method.fused_state is not None
+        return self._attachment is None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step all parameters that have a gradient, and do what the method does at a step.
@@ -140,135 +153,92 @@ class FusedOptimizer(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: in the capture of a CUDA graph, for a method that counts its steps:
-                capture `launch` then.
+            RuntimeError: in the capture of a CUDA graph with a method: capture `launch` then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        method = self.method
-        if method is None:
-            self.launch()
-        elif method.fused_state is None:
-            self._step_apart(method)
-        else:
-            if any(type(part).after_step is not Method.after_step for part in method.parts):
-                self._refuse_capture(
-                    f"step() of {method.name} counts on the host, which a graph does not repeat; "
-                    "capture optimizer.launch() and call method.after_step() after each replay"
-                )
-            self.launch()
-            for part in method.parts:
-                part.after_step()
+        self._take_step()
         return loss
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
+    def _take_step(self) -> None:
+        if self._method is not None:
+            refuse_capture(
+                f"step() of {self._method.name} counts on the host, which a graph does not repeat; "
+                "capture optimizer.launch() and call optimizer.after_replay() after each replay"
+            )
+        self._launch()
+        self.after_replay()
+
+    @_disable_dynamo
     def launch(self) -> None:
-        """The pass alone, without the method's `after_step`: what a CUDA graph can capture.
+        """The pass alone, what a CUDA graph can capture; `after_replay` is the rest of a step.
 
         Take a step before, so that there is state. All numbers that are not tensors, the method's
         strength among them, are in a graph what they were at the capture; capture again after
         `method.consolidate`.
 
         Raises:
-            RuntimeError: the method has an `update` of its own, or state is missing in a capture.
+            RuntimeError: the method is called around the step, or state is missing in a capture.
         """
-        method = self.method
-        if method is not None and method.fused_state is None:
+        if self._attachment is not None and self._method is not None:
             raise RuntimeError(
-                f"{type(self).__name__}.launch: the step of {method.name} is more than one pass "
-                "(it has an update of its own); call step()"
+                f"{type(self).__name__}.launch: the step of {self._method.name} is more than one "
+                "pass; call step()"
             )
-        try:
-            self._launch(method, self.clear_grad)
-        except (TypeError, ValueError) as error:
-            raise (error if method is None else method._explained(error)) from None
+        self._launch()
 
-    def _launch(self, method: Method | None, clear_grad: bool) -> None:
-        self._check_options()
-        proximal = flag(type(self).__name__, "proximal", self.proximal)
-        clear_grad = flag(type(self).__name__, "clear_grad", clear_grad)
-        numbers = {"strength": 0.0, "decay": 0.0}
+    def after_replay(self) -> None:
+        """What is left to do for the method after each replay of a captured `launch`."""
+        if self._protector is not None:
+            self._protector.steps += 1
+            self._protector._after_step()
+
+    def _launch(self) -> None:
+        method, numbers = self._protector, {"strength": 0.0, "decay": 0.0}
         if method is not None:
-            method._note_pull()
-            numbers |= method.step_options()
+            numbers = {"strength": method.strength, "decay": method.decay}
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        task_scale = None if method is None else method.take_task_scale()
+        clip = None if self.max_grad_norm is None else self._clip(self.max_grad_norm, scale)
         values = []
-        for part in self._plans.current(self):
+        for part in self._plans.current(method):
             lr = part.group["lr"]
             if isinstance(lr, Tensor):
-                lr = lr.reshape(()) if lr.device.type == "cpu" else _on(part.device, lr)
+                lr = _on(part.device if lr.is_cuda else lr.device, lr)
             value = self._run(
                 part.plan,
                 part.group,
                 lr=lr,
                 **numbers,
-                proximal=proximal,
-                clear_grad=clear_grad,
+                proximal=self.proximal,
+                clear_grad=self.clear_grad,
                 grad_scale=_on(part.device, scale),
                 found_inf=_on(part.device, found_inf),
-                task_scale=_on(part.device, task_scale),
+                clip=_on(part.device, clip),
             )
             if value is not None:
                 values.append(value)
-        if clear_grad and found_inf is not None:
-            self._clear_grads()  # a step that is skipped leaves them, and they would stay infinite
+        if self.clear_grad and found_inf is not None:
+            self.zero_grad(set_to_none=False)  # a skipped pass leaves them, infinite as they are
         self._penalty = _total(values)
-        self._offset = method.penalty_offset() if method is not None and values else 0.0
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _step_apart(self, method: Method) -> None:
-        """A step for a method whose own functions are called around it."""
-        owner = type(self).__name__
-        self._refuse_capture(f"{method.name} has an update of its own, which may need the host")
-        if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError(
-                f"{owner}: {method.name} adds to the gradients by itself, so they have to be "
-                "unscaled before; grad_scale is not expected"
-            )
-        self._check_options()
-        method._note_pull()
-        value = method.add_penalty_grad_()
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{owner}: add_penalty_grad_() of {method.name} must return the penalty, a 0-dim "
-                f"tensor, got {type(value).__name__}"
-            )
-        self._launch(None, clear_grad=False)
-        self._penalty = value.detach()
-        watch.note_step(method)  # to torch it is not over yet
-        method.update()
-        if self.clear_grad:
-            self._clear_grads()
-
-    def _check_options(self) -> None:
-        """Check the options of all groups, before any moves, if a hand or a scheduler set one."""
-        options = [value for group in self.param_groups for value in group.values()]
-        if not identical(options, self._checked):
-            for group in self.param_groups:
-                self._check_group(group)
-            self._checked = [value for group in self.param_groups for value in group.values()]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, or set them to zero; what the method clipped with is forgotten."""
-        super().zero_grad(set_to_none)
-        if self.method is not None:
-            self.method._forget_scales_of(
-                entry for group in self.param_groups for entry in group["params"]
-            )
+        if method is not None and method.constant and self._penalty is not None:
+            self._penalty = self._penalty + method.strength * method.constant
 
     @torch.no_grad()
-    def _clear_grads(self) -> None:
-        params = [entry for group in self.param_groups for entry in group["params"]]
+    def _clip(self, max_norm: float, scale: Tensor | None) -> Tensor | None:
+        """min(1, max_norm / norm of all gradients); nothing waits for the device."""
+        params = (entry for group in self.param_groups for entry in group["params"])
         grads = [entry.grad for entry in params if entry.grad is not None]
-        if grads:
-            torch._foreach_zero_(grads)
-
-    def _refuse_capture(self, why: str) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{type(self).__name__} in the capture of a CUDA graph: {why}")
+        if not grads:
+            return None
+        # In float32 (float64): scaled gradients in half precision would overflow.
+        norms = torch._foreach_norm(grads, 2, dtype=widest(grads))
+        total = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+        if scale is not None:
+            total = total / scale.to(total.device)
+        return (max_norm / (total + 1e-6)).clamp(max=1.0)
 
     # ------------------------------------------------------------------ torch's habits
 
@@ -289,94 +259,66 @@ class FusedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._plans = Plans(self.param_groups, self.state, self._keys_of)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state of this class, or of its namesake in torch.optim.
 
         Raises:
-            ValueError: it is of another class, does not fit the param groups, or has an option out
-                of range; nothing is changed.
+            ValueError: it is of another class, does not fit the param groups, or has an option or
+                state out of range; nothing is changed.
         """
-        self._check_form(state_dict)
-        given: dict[Tensor, dict[str, Any]] = {}
-
-        def check(_optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-            self._check_form(loaded)
-            for group in loaded["param_groups"]:
-                self._check_group({**self.defaults, **group})
-            saved = (entry for group in loaded["param_groups"] for entry in group["params"])
-            own = (entry for group in self.param_groups for entry in group["params"])
-            # Other lengths are torch's to refuse.
-            for number, entry in zip(saved, own, strict=False):
-                if number in loaded["state"]:
-                    check_state(entry, loaded["state"][number])
-                    given[entry] = dict(loaded["state"][number])
-
-        def take(_optimizer: Optimizer) -> None:
-            self.state.update(given)  # torch has cast it to the parameters' dtypes
-            for group in self.param_groups:
-                self._check_group(group)
-                by_device: dict[torch.device, list[Tensor]] = {}
-                for entry in group["params"]:
-                    if self.state.get(entry):
-                        by_device.setdefault(entry.device, []).append(entry)
-                for loaded in by_device.values():
-                    allocate_states(self.state, loaded, self._state_keys(group))
-
+        before = {"state": self.state, "param_groups": self.param_groups}  # torch makes new ones
+        given: list[dict[str, Any]] = []
         handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(take, prepend=True),
+            self.register_load_state_dict_pre_hook(lambda _, loaded: given.append(loaded)),
+            self.register_load_state_dict_post_hook(lambda _: self._take(given[0]), prepend=True),
         )
         try:
             super().load_state_dict(state_dict)
+        except Exception as error:
+            self.__setstate__(before)
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(
+                f"{type(self).__name__}: the state dict does not fit: {reason}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _check_form(self, state_dict: object) -> None:
-        """Raise ValueError for what cannot be a state dict of this class or its namesake."""
-        owner = type(self).__name__
-        parts = state_dict if isinstance(state_dict, dict) else {}
-        states, groups = parts.get("state"), parts.get("param_groups")
-        if not (
-            isinstance(states, dict)
-            and isinstance(groups, list | tuple)
-            and all(isinstance(state, dict) for state in states.values())
-            and all(isinstance(group, dict) and "params" in group for group in groups)
-        ):
-            raise ValueError(
-                f"{owner}: load_state_dict expects what state_dict() returns, a dict of 'state' "
-                f"and 'param_groups', got {type(state_dict).__name__}"
-                + (f" of {', '.join(map(repr, parts)) or 'nothing'}" if parts is state_dict else "")
-            )
-        for group in groups[:1]:
-            missing = [option for option in self.own_options if option not in group]
-            if missing:
-                raise ValueError(
-                    f"{owner}: the state dict has no option {missing[0]!r}, so it is of another "
-                    f"optimizer; expected one of {owner} here or in torch.optim"
+    def _take(self, given: dict[str, Any]) -> None:
+        """Finish loading: torch has cast the state to dtypes of parameters, not of state."""
+        for group, saved in zip(self.param_groups, given["param_groups"], strict=True):
+            for option in self.own_options:
+                if option not in saved:
+                    raise ValueError(f"it has no option {option!r}, so it is of another optimizer")
+            self._check_group(group)
+            for entry, place in zip(group["params"], saved["params"], strict=True):
+                state = (
+                    {**self.state[entry], **given["state"][place]} if entry in self.state else {}
                 )
+                if any(state.get(key) is not None for key in self.state_keys):
+                    for key in self.state_keys:
+                        self.state[entry][key] = fitted(entry, key, state[key])
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.method is not None:
-            raise TypeError(
-                f"{type(self).__name__}: an optimizer with a method cannot be pickled or copied; "
-                "save its state_dict() and the method's"
-            )
-        own = {"_method": None, "proximal": self.proximal, "clear_grad": self.clear_grad}
         # Tensors of their own: pickle would write all of their common memory for each.
         state = {
             parameter: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
             for parameter, entries in self.state.items()
         }
+        names = ("_method", "proximal", "clear_grad", "max_grad_norm")
+        own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), "state": defaultdict(dict, state), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._restart()
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
+        self._plans = Plans(self.param_groups, self.state, self._keys_of)
+        if "_method" in state:  # a copy, not a loaded state dict
+            self._begin()
 
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:

@@ -1,152 +1,142 @@
-"""The plans of an optimizer, over what has a gradient, made anew when anything has changed."""
+"""The plans of an optimizer over the parameters that have a gradient, and its state of them."""
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clext.core.parameters import check_parameters
+from clext.core.checks import scalar
+from clext.core.lists import state_dtype
+from clext.core.parameters import allocate_state
 from clext.ops.plan import make_plan
-from clext.optim.state import allocate_states, without_state
+from clext.optim.protector import state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from clext.methods.parts.state import ParameterState
     from clext.ops.plan import ReferencePlan
-    from clext.optim.base import FusedOptimizer
+    from clext.optim.protector import Protector
 
 Group = dict[str, Any]
+Keys = tuple[str, ...]
+States = MutableMapping[Tensor, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """Parameters of one group and device that the method protects, or that it does not."""
+class Part(NamedTuple):
+    """Parameters of one group and device, all of them protected by the method or none."""
 
     group: Group
     device: torch.device
-    first: Tensor  # of the parameters
+    params: list[Tensor]
+    keys: Keys  # of the optimizer's state
     plan: ReferencePlan
 
 
-@dataclass(frozen=True)
-class _Protection:
-    """What the pass works on of a method's state, and where parameters have theirs."""
-
-    keys: tuple[str, ...]
-    state: ParameterState | None
-
-    @property
-    def places(self) -> dict[Tensor, int]:
-        return {entry: i for i, entry in enumerate(self.state.params)} if self.state else {}
-
-
 class Plans:
-    """Up to two plans per group and device; a parameter joins with its first gradient."""
+    """Up to two plans per group and device; a parameter joins, for good, with its first gradient.
 
-    def __init__(self) -> None:
+    Args:
+        groups: the optimizer's param groups.
+        states: its state of each parameter; a parameter that joins gets what it lacks.
+        keys_of: names of the state of a group's parameters.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        states: States,
+        keys_of: Callable[[Group], Keys],
+    ) -> None:
+        self._groups, self._states, self._keys_of = groups, states, keys_of
         self._parts: list[Part] = []
-        self._made_for: list[object] = []
-        self._keys: list[tuple[str, ...]] = []
-        self._joined: set[Tensor] = set()  # parameters that have had a gradient
-        self._waiting: list[Tensor] = []  # those that have had none
+        self._made_with: object = None  # the state of the method
+        self._waiting: list[Tensor] = [entry for group in groups for entry in group["params"]]
 
-    def current(self, optimizer: FusedOptimizer) -> list[Part]:
-        """The plans for a step of `optimizer`."""
-        protection = _protection(optimizer)
-        keys = [optimizer._state_keys(group) for group in optimizer.param_groups]
-        if (
-            keys != self._keys
-            or not identical(self._made_for, _circumstances(optimizer, protection))
-            or any(part.first.device != part.device for part in self._parts)  # model.cuda()
-            or any(entry.grad is not None for entry in self._waiting)
-        ):
-            self._made_for, self._parts, self._waiting = [], [], []
-            for number, group in enumerate(optimizer.param_groups):
-                self._add_group(optimizer, number, group, protection)
-            self._made_for, self._keys = _circumstances(optimizer, protection), keys
+    def current(self, method: Protector | None) -> list[Part]:
+        """The plans for a step with `method`."""
+        if self._are_stale(method):
+            if method is not None:
+                method._follow_model()
+            self._make(method)
         return self._parts
 
-    def _add_group(
-        self, optimizer: FusedOptimizer, number: int, group: Group, protection: _Protection
-    ) -> None:
-        params = group["params"]
-        names = group.get("param_names") or [f"{i} of group {number}" for i in range(len(params))]
-        places = protection.places
-        buckets: dict[tuple[torch.device, bool], list[tuple[str, Tensor]]] = {}
-        for name, entry in zip(names, params, strict=True):
-            if entry.grad is None and entry not in self._joined and not optimizer.state.get(entry):
-                self._waiting.append(entry)
-                continue
-            _check_gradient(name, entry, optimizer)
-            self._joined.add(entry)
-            known = entry in places
-            if protection.state is not None and known:
-                name = protection.state.names[places[entry]]
-            buckets.setdefault((entry.device, known), []).append((name, entry))
-        for (device, known), named in buckets.items():
-            check_parameters(named, type(optimizer).__name__)
-            entries = [entry for _, entry in named]  # names need not be unique, in torch neither
-            lists = _own_state(optimizer, entries, optimizer._state_keys(group))
-            steps = lists.pop("step", [])
-            if protection.state is not None and known:
-                for key in protection.keys:
-                    kept = protection.state.lists[key]
-                    lists[key] = [kept[places[entry]] for entry in entries]
-            plan = make_plan([name for name, _ in named], entries, lists, steps)
-            self._parts.append(Part(group, device, entries[0], plan))
+    def _are_stale(self, method: Protector | None) -> bool:
+        if state_of(method) is not self._made_with:
+            return True
+        for entry in self._waiting:
+            if entry.grad is not None:
+                return True
+        for part in self._parts:  # model.cuda(), or momentum that was switched on
+            if part.params[0].device != part.device or self._keys_of(part.group) != part.keys:
+                return True
+        return False
+
+    def _make(self, method: Protector | None) -> None:
+        state = state_of(method)
+        fused = method.fused if method is not None and method.fused else ()
+        places = {entry: i for i, entry in enumerate(state.params)} if state else {}
+        joined = {entry for part in self._parts for entry in part.params}
+        parts, waiting = [], []
+        for number, group in enumerate(self._groups):
+            keys, buckets = self._keys_of(group), {}
+            for index, entry in enumerate(group["params"]):
+                if entry.grad is None and entry not in joined:
+                    waiting.append(entry)
+                else:
+                    buckets.setdefault((entry.device, entry in places), []).append(index)
+            for (device, is_known), chosen in buckets.items():
+                params = [group["params"][i] for i in chosen]
+                lists = self._own_lists(params, keys)
+                steps = lists.pop("step", [])
+                if state is not None and is_known:
+                    there = [places[entry] for entry in params]
+                    names = [state.names[i] for i in there]
+                    lists |= {key: [state.lists[key][i] for i in there] for key in fused}
+                else:
+                    given = group.get("param_names")
+                    names = [given[i] if given else f"{i} of group {number}" for i in chosen]
+                plan = make_plan(names, params, lists, steps)
+                parts.append(Part(group, device, params, keys, plan))
+        self._parts, self._waiting, self._made_with = parts, waiting, state
+
+    def _own_lists(self, params: list[Tensor], keys: Keys) -> dict[str, list[Tensor]]:
+        lacking = [p for p in params if not set(keys) <= self._states.get(p, {}).keys()]
+        if lacking:
+            # In a graph's memory, and set to zero again by each replay.
+            refuse_capture("it would have to make state for new parameters; take a step before")
+            _allocate(self._states, lacking, keys)
+        for key in keys:
+            for entry in params:
+                if self._states[entry][key].device != entry.device:
+                    self._states[entry][key] = fitted(entry, key, self._states[entry][key])
+        return {key: [self._states[entry][key] for entry in params] for key in keys}
 
 
-def _protection(optimizer: FusedOptimizer) -> _Protection:
-    """None before there is anything to protect or to follow."""
-    method = optimizer.method
-    if method is None or not method.fused_state:
-        return _Protection((), None)
-    is_empty = method.tasks == 0 and not method._has_been_given_importance
-    if is_empty and "path" not in method.fused_state:
-        return _Protection((), None)
-    return _Protection(method.fused_state, method._state)
+def _allocate(states: States, params: Sequence[Tensor], keys: Keys) -> None:
+    """Give `params`, which share a device, new state: zeros in flat buffers."""
+    scalars = [entry.new_empty(()) for entry in params]
+    lists = [allocate_state(scalars if key == "step" else params) for key in keys]
+    for entry, *values in zip(params, *lists, strict=True):
+        states[entry] = {**states.get(entry, {}), **dict(zip(keys, values, strict=True))}
 
 
-def _circumstances(optimizer: FusedOptimizer, protection: _Protection) -> list[object]:
-    """All objects that plans depend on, beside the gradients."""
-    objects: list[object] = [protection.state, optimizer.state]
-    for group in optimizer.param_groups:
-        objects.append(group)
-        objects += group["params"]
-    for state in optimizer.state.values():
-        objects.append(state)
-        objects += state.values()
-    return objects
+@torch.no_grad()
+def fitted(parameter: Tensor, key: str, value: object) -> Tensor:
+    """A copy of a parameter's state, in its dtype and layout; ValueError for what is no such state."""
+    dtype, device = state_dtype(parameter.dtype), parameter.device
+    if key == "step":
+        count = scalar("state", key, value, minimum=0.0)
+        return torch.full((), count, dtype=dtype, device=device)
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key!r} is {got}, expected a tensor {list(parameter.shape)}")
+    return torch.empty_like(parameter, dtype=dtype).copy_(value)
 
 
-def identical(one: Sequence[object], other: Sequence[object]) -> bool:
-    """Whether both hold the same objects in the same order."""
-    return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _check_gradient(name: str, entry: Tensor, optimizer: FusedOptimizer) -> None:
-    """Here rather than in the step, which could have moved other groups before it comes to this."""
-    if entry.grad is not None and entry.grad.layout != torch.strided:
-        raise TypeError(
-            f"{type(optimizer).__name__}: gradient of parameter '{name}' has layout "
-            f"{entry.grad.layout}, expected a dense (strided) tensor; build layers such as "
-            "Embedding with sparse=False"
-        )
-
-
-def _own_state(
-    optimizer: FusedOptimizer, params: list[Tensor], keys: tuple[str, ...]
-) -> dict[str, list[Tensor]]:
-    incomplete = without_state(optimizer.state, params, keys)
-    if incomplete:
-        # In a graph's memory, and set to zero again by each replay.
-        optimizer._refuse_capture(
-            "it would have to make state for parameters that have none yet; take a step before"
-        )
-        allocate_states(optimizer.state, incomplete, keys)
-    return {key: [optimizer.state[entry][key] for entry in params] for key in keys}
+def refuse_capture(why: str) -> None:
+    """RuntimeError while a CUDA graph is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"clext.optim in the capture of a CUDA graph: {why}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from clext.core.checks import flag, learning_rate, refuse, scalar
 from clext.optim.base import FusedOptimizer
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from clext.methods.base import Method
     from clext.ops.plan import ReferencePlan
+    from clext.optim.base import Shared
 
 
 class SGD(FusedOptimizer):
@@ -27,20 +27,16 @@ class SGD(FusedOptimizer):
         weight_decay: >= 0, through the gradient.
         nesterov: look ahead; needs momentum and no dampening.
         maximize: climb instead.
-        foreach: taken for compatibility; the step is always fused.
+        foreach, fused: taken for compatibility; the step is always fused.
         differentiable: must be False.
-        fused: taken for compatibility.
-        method: a method of clext, such as `clext.SI(model)`: the step pulls to its anchor and
-            follows its path integral in the same pass, so its `add_penalty_grad_` and `update` are
-            not to be called. See `FusedOptimizer`.
-        proximal: solve for the pull after the step rather than follow its gradient: stable at any
-            strength, see `FusedOptimizer`.
-        clear_grad: set the gradients to zero in the same pass.
+        shared: `method`, such as `clext.SI(model)`, `proximal`, `clear_grad` and `max_grad_norm`:
+            see `FusedOptimizer`.
 
     Raises:
         ValueError: an option is out of range, or the method knows none of the parameters.
     """
 
+    state_keys: ClassVar[tuple[str, ...]] = ("step", "momentum_buffer")
     own_options: ClassVar[tuple[str, ...]] = ("momentum", "dampening")
 
     def __init__(
@@ -56,9 +52,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        method: Method | None = None,
-        proximal: bool = False,
-        clear_grad: bool = False,
+        **shared: Unpack[Shared],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -71,7 +65,7 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        super().__init__(params, defaults, method=method, proximal=proximal, clear_grad=clear_grad)
+        super().__init__(params, defaults, **shared)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         owner = type(self).__name__
@@ -89,15 +83,16 @@ class SGD(FusedOptimizer):
                 f"{group['momentum']:g} and dampening {group['dampening']:g}"
             )
 
-    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("step", "momentum_buffer") if group["momentum"] else ()
+    @classmethod
+    def _keys_of(cls, group: dict[str, Any]) -> tuple[str, ...]:
+        return cls.state_keys if group["momentum"] else ()
 
     def _run(self, plan: ReferencePlan, group: dict[str, Any], **shared: Any) -> Tensor | None:  # noqa: ANN401
-        return plan.sgd_step_(
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            **shared,
-        )
+        options = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return plan.sgd_step_(**{option: group[option] for option in options}, **shared)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for entries in self.state.values():
+            if entries.get("momentum_buffer") is not None:
+                entries.setdefault("step", 1.0)  # torch's SGD does not count what it has seen
