@@ -15,7 +15,7 @@ from torch import Tensor
 from clext.core.names import part_names
 from clext.core.seeding import generator
 from clext.methods import METHODS, Method, make_method
-from clext.methods.base import option_names
+from clext.methods.parts.options import option_names
 from clext.training.models import mlp
 
 _EXAMPLES = 1000

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clext.methods import Method
-from clext.methods.learning import Examples
+from clext.methods.base import Examples
 from clext.optim import Adam
 from clext.training.steps import Function, TaskSteps
 
@@ -62,8 +62,7 @@ class GraphedSteps(TaskSteps):
         self._position.fill_(first)
         for _ in range(first, whole):
             self._recorded()()
-            for part in self.method.parts:
-                part.after_step()
+            self.optimizer.after_replay()
             step_done()
         for step in range(whole, len(batches)):
             self._losses[step] = self.take(batches[step])
@@ -135,6 +134,6 @@ def make_steps(
     method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
 ) -> TaskSteps:
     """Graphed steps where CUDA and the method allow it."""
-    recordable = method.fused_state is not None and all(part.recordable for part in method.parts)
-    kind = GraphedSteps if examples[0].is_cuda and recordable else TaskSteps
+    capturable = method.fused is not None and method.capturable
+    kind = GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
     return kind(method, optimizer, examples, batch_size, precision)

@@ -20,7 +20,7 @@ from clext.data.datasets import Batches, Split, load_dataset
 from clext.data.scenario import Scenario
 from clext.data.scenarios import make_scenario
 from clext.methods import Method
-from clext.methods.learning import Examples
+from clext.methods.base import Examples
 from clext.optim import Adam
 from clext.training.evaluate import AccuracyLog, Evaluator
 from clext.training.graphs import make_steps
@@ -154,7 +154,6 @@ def run(
     with isolated_rng(seeds.model, device) if draws else nullcontext():
         method.model.to(device)
         check_forward(method.model, scenario, device)
-        method.to(device)
         config = {
             **describe(method),
             **settings.describe(),
@@ -164,7 +163,7 @@ def run(
         }
         result = Result.empty(settings.tasks, config)
         try:
-            with module_mode(method.model, training=True), method.outputs.selected(None):
+            with module_mode(method.model, training=True):
                 learn(method, scenario.to(device, input_dtype(method.model)), settings, result, save)
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
@@ -188,7 +187,7 @@ def learn(
     log = AccuracyLog(evaluator, timer, settings.evaluate_every, result.steps)
     with timer.measure("evaluation"):
         result.untrained[:] = [evaluator.accuracy(k, k) for k in range(len(scenario.tasks))]
-    with Progress(method.label, settings.tasks, settings.epochs, show=settings.progress) as bar:
+    with Progress(method.name, settings.tasks, settings.epochs, show=settings.progress) as bar:
 
         def step_done() -> None:
             bar.step()

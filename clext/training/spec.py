@@ -14,7 +14,7 @@ from clext.core.modes import module_mode
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds, generator
 from clext.methods import Method, make_method
-from clext.methods.base import option_names
+from clext.methods.parts.options import option_names
 from clext.training.models import mlp
 from clext.training.settings import check_option_names
 
@@ -46,7 +46,7 @@ class MethodSpec:
             _check_model(self.model)
         if isinstance(self.method, Method):
             own = [name for part in self.method.parts for name in option_names(type(part))]
-            check_option_names(self.method.label, self.options, own)
+            check_option_names(self.method.name, self.options, own)
             model = self.method.model if self.model is None else self.model
             return make_method(self.method, model, strength=self.strength, **self.options)
         names = part_names(self.method)
@@ -115,7 +115,7 @@ def describe(method: Method) -> dict[str, Any]:
         for part in method.parts:
             options[part.name] |= {"strength": part.strength} if part.has_strength else {}
     return {
-        "method": method.label,
+        "method": method.name,
         "strength": next((p.strength for p in method.parts if p.has_strength), None),
         "method_options": options[method.name] if len(options) == 1 else options,
         "model": _describe_model(model),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.methods import Method
-from clext.methods.learning import Examples
+from clext.methods.base import Examples
 from clext.optim import Adam
 from clext.training.evaluate import autocast
 
@@ -54,8 +54,7 @@ class TaskSteps:
     def take(self, rows: Tensor) -> Tensor:
         """One step on the examples `rows`; returns its loss, penalty included."""
         loss = self.backward(rows)
-        runs_model = any(part.runs_model_in_step for part in self.method.parts)
-        with autocast(self.device, self.precision if runs_model else "fp32"):
+        with autocast(self.device, self.precision if self.method.runs_model else "fp32"):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return loss + self.optimizer.penalty
