@@ -265,6 +265,7 @@ def test_predicting_leaves_modes_and_batch_statistics_alone():
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().train()
     method = ICaRL(model)
     run_task(method, "domain", 0)
+    method.loss(*make_examples("domain", 1))
     model[1].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     method.predict(INPUTS)
