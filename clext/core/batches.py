@@ -224,6 +224,12 @@ def check_alike(
         )
 
 
+def owned(entry: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it is a part of a larger one, all of which it would hold."""
+    is_whole = entry.untyped_storage().nbytes() == entry.nbytes
+    return entry if is_whole else entry.clone()
+
+
 def described(entry: object) -> str:
     """What was given, for errors."""
     if isinstance(entry, Tensor):

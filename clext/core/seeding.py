@@ -32,20 +32,32 @@ class Seeds:
         return cls(*(int(word) for word in words))
 
 
-def generator(seed: int) -> torch.Generator:
-    """A CPU generator: what it draws is the same whatever device the run is on."""
-    return torch.Generator().manual_seed(seed)
+class CpuGenerator(torch.Generator):
+    """A generator whose draws are the same whatever device the run is on."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # No tensor made here: it would be gone before another process had it.
+        return restored, (0, self.get_state().numpy())
 
 
-def restored(seed: int, state: object) -> torch.Generator:
-    """A CPU generator in the state that another one had; started by `seed` where that is unknown.
+def generator(seed: int) -> CpuGenerator:
+    """Such a generator, started by `seed`."""
+    random = CpuGenerator()
+    random.manual_seed(seed)
+    return random
+
+
+def restored(seed: int, state: object) -> CpuGenerator:
+    """A generator in the state that another one had; started by `seed` where that is unknown.
 
     Formerly a state was a dict with the device beside it, and empty before the first draw.
     """
     random = generator(seed)
     if isinstance(state, Mapping):
         state = state["state"] if state.get("device") == "cpu" else None
-    return random if state is None else random.set_state(torch.as_tensor(state).cpu())
+    if state is not None:
+        random.set_state(torch.as_tensor(state).cpu())
+    return random
 
 
 @contextmanager

@@ -235,7 +235,7 @@ class DGR(Rehearsal):
             self.generator.load_state_dict(extra["generator"])
         if "optimizer" in extra:
             self._optimizer = self._new_optimizer(self.generator)
-            self._optimizer.load_state_dict(extra["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(extra["optimizer"]))
         if "previous" in extra:
             self._teacher = Teacher.load(self.model, extra["teacher"])
             self._previous = _frozen_copy(self.generator)

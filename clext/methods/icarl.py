@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import added_logits, check_alike
+from clext.core.batches import added_logits, check_alike, owned
 from clext.core.checks import flag, integer, softening
 from clext.core.parameters import device_of
 from clext.methods.base import Method
@@ -122,7 +122,7 @@ class ICaRL(Method):
             exemplars_per_set(self.name, self._sets, coming, self.budget)
             self._current = self._classes = None
             return None
-        inputs, labels = own = examples[0], examples[1].long() + self.heads.start
+        inputs, labels = own = owned(examples[0]), examples[1].long() + self.heads.start
         classes = labels.unique().tolist()
         exemplars_per_set(self.name, self._sets, classes, self.budget)
         if (kept := joined(self._sets)) is not None:
@@ -267,8 +267,3 @@ class ICaRL(Method):
         given = extra["previous"]
         self._previous = None if given is None else Teacher.load(self.model, given)
         self._current = self._means = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Of a part of a data set pickle would write the whole.
-        current = None if self._current is None else tuple(map(torch.clone, self._current))
-        return {**self.__dict__, "_current": current}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.core.batches import check_alike, labelled
+from clext.core.batches import check_alike, labelled, owned
 from clext.core.parameters import device_of
 from clext.methods.base import Method
 
@@ -49,7 +49,7 @@ class Joint(Method):
         if examples is None:
             return None
         inputs, labels = examples
-        new = inputs, labels.long() + self.heads.start
+        new = owned(inputs), labels.long() + self.heads.start
         earlier = [pair for task, pair in self._examples.items() if task != self.tasks]
         for known, _ in earlier[:1]:
             check_alike(self.name, inputs, known, "of the tasks before")
@@ -69,7 +69,8 @@ class Joint(Method):
         return {task: (function(x), function(y)) for task, (x, y) in self._examples.items()}
 
     def _save(self) -> dict[str, Any]:
-        return {"extra": {"examples": self._each(torch.clone)}}
+        copies = {task: list(pair) for task, pair in self._each(torch.clone).items()}
+        return {"extra": {"examples": copies}}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
@@ -78,7 +79,3 @@ class Joint(Method):
             task: (inputs.to(device, copy=True), labels.to(device, copy=True))
             for task, (inputs, labels) in state["extra"]["examples"].items()
         }
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Of a part of a data set pickle would write the whole.
-        return {**self.__dict__, "_examples": self._each(torch.clone)}

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from quick_runs import QUICK, same, small, weights
 from scipy.optimize import minimize
 from torch import nn
 from toy_training import CLASSES, FEATURES, assert_same_state, make_model, make_task, train_tasks
 
-import clext
-from clext import AGEM, GEM
+from clext import AGEM, GEM, optim
 from clext.methods.gem import projection_weights
-from clext.methods.unpenalised import Unpenalised
 
 BOTH = pytest.mark.parametrize("kind", [GEM, AGEM])
 
@@ -174,7 +169,8 @@ def test_agem_follows_its_formula(device):
     method = AGEM(model, per_task=5, batch=1000)
     train_tasks(model, method)
     model.zero_grad()
-    F.cross_entropy(model(method._inputs), method._labels).backward()
+    inputs, labels = method._examples
+    F.cross_entropy(model(inputs), labels).backward()
     reference = current(model).clone()
     before = conflicting_step(model, make_task(1, device=device))
     product = before @ reference
@@ -202,14 +198,14 @@ def test_agem_draws_each_example_at_most_once_and_another_batch_at_each_step(mon
         seen.append(inputs)
         return F.cross_entropy(model(inputs), labels)
 
-    monkeypatch.setattr(method.outputs, "cross_entropy", look)
+    monkeypatch.setattr(method.heads, "cross_entropy", look)
     for _ in range(2):
         conflicting_step(model, make_task(0))
         method.add_penalty_grad_()
     for drawn in seen:
         assert drawn.shape == (12, FEATURES)
         assert len(drawn.unique(dim=0)) == 12
-        assert all((method._inputs == row).all(dim=1).any() for row in drawn)
+        assert all((method._examples[0] == row).all(dim=1).any() for row in drawn)
     assert not seen[0].equal(seen[1])
 
 
@@ -290,6 +286,7 @@ def test_the_memory_holds_distinct_examples_of_each_task_with_their_labels(kind)
     tasks = [make_task(number) for number in range(3)]
     method = kind(make_model(), per_task=9)
     for batches in tasks:
+        method.add_penalty_grad_()
         method.consolidate(iter(batches))
     for (inputs, labels), batches in zip(method._kept_tasks(), tasks, strict=True):
         x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
@@ -298,10 +295,10 @@ def test_the_memory_holds_distinct_examples_of_each_task_with_their_labels(kind)
         assert y[places].equal(labels)
     other = kind(make_model(), per_task=9, seed=1)
     other.consolidate(tasks[0])
-    assert not other._inputs.equal(method._inputs[:9])
+    assert not other._examples[0].equal(method._examples[0][:9])
     whole = kind(make_model(), per_task=1000)
     whole.consolidate(tasks[0])
-    assert len(whole._labels) == sum(len(y) for _, y in tasks[0])
+    assert len(whole._examples[1]) == sum(len(y) for _, y in tasks[0])
 
 
 def test_every_example_is_kept_equally_often():
@@ -310,66 +307,25 @@ def test_every_example_is_kept_equally_often():
     for seed in range(400):
         method = GEM(nn.Linear(1, 2), per_task=5, seed=seed)
         method.consolidate(batches)
-        counts[method._inputs.long().flatten()] += 1
+        counts[method._examples[0].long().flatten()] += 1
     # Binomial: 400 draws of probability 1/4 each, deviation 8.7.
     assert float((counts - 100).abs().max()) < 5 * 8.7
 
 
-@BOTH
-def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(kind, device):
-    def steps(model, method, number):
-        for x, y in make_task(number, device=device):
-            F.cross_entropy(model(x), y).backward()
-            method.add_penalty_grad_()
-            with torch.no_grad():
-                for p in model.parameters():
-                    p -= 0.1 * p.grad
-            model.zero_grad()
-
-    model = make_model().to(device)
-    method = kind(model, per_task=6, **({"batch": 4} if kind is AGEM else {}))
-    train_tasks(model, method, tasks=2)
-    steps(model, method, 2)
-    buffer = io.BytesIO()
-    torch.save([model.state_dict(), method.state_dict()], buffer)
-    buffer.seek(0)
-    states = torch.load(buffer, weights_only=True)
-    other = make_model().to(device)
-    resumed = kind(other, per_task=6, **({"batch": 4} if kind is AGEM else {}))
-    other.load_state_dict(states[0])
-    resumed.load_state_dict(states[1])
-    for each in ((model, method), (other, resumed)):
-        steps(*each, 3)
-        each[1].consolidate(make_task(3, device=device))
-    assert same(weights(model), weights(other))
-    assert_same_state(resumed.state_dict(), method.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("inputs", None, "holds labels, sizes, random, expected inputs"),
-        ("inputs", torch.zeros(3, 5), r"\['inputs'\] is \[3, 5\], expected 12 examples"),
-        ("inputs", torch.full((12, 5), torch.nan), "holds NaN or infinity"),
-        ("labels", torch.zeros(12), "expected int64"),
-        ("labels", -torch.ones(12, dtype=torch.int64), "none below 0"),
-        ("sizes", [6.0, 6], "expected a list of integers > 0"),
-        ("sizes", [6, 7], "expected 13 examples"),
-        ("random", {"device": "cpu", "state": torch.zeros(3)}, "is no state of a generator"),
-        ("random", "abc", "is no state of a generator"),
-    ],
-)
-def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, value, message):
-    method = AGEM(make_model(), per_task=6)
-    train_tasks(method.model, method, tasks=2)
-    before, state = method.state_dict(), copy.deepcopy(method.state_dict())
-    if value is None:
-        del state["extra"][key]
-    else:
-        state["extra"][key] = value
-    with pytest.raises(ValueError, match=message):
-        method.load_state_dict(state)
-    assert_same_state(method.state_dict(), before)
+@pytest.mark.parametrize(("kind", "options"), [(GEM, {"margin": 0.5}), (GEM, {}), (AGEM, {})])
+def test_gradients_that_are_scaled_still_are_projected_alike(kind, options):
+    results = []
+    for scale in (None, 1.0, 1024.0, torch.tensor(0.5)):
+        model = make_model()
+        method = kind(model, per_task=6, **options)
+        train_tasks(model, method, tasks=2)
+        conflicting_step(model, make_task(0))
+        if scale is not None:
+            torch._foreach_mul_([p.grad for p in model.parameters()], float(scale))
+        method.add_penalty_grad_(scale)
+        results.append(current(model) / float(scale or 1))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-15)
 
 
 @BOTH
@@ -377,19 +333,13 @@ def test_a_state_that_no_training_leaves_is_refused_and_changes_nothing(key, val
     ("data", "message"),
     [
         (None, "needs the data of the task"),
-        ([], "is empty"),
-        ([(torch.zeros(2, FEATURES).double(), torch.zeros(2))], "labels y are torch.float32"),
         (
             [make_task(1)[0], (torch.zeros(2, 3).double(), torch.zeros(2, dtype=int))],
-            r"inputs are torch.float64 \[3\] each, expected",
+            r"inputs are torch.float64 \[3\] each, expected .* in the memory",
         ),
         (
             [make_task(1)[0], (torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))],
             "inputs are torch.float32",
-        ),
-        (
-            [make_task(1)[0], (torch.eye(FEATURES)[:2].double() / 0, torch.zeros(2, dtype=int))],
-            "inputs hold NaN or infinity; leave",
         ),
     ],
 )
@@ -402,58 +352,13 @@ def test_a_task_that_cannot_be_kept_is_refused_and_changes_nothing(kind, data, m
     assert_same_state(method.state_dict(), before)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        (GEM, {"per_task": 0}, "gem: per_task must be an integer >= 1"),
-        (GEM, {"margin": -0.1}, "gem: margin must be a finite number >= 0"),
-        (GEM, {"ridge": float("nan")}, "gem: ridge must be"),
-        (AGEM, {"batch": 0}, "agem: batch must be an integer >= 1"),
-        (AGEM, {"seed": -1}, "agem: seed must be"),
-        (AGEM, {"strength": 1.0}, "agem has no penalty, so no strength; leave it out"),
-    ],
-)
-def test_bad_options_are_refused(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        kind(make_model(), **options)
-
-
-# ----------------------------------------------------------------------------- in the main job
-
-
 @BOTH
-@pytest.mark.parametrize("incremental", ["domain", "task", "class"])
-def test_trains_in_all_three_settings_the_same_each_time(kind, incremental):
-    arguments = {**QUICK, "scenario": "split", "incremental": incremental, "lr": 1e-2, "epochs": 4}
-    runs = [clext.train(kind.name, per_task=16, model=small(), **arguments) for _ in range(2)]
-    assert runs[0].curve == runs[1].curve
-    assert runs[0].config["strength"] is None
-    alone = clext.train("baseline", model=small(), **arguments)
-    assert runs[0].curve[:4] == alone.curve[:4]
-    assert runs[0].curve != alone.curve
-    if kind is GEM:
-        assert runs[0].accuracy[1, 0] > alone.accuracy[1, 0]
-
-
-def test_labels_are_kept_as_the_models_outputs():
-    method = GEM(small())
-    inputs, labels = torch.rand(8, 64), torch.arange(8) % 2
-    method.begin_task((inputs, labels), block=range(2), active=range(2))
-    method.consolidate([(inputs, labels)])
-    method.begin_task((inputs, labels), block=range(2, 4), active=range(2, 4))
-    method.consolidate([(inputs, labels)])
-    (_, first), (_, second) = method._kept_tasks()
-    assert set(first.tolist()) == {0, 1}
-    assert set(second.tolist()) == {2, 3}
-
-
-@BOTH
-def test_in_bf16_and_with_an_optimizer_of_clext(kind):
-    model = make_model(torch.bfloat16)
+def test_in_bf16_and_with_an_optimizer_of_clext(kind, device):
+    model = make_model(torch.bfloat16).to(device)
     method = kind(model, per_task=6)
-    optimizer = clext.optim.SGD(model.parameters(), lr=0.05, method=method)
+    optimizer = optim.SGD(model.parameters(), lr=0.05, method=method)
     for number in range(2):
-        batches = make_task(number, torch.bfloat16)
+        batches = make_task(number, torch.bfloat16, device)
         for x, y in batches:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -461,63 +366,21 @@ def test_in_bf16_and_with_an_optimizer_of_clext(kind):
         method.consolidate(batches)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert {rows.dtype for rows in method._rows} == {torch.float32}
-    result = clext.train(kind.name, model=small(), precision="bf16", per_task=16, **QUICK)
-    assert result.complete
-
-
-@BOTH
-def test_a_change_of_the_models_dtype_is_followed(kind):
-    model = make_model()
-    method = kind(model, per_task=6)
-    train_tasks(model, method, tasks=2)
-    conflicting_step(model, make_task(0))
-    method.add_penalty_grad_()
+    model.double()
     state = method.state_dict()
-    state["extra"]["inputs"] = state["extra"]["inputs"].float()
-    model.float()
+    state["extra"]["inputs"] = state["extra"]["inputs"].double()
     method.load_state_dict(state)
-    conflicting_step(model, make_task(0, torch.float32))
+    conflicting_step(model, make_task(0, device=device))
     method.add_penalty_grad_()
-    assert {rows.dtype for rows in method._rows} == {torch.float32}
+    assert {rows.dtype for rows in method._rows} == {torch.float64}
 
 
 @BOTH
-def test_combines_with_a_method_that_learns_by_its_loss(kind):
-    """The gradient of that loss is projected, and both see the end of each task."""
-
-    class Doubled(Unpenalised):
-        name = "doubled"
-
-        def _loss(self, *batch):
-            return 2 * super()._loss(*batch)
-
-        def _prepare_end(self, dataloader):
-            self.examples = sum(len(y) for _, y in dataloader)
-            return super()._prepare_end(dataloader)
-
-    model = make_model()
-    method = kind(model, per_task=6).combine(Doubled(model))
-    method.consolidate(iter(make_task(0)))
-    assert method._rehearsal.examples == sum(len(y) for _, y in make_task(0))
-    assert len(method._labels) == 6
-    assert method.label == f"{kind.name}+doubled"
-    x, y = make_task(1)[0]
-    assert method.loss(x, y).item() == pytest.approx(2 * F.cross_entropy(model(x), y).item())
-    before = conflicting_step(model, make_task(0)).clone()
-    method.add_penalty_grad_()
-    assert not current(model).equal(before)
-    assert_same_state(copy.deepcopy(method.state_dict()), method.state_dict())
-
-
-def test_gradients_that_a_scaler_has_scaled_are_refused():
-    model = make_model(torch.float32)
-    method = GEM(model)
-    optimizer = clext.optim.SGD(model.parameters(), lr=0.1, method=method)
-    x, y = make_task(0, torch.float32)[0]
-    method.consolidate([(x, y)])
-    F.cross_entropy(model(x), y).backward()
-    optimizer.grad_scale = torch.tensor(2.0)
-    before = weights(model)
-    with pytest.raises(RuntimeError, match="have to be unscaled before"):
-        optimizer.step()
-    assert same(weights(model), before)
+def test_labels_are_kept_as_the_models_outputs(kind):
+    method = kind(nn.Linear(FEATURES, 4))
+    inputs, labels = torch.rand(8, FEATURES), torch.arange(8) % 2
+    for block in (range(2), range(2, 4)):
+        method.begin_task((inputs, labels), block=block, active=block)
+        method.add_penalty_grad_()
+        method.consolidate([(inputs, labels)])
+    assert [set(kept.tolist()) for _, kept in method._kept_tasks()] == [{0, 1}, {2, 3}]

@@ -5,76 +5,123 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from toy_training import assert_same_state
 
-from clext import optim
+FEATURES, CLASSES, TASKS, EXAMPLES, BATCH = 5, 2, 3, 12, 4
+SETTINGS = ("task", "domain", "class")
 
-FEATURES, CLASSES, TASKS, STEPS, BATCH = 5, 2, 3, 4, 6
-INCREMENTAL = ("task", "domain", "class")
-
-every_incremental = pytest.mark.parametrize("incremental", INCREMENTAL)
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
-def make_model(dtype=torch.float64):
+def make_model(setting="class", dtype=torch.float64, device="cpu"):
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, CLASSES * TASKS)).to(dtype)
+    outputs = CLASSES if setting == "domain" else TASKS * CLASSES
+    model = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, outputs))
+    return model.to(device, dtype)
 
 
-def make_task(number, incremental, device="cpu", dtype=torch.float64):
-    """Examples with local labels, the task's outputs, and those that compete."""
+def ranges(setting, number):
+    """Block and active outputs of a task."""
+    if setting == "domain":
+        return range(CLASSES), None
+    block = range(number * CLASSES, (number + 1) * CLASSES)
+    return block, (block if setting == "task" else range(block.stop))
+
+
+def start(setting, number):
+    """What has to be added to the local labels of a task."""
+    active = ranges(setting, number)[1]
+    return 0 if active is None else active.start
+
+
+def make_examples(setting, number, dtype=torch.float64, device="cpu"):
+    """Inputs in [0, 1] and local labels of a task, each class in it; classes lie apart."""
     random = torch.Generator().manual_seed(50 + number)
-    inputs = torch.rand(STEPS * BATCH, FEATURES, generator=random, dtype=torch.float64)
-    labels = torch.randint(CLASSES, (len(inputs),), generator=random)
-    first = CLASSES * number
-    block = range(CLASSES * TASKS) if incremental == "domain" else range(first, first + CLASSES)
-    active = {"task": block, "domain": None, "class": range(block.stop)}[incremental]
-    local = labels + first if incremental == "class" else labels
-    return (inputs.to(device, dtype), local.to(device)), block, active
+    labels = torch.arange(CLASSES).repeat(EXAMPLES // CLASSES)
+    inputs = torch.rand(EXAMPLES, FEATURES, generator=random, dtype=torch.float64)
+    inputs[:, number] = (inputs[:, number] + labels) / 2
+    local = labels + ranges(setting, number)[0].start - start(setting, number)
+    return inputs.to(device, dtype), local.to(device)
 
 
-def rows():
-    return torch.arange(STEPS * BATCH).split(BATCH)
+def examples_for(method, setting, number):
+    """In the type of the method's model and where that is."""
+    weight = next(method.model.parameters())
+    return make_examples(setting, number, weight.dtype, weight.device)
 
 
-def begin(method, number, incremental, own_loop=False):
-    """What a task is trained on; with `own_loop` by someone who calls `begin_task` without it."""
-    parameter = next(method.model.parameters())
-    examples, block, active = make_task(number, incremental, parameter.device, parameter.dtype)
-    began = method.begin_task(None if own_loop else examples, block=block, active=active)
-    return examples if began is None else began
+def batches_for(method, setting, number):
+    """The same in batches."""
+    inputs, labels = examples_for(method, setting, number)
+    return list(zip(inputs.split(BATCH), labels.split(BATCH), strict=True))
 
 
-def train_task(method, number, incremental, *, own_loop=False, autocast=False):
+def begin(method, setting, number):
+    """What the method trains on."""
+    block, active = ranges(setting, number)
+    return method.begin_task(examples_for(method, setting, number), block=block, active=active)
+
+
+def train(method, examples, autocast=False):
     """One epoch; returns the losses."""
-    examples = begin(method, number, incremental, own_loop)
-    losses = take_steps(method, examples, rows(), autocast=autocast)
-    method.consolidate([tuple(examples[:2])])
-    return losses
-
-
-def take_steps(method, examples, batches, optimizer=None, autocast=False):
-    optimizer = optimizer or optim.Adam(method.model.parameters(), lr=0.02, method=method)
-    losses = []
-    for batch in batches:
-        with torch.autocast(examples[0].device.type, torch.bfloat16, enabled=autocast):
-            loss = method.loss(*(entry[batch.to(entry.device)] for entry in examples))
+    device, losses = examples[0].device, []
+    optimizer = torch.optim.SGD(method.model.parameters(), lr=0.1)
+    for rows in torch.arange(len(examples[0]), device=device).split(BATCH):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = method.loss(*(entry[rows] for entry in examples))
         loss.backward()
+        method.add_penalty_grad_()
         optimizer.step()
+        method.update()
         optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
-def naive_heads(incremental, number):
+def run_task(method, setting, number, autocast=False):
+    """Begin a task, train on what the method wants, and end it; returns the losses."""
+    losses = train(method, begin(method, setting, number), autocast)
+    method.consolidate(batches_for(method, setting, number))
+    return losses
+
+
+def run_tasks(method, setting, tasks=TASKS):
+    for number in range(tasks):
+        run_task(method, setting, number)
+
+
+def assert_alike(method, other):
+    assert_same_state(method.model.state_dict(), other.model.state_dict())
+    assert_same_state(method.state_dict(), other.state_dict())
+
+
+# ------------------------------------------------------------------ formulas, step by step
+
+
+def obvious_loss(model, setting, number, inputs, global_labels):
+    """One example at a time: the cross entropy over the outputs that its class competes with."""
+    losses = []
+    for x, label in zip(inputs, global_labels.tolist(), strict=True):
+        rivals = range(model[2].out_features)
+        if setting == "class":
+            rivals = ranges("class", number)[1]
+        if setting == "task":
+            rivals = ranges("task", label // CLASSES)[1]
+        shares = model(x.unsqueeze(0))[0][rivals.start : rivals.stop].exp()
+        losses.append(-(shares[label - rivals.start] / shares.sum()).log())
+    return torch.stack(losses).mean()
+
+
+def old_heads(setting, number):
     """For each earlier head: the outputs of the model, and those that the old model knew."""
-    if incremental == "task":
-        blocks = [range(CLASSES * k, CLASSES * (k + 1)) for k in range(number)]
-        return [(block, block) for block in blocks]
-    if incremental == "class":
+    if setting == "task":
+        return [(ranges("task", k)[0],) * 2 for k in range(number)]
+    if setting == "class":
         return [(range(CLASSES * (number + 1)), range(CLASSES * number))]
-    return [(range(CLASSES * TASKS), range(CLASSES * TASKS))]
+    return [(range(CLASSES), range(CLASSES))]
 
 
-def naive_distillation(logits, teacher, heads, temperature, scale):
+def obvious_distillation(logits, teacher, heads, temperature, scale):
     """One loss for each head; example by example and class by class."""
     losses = []
     for now, then in heads:
@@ -90,7 +137,7 @@ def naive_distillation(logits, teacher, heads, temperature, scale):
     return losses
 
 
-def naive_balance(current, losses, number, balance, strength):
+def obvious_balance(current, losses, number, balance, strength):
     if balance == "sum":
         return current + strength * sum(losses)
     k = number + 1
