@@ -315,21 +315,3 @@ def test_proximal_is_the_step_and_then_the_average_with_the_anchor(optimizer, de
         weight = 2 * OPTIMIZERS[optimizer][1]["lr"] * 3.0 * method.importance[name]
         expected = (theirs + weight * method.anchor[name]) / (1 + weight)
         torch.testing.assert_close(mine, expected, **EXACT)
-
-
-def test_proximal_path_counts_the_whole_movement(device):
-    model = make_model().to(device)
-    method = SI(model, strength=2.0)
-    optimizer = fused(model, method, "sgd", proximal=True)
-    for number in range(2):
-        fused_steps(model, optimizer, make_task(number, device=device))
-        if number == 0:
-            method.consolidate()
-    before = [p.detach().clone() for p in model.parameters()]
-    path = {name: entry.clone() for name, entry in method._state.view("path").items()}
-    x, y = make_task(2, device=device)[0]
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
-        expected = path[name] - parameter.grad * (parameter - old)
-        torch.testing.assert_close(method._state.view("path")[name], expected.detach(), **EXACT)

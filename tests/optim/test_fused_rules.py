@@ -21,6 +21,12 @@ TAKEN_OVER = [Baseline, EWC, SI, RWalk]
 every_kind = pytest.mark.parametrize("kind", TAKEN_OVER, ids=lambda kind: kind.name)
 
 
+class Own(SI):
+    """With an update that no pass knows."""
+
+    fused = None
+
+
 def steps(model, optimizer, batches):
     for x, y in batches:
         F.cross_entropy(model(x), y).backward()
@@ -61,7 +67,7 @@ def test_a_method_of_another_model_is_refused():
 
 def test_proximal_needs_a_method_that_pulls():
     model = make_model()
-    for method in (None, Baseline(model), Watched(model)):
+    for method in (None, Baseline(model), Own(model)):
         with pytest.raises(ValueError, match="proximal=True needs a method that pulls in the opt"):
             optim.SGD(model.parameters(), method=method, proximal=True)
 
@@ -110,50 +116,6 @@ def test_copies_with_their_model_and_method_go_on_alike(how, released, device):
         assert_same_state(one.state_dict(), other.state_dict())
 
 
-# ----------------------------------------------------------------------------- methods of others
-
-
-class Watched(SI):
-    """A method with an update of its own."""
-
-    fused = None
-
-    def update(self):
-        self.seen = [entry.clone() for entry in self._state.scratch["task_gradient"]]
-        super().update()
-
-
-@pytest.mark.parametrize("clear_grad", [False, True])
-def test_their_functions_are_called_around_the_step(clear_grad, device):
-    results = []
-    for kind in (Watched, SI):
-        model = make_model().to(device)
-        method = kind(model, strength=2.0)
-        optimizer = optim.Adam(model.parameters(), lr=0.02, method=method, clear_grad=clear_grad)
-        learn(model, method, 2, optimizer)
-        results.append((model, method, optimizer.penalty))
-    (model, method, value), (other, expected, its_value) = results
-    assert any(bool(entry.any()) for entry in method.seen)
-    assert value.item() == pytest.approx(its_value.item(), rel=1e-9)
-    for name, entry in method.importance.items():
-        torch.testing.assert_close(entry, expected.importance[name], rtol=1e-9, atol=1e-10)
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)
-
-
-def test_a_scaler_unscales_before_them(device):
-    model = make_model(torch.float32).to(device)
-    method = Watched(model)
-    optimizer = optim.SGD(model.parameters(), lr=0.1, method=method)
-    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    x, y = make_task(0, torch.float32, device)[0]
-    expected = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    scaler.scale(F.cross_entropy(model(x), y)).backward()
-    scaler.step(optimizer)
-    for mine, theirs in zip(method.seen, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 # ----------------------------------------------------------------------------- CUDA graphs
 
 
@@ -181,7 +143,7 @@ def test_launch_and_after_replay_are_a_step(kind, device):
 def test_launch_is_not_for_what_is_called_around_the_step():
     model = make_model()
     with pytest.raises(RuntimeError, match="of si is more than one pass; call step"):
-        optim.SGD(model.parameters(), method=Watched(model)).launch()
+        optim.SGD(model.parameters(), method=Own(model)).launch()
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
