@@ -8,32 +8,37 @@ reg = clext.SI(model)                    # drop-in, for any module and any loop
 optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 """
 
-from clext import course, ops, optim
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from clext._version import __version__
-from clext.data.datasets import DataError
-from clext.data.scenarios import Scenario
-from clext.methods import (
-    AGEM,
-    DGR,
-    EWC,
-    GEM,
-    MAS,
-    METHODS,
-    SCP,
-    SI,
-    Baseline,
-    ICaRL,
-    Joint,
-    LwF,
-    Method,
-    Replay,
-    RWalk,
-)
-from clext.ops import reference
-from clext.ops._extension import build_info
-from clext.training.compare import Comparison, compare
-from clext.training.loop import NonFiniteLossError, train
-from clext.training.result import Result
+
+if TYPE_CHECKING:
+    from clext import course, data, importance, methods, ops, optim, reference
+    from clext.data.idx import DataError
+    from clext.data.scenario import Scenario
+    from clext.methods import (
+        AGEM,
+        DGR,
+        EWC,
+        GEM,
+        MAS,
+        METHODS,
+        SCP,
+        SI,
+        Baseline,
+        Combined,
+        ICaRL,
+        Joint,
+        LwF,
+        Method,
+        Replay,
+        RWalk,
+    )
+    from clext.ops._extension import build_info
+    from clext.training.compare import Comparison, compare
+    from clext.training.loop import NonFiniteLossError, train
+    from clext.training.result import Result
 
 __all__ = [
     "AGEM",
@@ -45,6 +50,7 @@ __all__ = [
     "SCP",
     "SI",
     "Baseline",
+    "Combined",
     "Comparison",
     "DataError",
     "ICaRL",
@@ -60,8 +66,39 @@ __all__ = [
     "build_info",
     "compare",
     "course",
+    "data",
+    "importance",
+    "methods",
     "ops",
     "optim",
     "reference",
     "train",
 ]
+
+# Where the names are that are not from clext.methods: imported when they are first used, so that
+# the command line starts without torch.
+_PACKAGES = {"course", "data", "importance", "methods", "ops", "optim", "reference"}
+_MODULES = {
+    "Comparison": "training.compare",
+    "DataError": "data.idx",
+    "NonFiniteLossError": "training.loop",
+    "Result": "training.result",
+    "Scenario": "data.scenario",
+    "build_info": "ops._extension",
+    "compare": "training.compare",
+    "train": "training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in __all__:
+        raise AttributeError(f"module 'clext' has no attribute {name!r}")
+    if name in _PACKAGES:
+        return importlib.import_module(f"clext.{name}")
+    module = importlib.import_module(f"clext.{_MODULES.get(name, 'methods')}")
+    globals()[name] = value = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,7 @@
-"""The `clext` command: `clext train`, `clext compare`, `clext info`."""
+"""The `clext` command: `clext train`, `clext compare`, `clext info`.
+
+Help and wrong options do not wait for torch: it is imported where work begins.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import click
-import torch
 
-import clext
-from clext.data.datasets import DATASETS, DataError, whereabouts
-from clext.data.scenarios import INCREMENTAL, SCENARIOS
-from clext.training.compare import DEFAULT_METHODS
-from clext.training.describe import describe_method, option_values
-from clext.training.loop import NonFiniteLossError
-from clext.training.progress import say
-from clext.training.result import PICTURE_NAME
-from clext.training.settings import PRECISIONS
+from clext._version import __version__
+from clext.core.console import say
+from clext.core.names import (
+    DATASETS,
+    DEFAULT_METHODS,
+    INCREMENTAL,
+    METHOD_OPTIONS,
+    PRECISIONS,
+    SCENARIOS,
+    part_names,
+)
+from clext.training.settings import NAMES, Settings, check_option_names
 
 _WRONG_INPUT = 2
 _FAILED = 1
@@ -29,55 +34,42 @@ _INTERRUPTED = 130
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-_SHARED_OPTIONS = (
-    click.option("--dataset", default="auto", show_default=True, help=" | ".join(DATASETS)),
-    click.option(
-        "--data-dir",
-        metavar="FOLDER",
-        help="Folder with the data set's files.  [default: $CLEXT_DATA, then the cache folder]",
-    ),
-    click.option("--scenario", default="permuted", show_default=True, help=" | ".join(SCENARIOS)),
-    click.option(
-        "--incremental", default="domain", show_default=True, help=" | ".join(INCREMENTAL)
-    ),
-    click.option("--tasks", type=int, default=5, show_default=True, help="Number of tasks."),
-    click.option("--epochs", type=int, default=10, show_default=True, help="Epochs per task."),
-    click.option("--batch-size", type=int, default=128, show_default=True, help="Examples a step."),
-    click.option("--lr", type=float, default=1e-4, show_default=True, help="Adam's learning rate."),
-    click.option("--precision", default="fp32", show_default=True, help=" | ".join(PRECISIONS)),
-    click.option(
-        "--evaluate-every", type=int, metavar="STEPS", help="Also take accuracies within tasks."
-    ),
-    click.option(
-        "--seed", type=int, default=0, show_default=True, help="Seed of everything random."
-    ),
-    click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]"),
-    click.option("--progress/--quiet", default=True, help="Show progress, or do not."),
-)
+_SETTINGS = {
+    "dataset": " | ".join(DATASETS),
+    "data_dir": "Folder with the data set's files.  [default: $CLEXT_DATA, then the cache folder]",
+    "scenario": " | ".join(SCENARIOS),
+    "incremental": " | ".join(INCREMENTAL),
+    "tasks": "Number of tasks.",
+    "epochs": "Epochs per task.",
+    "batch_size": "Examples a step.",
+    "lr": "Adam's learning rate.",
+    "precision": " | ".join(PRECISIONS),
+    "evaluate_every": "Also take accuracies within tasks.",
+    "seed": "Seed of everything random.",
+    "device": "cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
+}
 
 
-class _Shared(TypedDict):
-    """The values of the shared options."""
-
-    dataset: str
-    data_dir: str | None
-    scenario: str
-    incremental: str
-    tasks: int
-    epochs: int
-    batch_size: int
-    lr: float
-    precision: str
-    evaluate_every: int | None
-    seed: int
-    device: str | None
-    progress: bool
-
-
-def _shared(command: Command) -> Command:
-    for option in reversed(_SHARED_OPTIONS):
-        command = option(command)
+def _takes_settings(command: Command) -> Command:
+    """Options for all settings of a run, with their defaults."""
+    command = click.option("--progress/--quiet", default=True, help="Show progress, or do not.")(
+        command
+    )
+    for name, text in reversed(_SETTINGS.items()):
+        default = getattr(Settings, name)
+        command = click.option(
+            _option(name),
+            default=default,
+            show_default=default is not None,
+            type=int if name == "evaluate_every" else None,
+            metavar={"data_dir": "FOLDER", "evaluate_every": "STEPS"}.get(name),
+            help=text,
+        )(command)
     return command
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # The \b keeps click from joining the lines of a paragraph.
@@ -117,7 +109,7 @@ Examples:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help=_MAIN_HELP,
 )
-@click.version_option(clext.__version__, prog_name="clext")
+@click.version_option(__version__, prog_name="clext")
 def main() -> None:
     """The `clext` command."""
 
@@ -127,7 +119,7 @@ def main() -> None:
     "--method",
     default="rwalk",
     show_default=True,
-    help=f"{' | '.join(clext.METHODS)}, or two of them: A+B",
+    help=f"{' | '.join(METHOD_OPTIONS)}, or two of them: A+B",
 )
 @click.option("--strength", type=float, help="Weight of the penalty.  [default: the method's own]")
 @click.option(
@@ -139,22 +131,29 @@ def main() -> None:
     "to each part that has it, PART.NAME to that part alone.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
-@_shared
+@_takes_settings
 def train(
     method: str,
     strength: float | None,
     options: tuple[str, ...],
     out: str | None,
-    **shared: Unpack[_Shared],
+    **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext train`."""
     with _one_line_errors():
         given = parse_options(options)
         for name in given:
-            if name in {"method", "strength", "out"} or name in shared:
-                raise ValueError(f"--option {name}: use --{name.replace('_', '-')} instead")
+            if name in {"method", "strength", "out", *NAMES}:
+                raise ValueError(f"--option {name}: use {_option(name)} instead")
+        names = part_names(method)
+        of_method = [option for name in names for option in METHOD_OPTIONS[name]]
+        check_option_names("+".join(names), given, of_method)
+        Settings(**settings)
+
+        import clext
+
         folder = out or _new_folder(method)
-        result = clext.train(method, strength=strength, out=folder, **shared, **given)
+        result = clext.train(method, strength=strength, out=folder, **settings, **given)
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
         result.save(folder)
@@ -176,21 +175,30 @@ def train(
     "ends at the first dot: ewc+replay.replay.strength=3.",
 )
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
-@_shared
+@_takes_settings
 def compare(
-    methods: str | None, options: tuple[str, ...], out: str | None, **shared: Unpack[_Shared]
+    methods: str | None,
+    options: tuple[str, ...],
+    out: str | None,
+    **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext compare`."""
     with _one_line_errors():
-        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        chosen = [*DEFAULT_METHODS] if methods is None else methods.split(",")
+        chosen = ["+".join(part_names(name)) for name in chosen]
         per_method: dict[str, dict[str, Any]] = {}
         for name, value in parse_options(options).items():
             method, dot, option = name.partition(".")
             if not dot:
                 raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
             per_method.setdefault(method, {})[option] = value
+        Settings(**settings)
+
+        import clext
+        from clext.training.result import PICTURE_NAME
+
         folder = out or _new_folder("compare")
-        comparison = clext.compare(names, options=per_method, out=folder, **shared)
+        comparison = clext.compare(chosen, options=per_method, out=folder, **settings)
         click.echo(comparison)
         comparison.save(folder)  # as for train
         click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
@@ -205,11 +213,23 @@ def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
     if method is not None:
         with _one_line_errors():
+            part_names(method)
+            from clext.training.describe import describe_method
+
             click.echo(describe_method(method))
         return
+    import torch
+
+    import clext
+    from clext.data.datasets import whereabouts
+    from clext.training.describe import option_values
+
     build = {key: _text(value) for key, value in clext.build_info().items()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
-    methods = {name: _text_of_options(method) for name, method in clext.METHODS.items()}
+    methods = {
+        name: " ".join(f"{option}={value}" for option, value in option_values(kind).items())
+        for name, kind in clext.METHODS.items()
+    }
     _print_section("build", build)
     _print_section("machine", {"threads": str(torch.get_num_threads()), "cuda device": gpu})
     _print_section("data", whereabouts(data_dir))
@@ -220,10 +240,6 @@ def _print_section(title: str, rows: dict[str, str]) -> None:
     click.echo(f"{title}:")
     for name, value in rows.items():
         click.echo(f"  {name:<14} {value}")
-
-
-def _text_of_options(method: type[clext.Method]) -> str:
-    return " ".join(f"{name}={value}" for name, value in option_values(method).items())
 
 
 def _text(value: object) -> str:
@@ -263,10 +279,17 @@ def _one_line_errors() -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             _stop("Interrupted.", error, _INTERRUPTED)
-        except (ValueError, DataError, OSError) as error:
+        except (ValueError, OSError) as error:
             _stop(f"Error: {error}", error, _WRONG_INPUT)
-        except (NonFiniteLossError, torch.OutOfMemoryError) as error:
-            _stop(f"Error: {error}", error, _FAILED)
+        except RuntimeError as error:
+            from torch import OutOfMemoryError
+
+            from clext import DataError, NonFiniteLossError
+
+            if not isinstance(error, DataError | NonFiniteLossError | OutOfMemoryError):
+                raise
+            code = _WRONG_INPUT if isinstance(error, DataError) else _FAILED
+            _stop(f"Error: {error}", error, code)
 
 
 def _stop(message: str, error: BaseException, code: int) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
+
+    from torch import Tensor
+
+# No torch before it is needed: the command line says what is wrong without waiting for it.
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
@@ -33,7 +36,7 @@ def choice(owner: str, option: str, value: object, valid: Iterable[str]) -> str:
 
 
 # Of normal numbers in float32, in which state is kept: what is smaller may be zero there.
-SMALLEST = float(torch.finfo(torch.float32).tiny)
+SMALLEST = 2.0**-126
 
 
 def number(
@@ -86,6 +89,8 @@ def flag(owner: str, option: str, value: object) -> bool:
 
 def scalar(owner: str, option: str, value: object, **bounds: Any) -> float:  # noqa: ANN401
     """`value`, a number or a tensor of one, as a float within `bounds` (see `number`)."""
+    from torch import Tensor
+
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     return number(owner, option, value, **bounds)
@@ -93,6 +98,8 @@ def scalar(owner: str, option: str, value: object, **bounds: Any) -> float:  # n
 
 def learning_rate(owner: str, value: object) -> float | Tensor:
     """`value` as a float >= 0; a tensor of one float stays, so that others can change it."""
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
@@ -112,3 +119,11 @@ def refuse(owner: str, group: dict[str, Any], *options: str) -> None:
                 f"{owner}: {option}=True is not supported by the fused step; use "
                 f"torch.optim.{owner} with the method's add_penalty_grad_() and update()"
             )
+
+
+def as_path(path: str | os.PathLike[str], argument: str) -> Path:
+    """`path` with ~ as the home folder; ValueError if it is no path."""
+    try:
+        return Path(path).expanduser()
+    except TypeError:
+        raise ValueError(f"{argument} must be a path, such as 'runs/ewc', got {path!r}") from None

@@ -1,4 +1,4 @@
-"""A model as it has to be for a while, and back to exactly what was."""
+"""Modes of a model for a while: train or eval, eager, buffers of its own; then what was before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_eagerly() -> AbstractContextManager[Any]:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Forward passes inside work on copies of the buffers: batch statistics do not move."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    kept = [(module, dict(module._buffers)) for module in model.modules()]
     copies: dict[int, Tensor] = {}  # one for each, also where modules share it
     for module, buffers in kept:
         for name, buffer in buffers.items():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Seeds:
     """Independent seeds of a run, all derived from one number.
 
-    `model` starts the global generators (initial weights, dropout), `scenario` draws the tasks
-    (permutations), `shuffle` the order of the examples, `method` whatever a method samples.
+    `model` starts the initial weights and what the model draws (dropout), `scenario` draws the
+    tasks (permutations), `shuffle` the order of the examples, `method` whatever a method samples.
     """
 
     model: int
@@ -50,18 +52,39 @@ def restored(seed: int, state: object) -> torch.Generator:
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators of the CPU and of `device` inside, and restore them afterwards.
 
-    `torch.manual_seed` would also reseed every other accelerator, and `fork_rng` knows no mps.
+    `torch.manual_seed` would also reseed every other accelerator, and `fork_rng` knows no mps. The
+    generators are the process's own: what other threads draw meanwhile comes from them too, but
+    whichever thread leaves last restores what was there before the first one came.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with _isolated_generator(seed, torch.device("cpu")):
         if device.type == "cpu":
             yield
             return
-        accelerator = torch.get_device_module(device.type)
-        with torch.accelerator.device_index(device.index):
-            state = accelerator.get_rng_state()
-            try:
-                accelerator.manual_seed(seed)
-                yield
-            finally:
-                accelerator.set_rng_state(state)
+        with torch.accelerator.device_index(device.index), _isolated_generator(seed, device):
+            yield
+
+
+_lock = threading.Lock()
+# For each device the states to restore, of those who are inside, in the order in which they came.
+_before: dict[torch.device, list[list[Tensor]]] = {}
+
+
+@contextmanager
+def _isolated_generator(seed: int, device: torch.device) -> Iterator[None]:
+    random = torch.random if device.type == "cpu" else torch.get_device_module(device.type)
+    manual_seed = torch.default_generator.manual_seed if device.type == "cpu" else random.manual_seed
+    with _lock:
+        states = _before.setdefault(device, [])
+        own = [random.get_rng_state()]
+        states.append(own)
+        manual_seed(seed)
+    try:
+        yield
+    finally:
+        with _lock:
+            place = next(i for i, state in enumerate(states) if state is own)
+            if own is states[-1]:
+                random.set_rng_state(own[0])
+            else:  # whoever came next restores what was there before this one
+                states[place + 1][0] = own[0]
+            del states[place]

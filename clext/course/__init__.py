@@ -35,6 +35,10 @@ The numbers are those of the notebook up to rounding, also where it departs from
   its `state_dict()`, and a second sequence of tasks on the same model begins with those of the
   first.
 
+Attributes and methods are the notebook's: what a hand writes to `_precision_matrices`, `_n_omega`,
+`p_old` and the like, or a subclass returns from `_calculate_importance` (`mas`, `scp`:
+`calculate_importance`; `rwalk`: `_calculate_importance_ewc` as well) or `_init_`, takes effect.
+
 Unlike in the notebook, frozen parameters are left out, state of half-precision parameters is
 float32, and arguments that do not fit raise one sentence and leave the model as it was.
 """

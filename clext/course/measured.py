@@ -1,10 +1,8 @@
-"""The course's classes that measure importance on data, on top of earlier objects': `ewc`, `mas`,
-`scp`.
-"""
+"""Importance measured on data, on top of earlier objects': the course's `ewc`, `mas` and `scp`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext import ops
-from clext.core.batches import read_batches
+from clext.core.batches import read_batches, read_inputs
 from clext.core.checks import integer
 from clext.core.modes import module_mode
-from clext.course.base import CourseMethod, Device, Tensors, brief
+from clext.course.base import CourseMethod, Device, Tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,115 +27,64 @@ if TYPE_CHECKING:
 Guards = Sequence[Mapping[str, Tensor] | None]
 
 
-class Guarded(CourseMethod):
-    """Importances measured on data, added to those of earlier objects."""
-
-    p_old: Tensors
-    _precision_matrices: Tensors
-
-    def __init__(
-        self, model: nn.Module, dataloader: Batches | None, device: Device, prev_guards: Guards
-    ) -> None:
-        super().__init__(model, dataloader, device)
-        self._check_dataloader(dataloader)
-        self._check_guards(prev_guards)
-        self.previous_guards_list = prev_guards
-
-    def _objective(self, output: Tensor, label: Tensor) -> Tensor:
-        """What is differentiated: a number from a batch's outputs and its labels."""
-        raise NotImplementedError
-
-    def _sum_of_guards(self) -> Tensors:
-        total = self._zeros()
-        for guard in self.previous_guards_list:
-            for key, entry in total.items() if guard else ():
-                entry.add_(guard[key].to(entry))  # type: ignore[index]  # guard is not None here
-        return total
-
-    def _add_importance(self, total: Tensors, accumulate: Accumulate, weight: float = 1.0) -> None:
-        """Add `weight` times the mean over batches, empty ones aside, and leave the model as the
-        notebook does.
-        """
-        before = [p.grad for p in self.params.values()]
-        try:
-            with module_mode(self.model, training=False), torch.enable_grad():
-                if self.dataloader is not None:
-                    sums, batches = self._zeros(), 0
-                    for x, y in read_batches(
-                        self._owner, self.dataloader, torch.device(self.device)
-                    ):
-                        self.model.zero_grad()
-                        self._objective(self.model(x), y).backward()
-                        found = {k: p.grad for k, p in self._keyed().items() if p.grad is not None}
-                        accumulate([sums[k] for k in found], list(found.values()), 1.0)
-                        batches += 1
-                    for key, entry in total.items():
-                        entry.add_(sums[key], alpha=weight / batches)
-        except BaseException:
-            for p, grad in zip(self.params.values(), before, strict=True):
-                p.grad = grad
-            raise
-        self.model.eval()
-
-    def _quadratic(self) -> tuple[Tensors, Tensors]:
-        return self.p_old, self._precision_matrices
-
-    # ------------------------------------------------------------------ checks
-
-    def _check_dataloader(self, dataloader: object) -> None:
-        if dataloader is not None and batch_count(dataloader) < 1:
-            raise ValueError(
-                f"{self._owner}: dataloader must be None (before the first task) or the DataLoader "
-                "of the task that has ended, with a length and at least one batch, got "
-                f"{brief(dataloader)}; {self._order}"
-            )
-
-    def _check_guards(self, guards: object) -> None:
-        if not isinstance(guards, Sequence) or isinstance(guards, str):
-            raise ValueError(
-                f"{self._owner}: prev_guards must be a list of the _precision_matrices of earlier "
-                f"objects, got {brief(guards)}; {self._order}"
-            )
-        for index, guard in enumerate(guards):
-            label = f"{self._owner}: prev_guards[{index}]"
-            if guard is None:
-                continue
-            if not isinstance(guard, Mapping):
+def sum_of_guards(method: CourseMethod, guards: Guards) -> Tensors:
+    """What earlier objects have measured; ValueError where it is that of something else."""
+    total = method._zeros()
+    for index, guard in enumerate(guards):
+        if not guard:
+            continue
+        found = guard if isinstance(guard, Mapping) else {}
+        for key, entry in total.items():
+            if getattr(found.get(key), "shape", None) != entry.shape:
                 raise ValueError(
-                    f"{label} must be the _precision_matrices of an earlier object, or None, got "
-                    f"{brief(guard)}"
+                    f"{method._owner}: prev_guards[{index}] has no tensor '{key}' of shape "
+                    f"{list(entry.shape)}, expected the _precision_matrices of an earlier "
+                    f"{method._owner} on this model, in a list"
                 )
-            for key, p in self._keyed().items() if guard else ():
-                entry = guard.get(key)
-                if not isinstance(entry, Tensor):
-                    raise ValueError(
-                        f"{label} has no tensor '{key}', expected the _precision_matrices of a "
-                        f"{self._owner} on this model"
-                    )
-                if entry.shape != p.shape:
-                    raise ValueError(
-                        f"{label}['{key}'] has shape {list(entry.shape)}, expected "
-                        f"{list(p.shape)} as the parameter; take guards of this model only"
-                    )
-                if not bool(entry.isfinite().all()):
-                    raise ValueError(
-                        f"{label}['{key}'] holds NaN or infinity, which a diverged task has left: "
-                        "leave that guard out"
-                    )
+            entry.add_(found[key].to(entry))
+    return total
 
 
-def batch_count(dataloader: object) -> int:
-    """How many batches `dataloader` says it has; 0 if it does not say."""
-    if not isinstance(dataloader, Sized) or isinstance(dataloader, str | Mapping | Tensor):
-        return 0
+def add_mean_importance_(
+    method: CourseMethod,
+    total: Tensors,
+    values: Iterable[Tensor],
+    accumulate: Accumulate,
+    weight: float = 1.0,
+) -> None:
+    """Add `weight` times the mean over `values`, one for each batch, of a gradient's size.
+
+    The model is left as the notebook leaves it, after an error as it was.
+    """
+    sums, batches = method._zeros(), 0
+    before = [p.grad for p in method.params.values()]
     try:
-        return len(dataloader)
-    except TypeError:  # a DataLoader over an IterableDataset
-        return 0
+        with module_mode(method.model, training=False), torch.enable_grad():
+            for value in values if method.dataloader is not None else ():
+                method.model.zero_grad()
+                value.backward()
+                found = {k: p.grad for k, p in method._keyed().items() if p.grad is not None}
+                accumulate([sums[k] for k in found], list(found.values()), 1.0)
+                batches += 1
+    except BaseException:
+        for p, grad in zip(method.params.values(), before, strict=True):
+            p.grad = grad
+        raise
+    method.model.eval()
+    if batches > 0:
+        for key, entry in total.items():
+            entry.add_(sums[key], alpha=weight / batches)
 
 
-class Measured(Guarded):
-    """The importance of the task, as it is, on top of the guards: `ewc` and `mas`."""
+def cross_entropies(method: CourseMethod) -> Iterator[Tensor]:
+    """The loss of each batch (x, y), of which more entries (a task's number) are not looked at."""
+    pairs = (batch[:2] for batch in method.dataloader)  # type: ignore[union-attr]  # is there then
+    for x, y in read_batches(method._owner, pairs, torch.device(method.device)):
+        yield F.cross_entropy(method.model(x), y)
+
+
+class Measured(CourseMethod):
+    """The importance of the task, as it is, on top of the guards."""
 
     _accumulate: staticmethod[..., None] = staticmethod(ops.accumulate_square_)
 
@@ -148,10 +95,32 @@ class Measured(Guarded):
         device: Device,
         prev_guards: Guards = (None,),
     ) -> None:
-        super().__init__(model, dataloader, device, prev_guards)
-        self._precision_matrices = self._sum_of_guards()
-        self._add_importance(self._precision_matrices, self._accumulate)
+        super().__init__(model, dataloader, device)
+        self.previous_guards_list = prev_guards
+        self._precision_matrices = self.calculate_importance()
         self.p_old = self._copies()
+
+    def calculate_importance(self) -> Tensors:
+        """The importance by name: `mas` and `scp` of the notebook have this method, ..."""
+        return self._calculate_importance()
+
+    def _calculate_importance(self) -> Tensors:
+        """... its `ewc` this one. A subclass may have either."""
+        total = sum_of_guards(self, self.previous_guards_list)
+        add_mean_importance_(self, total, self._values(), self._accumulate)
+        return total
+
+    def _values(self) -> Iterator[Tensor]:
+        """What is differentiated: a number for each batch."""
+        raise NotImplementedError
+
+    def _outputs(self) -> Iterator[Tensor]:
+        """Those of the model for each batch, of which only the inputs are looked at."""
+        for x in read_inputs(self._owner, self.dataloader, torch.device(self.device)):
+            yield self.model(x)
+
+    def _quadratic(self) -> tuple[Tensors, Tensors]:
+        return self.p_old, self._precision_matrices
 
 
 class ewc(Measured):  # noqa: N801  (the notebook's name)
@@ -163,8 +132,8 @@ class ewc(Measured):  # noqa: N801  (the notebook's name)
 
     Args:
         model: from a batch of inputs to logits; its trainable parameters are protected.
-        dataloader: of the task that has ended, batches of (x, y), with a length; None before the
-            first task: then the importances are the sum of `prev_guards`.
+        dataloader: of the task that has ended, batches of (x, y, ...); None before the first task:
+            then the importances are the sum of `prev_guards`.
         device: where x and y are moved to; the model has to be there.
         prev_guards: `_precision_matrices` of earlier objects; None entries are skipped.
 
@@ -178,28 +147,29 @@ class ewc(Measured):  # noqa: N801  (the notebook's name)
         ValueError: an argument is not as described; the model is as it was.
     """
 
-    def _objective(self, output: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(output, label)
+    def _values(self) -> Iterator[Tensor]:
+        return cross_entropies(self)
 
 
 class mas(Measured):  # noqa: N801  (the notebook's name)
     """Memory Aware Synapses (Aljundi et al. 2018, arXiv:1711.09601), the course's way.
 
-    Importance: absolute gradient of the squared norm of the outputs; labels are not looked at.
-    Departs from the paper by *batch mean*, *guards again* and *left behind* (see `clext.course`);
-    `clext.MAS` does not. The course leaves this importance to the student: a copy of the notebook
-    in which it is missing has zeros for it and trains like the baseline.
+    Importance: absolute gradient of the squared norm of the outputs; labels are not looked at, and
+    batches may be x or (x,) as well. Departs from the paper by *batch mean*, *guards again* and
+    *left behind* (see `clext.course`); `clext.MAS` does not. The course leaves this importance to
+    the student: a copy of the notebook in which it is missing has zeros for it and trains like the
+    baseline.
 
     Arguments, attributes and errors are those of `ewc`.
     """
 
     _accumulate = staticmethod(ops.accumulate_abs_)
 
-    def _objective(self, output: Tensor, label: Tensor) -> Tensor:  # noqa: ARG002
-        return output.square().sum(dim=1).mean()
+    def _values(self) -> Iterator[Tensor]:
+        return (output.square().sum(dim=1).mean() for output in self._outputs())
 
 
-class scp(Guarded):  # noqa: N801  (the notebook's name)
+class scp(Measured):  # noqa: N801  (the notebook's name)
     """Sliced Cramer Preservation (Kolouri et al. 2020, ICLR), the course's way.
 
     Importance: squared gradient of xi . f, f the mean output of a batch and xi the mean of `L`
@@ -210,20 +180,10 @@ class scp(Guarded):  # noqa: N801  (the notebook's name)
     - *batch mean* (f is the mean over all data in the paper), *guards again* and *left behind* (see
       `clext.course`).
 
-    `clext.SCP` does not. Labels are not looked at.
+    `clext.SCP` does not. Labels are not looked at, and batches may be x or (x,) as well.
 
-    Args:
-        model: see `ewc`, as `dataloader`, `device` and `prev_guards`.
-        dataloader: see `ewc`.
-        L: number of directions, >= 1.
-        device: see `ewc`.
-        prev_guards: see `ewc`.
-
-    Attributes:
-        _state_parameters: the anchor (`p_old` in the other classes); others as in `ewc`.
-
-    Raises:
-        ValueError: an argument is not as described; the model is as it was.
+    Arguments, attributes and errors are those of `ewc`, but for `L`, the number of directions,
+    >= 1, and `_state_parameters`, the anchor.
     """
 
     def __init__(
@@ -234,20 +194,17 @@ class scp(Guarded):  # noqa: N801  (the notebook's name)
         device: Device,
         prev_guards: Guards = (None,),
     ) -> None:
+        self.L = integer(self._owner, "L", L, minimum=1)
         super().__init__(model, dataloader, device, prev_guards)
-        try:
-            self.L = integer(self._owner, "L", L, minimum=1)
-        except ValueError as error:
-            raise ValueError(f"{error}; {self._order}") from None
-        self._precision_matrices = self._sum_of_guards()
-        self._add_importance(self._precision_matrices, ops.accumulate_square_)
-        self._state_parameters = self._copies()
+        self._state_parameters = self.p_old
+        del self.p_old  # one name for the anchor, so that no write to another is lost
 
-    def _objective(self, output: Tensor, label: Tensor) -> Tensor:  # noqa: ARG002
-        # The notebook's generator and order of draws: a seeded run has to meet the same directions.
-        drawn = np.random.randn(output.shape[-1], self.L)  # noqa: NPY002
-        directions = torch.from_numpy(drawn / np.linalg.norm(drawn, axis=0)).to(output)
-        return directions.mean(dim=1) @ output.mean(dim=0)
+    def _values(self) -> Iterator[Tensor]:
+        for output in self._outputs():
+            # The notebook's generator and order of draws: a seeded run meets the same directions.
+            drawn = np.random.randn(output.shape[-1], self.L)  # noqa: NPY002
+            directions = torch.from_numpy(drawn / np.linalg.norm(drawn, axis=0)).to(output)
+            yield directions.mean(dim=1) @ output.mean(dim=0)
 
     def _quadratic(self) -> tuple[Tensors, Tensors]:
         return self._state_parameters, self._precision_matrices

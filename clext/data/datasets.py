@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clext.core.checks import unknown_name
+from clext.core.checks import as_path, unknown_name
+from clext.core.console import say
+from clext.core.names import DATASETS
 from clext.core.seeding import generator
 from clext.data.download import download, torchvision_problem
 from clext.data.idx import (
@@ -27,12 +29,7 @@ from clext.data.idx import (
     read_images,
     read_labels,
 )
-from clext.training.progress import say
-from clext.training.storage import as_path
 
-__all__ = ["DATASETS", "Batches", "DataError", "Dataset", "Split", "load_dataset", "whereabouts"]
-
-DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
 _ADVICE = {"digits": ". Digits are few: lr 1e-3 and 20 epochs suit them"}
 ENVIRONMENT_VARIABLE = "CLEXT_DATA"
@@ -81,16 +78,6 @@ class Dataset:
         """Numbers in one example."""
         return self.train.inputs.shape[1]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Dataset:
-        """The same data set with its tensors on `device`, the inputs as `dtype`."""
-        return Dataset(
-            self.name,
-            self.train.to(device, dtype),
-            self.test.to(device, dtype),
-            self.num_classes,
-            self.source,
-        )
-
     def describe(self) -> dict[str, Any]:
         """What a result records about its data."""
         return {
@@ -126,19 +113,8 @@ _IDX_DATASETS = {
 }
 
 
-@dataclass
-class _Search:
-    """The folders to look in, the kind of place each is, and what was wrong with them.
-
-    A download goes to the last one.
-    """
-
-    roots: list[tuple[Path, str]]
-    reasons: list[str] = field(default_factory=list)
-
-    @property
-    def download_root(self) -> Path:
-        return self.roots[-1][0]
+# A folder to look in, and the kind of place it is. A download goes to the last one.
+_Root = tuple[Path, str]
 
 
 def load_dataset(
@@ -158,11 +134,12 @@ def load_dataset(
         ValueError: unknown name.
         DataError: the data cannot be had, or its files are damaged or of another kind.
     """
-    check_dataset(name)
+    if name not in DATASETS:
+        raise unknown_name("dataset", name, DATASETS)
     if name == "digits":
         dataset, reason = _load_digits(), "comes with scikit-learn"
     else:
-        dataset, reason = _load_idx_or_fall_back(name, _search(data_dir), show)
+        dataset, reason = _load_idx_or_fall_back(name, _roots(data_dir), show)
     say(
         f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
         f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
@@ -171,24 +148,17 @@ def load_dataset(
     return dataset
 
 
-def check_dataset(name: str) -> None:
-    """ValueError if there is no data set called `name`."""
-    if name not in DATASETS:
-        raise unknown_name("dataset", name, DATASETS)
-
-
 def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str]:
     """Where each data set would come from, without reading or downloading it."""
-    places = {}
+    places, roots = {}, _roots(data_dir)
     for name in _IDX_DATASETS:
-        search = _search(data_dir)
-        located = _locate(name, search)
+        located, reasons = _locate(name, roots)
         if located is not None:
             files, source = located
             places[name] = f"{files.train_images.parent} ({source})"
         else:
-            problem = torchvision_problem() or f"would be downloaded to {search.download_root}"
-            places[name] = f"not found: {'; '.join([*search.reasons, problem])}"
+            problem = torchvision_problem() or f"would be downloaded to {roots[-1][0]}"
+            places[name] = f"not found: {'; '.join([*reasons, problem])}"
     places["digits"] = "comes with scikit-learn"
     return places
 
@@ -199,30 +169,30 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "clext"
 
 
-def _search(data_dir: str | os.PathLike[str] | None) -> _Search:
+def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
     if data_dir is not None:
-        root = as_path(data_dir, "data_dir")
-        return _Search([(root, "data_dir")])
+        return [(as_path(data_dir, "data_dir"), "data_dir")]
     roots = [(cache_folder(), "the cache folder")]
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
         roots.insert(0, (Path(from_environment).expanduser(), f"${ENVIRONMENT_VARIABLE}"))
-    return _Search(roots)
+    return roots
 
 
-def _load_idx_or_fall_back(name: str, search: _Search, show: bool) -> tuple[Dataset, str]:
+def _load_idx_or_fall_back(name: str, roots: list[_Root], show: bool) -> tuple[Dataset, str]:
     wanted = "mnist" if name == "auto" else name
     files = _IDX_DATASETS[wanted]
-    located = _locate(wanted, search)
+    located, reasons = _locate(wanted, roots)
     if located is None:
-        problem = download(files.folder, search.download_root, show=show)
+        root = roots[-1][0]
+        problem = download(files.folder, root, show=show)
         if problem is None:
-            located = _locate(wanted, _Search([(search.download_root, "a download")]))
+            located, _ = _locate(wanted, [(root, "a download")])
         else:
-            search.reasons.append(problem)
+            reasons.append(problem)
     if located is not None:
         return _load_idx(wanted, *located), f"from {located[1]} ({located[0].train_images.parent})"
-    why = "; ".join(search.reasons)
+    why = "; ".join(reasons)
     if name == "auto":
         return _load_digits(), (
             f"comes with scikit-learn and stands in for MNIST, which was not found: {why}. "
@@ -235,13 +205,13 @@ def _load_idx_or_fall_back(name: str, search: _Search, show: bool) -> tuple[Data
     )
 
 
-def _locate(name: str, search: _Search) -> tuple[IdxFiles, str] | None:
-    """The files and the kind of place they are in; what is wrong elsewhere goes to the reasons."""
-    files = _IDX_DATASETS[name]
-    for root, source in search.roots:
+def _locate(name: str, roots: list[_Root]) -> tuple[tuple[IdxFiles, str] | None, list[str]]:
+    """The files and the kind of place they are in, if any; and what is wrong elsewhere."""
+    files, reasons = _IDX_DATASETS[name], []
+    for root, source in roots:
         if not root.is_dir():
             what = "is not a folder" if root.exists() else "does not exist"
-            search.reasons.append(f"{source} ({root}) {what}")
+            reasons.append(f"{source} ({root}) {what}")
             continue
         problem = f"no {files.title} files in {source} ({root})"
         for folder in (root / files.folder / "raw", root / files.folder, root / "raw", root):
@@ -252,10 +222,10 @@ def _locate(name: str, search: _Search) -> tuple[IdxFiles, str] | None:
                 continue
             other = _other_dataset(name, located)
             if other is None:
-                return located, source
+                return (located, source), reasons
             problem = f"the files in {folder} are {other}"
-        search.reasons.append(problem)
-    return None
+        reasons.append(problem)
+    return None, reasons
 
 
 def _other_dataset(name: str, located: IdxFiles) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clext.training.progress import say
+from clext.core.console import say
 
 # A machine without network may drop packets and never answer, and a name may resolve to many
 # addresses that are tried in turn: so ask once, with a deadline on the whole attempt.

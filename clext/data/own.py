@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from clext.data.datasets import Split
-from clext.data.scenario import Task
+from clext.data.task import Task
 
 _OWNER = "Scenario.from_datasets"
 _READ_AT_ONCE = 256
@@ -19,49 +19,49 @@ _READ_AT_ONCE = 256
 
 def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
     """The tasks of `Scenario.from_datasets`."""
-    pairs: list[tuple[Split, Split]] = []
     if not isinstance(datasets, Iterable) or isinstance(datasets, Tensor | str):
         raise ValueError(
             f"{_OWNER}: datasets must be a list with a pair (training data, test data) for each "
             f"task, got {type(datasets).__name__}"
         )
+    pairs: list[tuple[Split, Split]] = []
     for number, pair in enumerate(datasets, start=1):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
             raise ValueError(
                 f"{_OWNER}: task {number} must be a pair (training data, test data), got {got}"
             )
-        train = _read(pair[0], f"{_OWNER}: task {number}, training data")
-        test = _read(pair[1], f"{_OWNER}: task {number}, test data")
-        expected = pairs[0][0].inputs if pairs else train.inputs
-        for what, given in (("training", train), ("test", test)):
-            if given.inputs.shape[1:] != expected.shape[1:]:
-                raise ValueError(
-                    f"{_OWNER}: task {number}, {what} data: examples have shape "
-                    f"{list(given.inputs.shape[1:])}, expected {list(expected.shape[1:])} as in "
-                    "the first task; bring them to one shape, images by "
-                    "torch.nn.functional.interpolate"
-                )
-            if given.inputs.dtype != expected.dtype:
-                raise ValueError(
-                    f"{_OWNER}: task {number}, {what} data: inputs are {given.inputs.dtype}, "
-                    f"expected {expected.dtype} as in the first task"
-                )
-        pairs.append((train, test))
+        splits = []
+        for given, kind in zip(pair, ("training", "test"), strict=True):
+            what = f"{_OWNER}: task {number}, {kind} data"
+            splits.append(_read(given, what))
+            _check_like_first(splits[-1].inputs, (pairs or [splits])[0][0].inputs, what)
+        pairs.append((splits[0], splits[1]))
     return _numbered(pairs, incremental)
+
+
+def _check_like_first(inputs: Tensor, first: Tensor, what: str) -> None:
+    if inputs.shape[1:] != first.shape[1:]:
+        raise ValueError(
+            f"{what}: examples have shape {list(inputs.shape[1:])}, expected "
+            f"{list(first.shape[1:])} as in the first task; bring them to one shape, images by "
+            "torch.nn.functional.interpolate"
+        )
+    if inputs.dtype != first.dtype:
+        raise ValueError(
+            f"{what}: inputs are {inputs.dtype}, expected {first.dtype} as in the first task"
+        )
 
 
 def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
     """The tasks with labels that are outputs of one model."""
-    shared = range(max((int(train.labels.max()) for train, _ in pairs), default=0) + 1)
+    own = [train.labels.unique().tolist() for train, _ in pairs]
+    everywhere = {label for classes in own for label in classes}
     places: dict[int, int] = {}  # the output of each label
-    used = 0
-    tasks = []
-    of_all = {label for train, _ in pairs for label in train.labels.unique().tolist()}
-    for number, (train, test) in enumerate(pairs, start=1):
-        classes = [int(label) for label in train.labels.unique()]
+    used, tasks = 0, []
+    for number, ((train, test), classes) in enumerate(zip(pairs, own, strict=True), start=1):
         # Domains share the classes.
-        known, whose = (of_all, "the") if incremental == "domain" else (set(classes), "its")
+        known, whose = (everywhere, "the") if incremental == "domain" else (set(classes), "its")
         strangers = set(test.labels.unique().tolist()) - known
         if strangers:
             raise ValueError(
@@ -74,7 +74,7 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
                     f"{_OWNER}: task {number}: label {classes[0]}, expected numbers from 0 "
                     'where incremental="domain"'
                 )
-            tasks.append(Task(f"task {number}", shared, train, test))
+            tasks.append(Task(f"task {number}", range(max(everywhere) + 1), train, test))
             continue
         if incremental == "task":
             places = {}
@@ -82,8 +82,8 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
             if label not in places:
                 places[label], used = used, used + 1
         outputs = [places[label] for label in classes]
-        block = range(min(outputs), max(outputs) + 1)
         placed = [_placed(split, classes, outputs) for split in (train, test)]
+        block = range(min(outputs), max(outputs) + 1)
         tasks.append(Task(f"task {number}", block, placed[0], placed[1]))
     return tasks
 

@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from clext.core.checks import choice
+from clext.core.names import INCREMENTAL
 from clext.data.datasets import Split
-
-Transform = Callable[[Split], Split]
-
-INCREMENTAL = ("domain", "task", "class")
-
-
-def as_it_is(split: Split) -> Split:
-    """The transform of a task that has data of its own."""
-    return split
-
-
-@dataclass(frozen=True, repr=False)
-class Task:
-    """One task: its name, its data, and the model's outputs that are its classes.
-
-    `transform` makes of the stored splits what the task is about, when it is asked for: a hundred
-    permutations of one data set take the memory of one. Labels are then global: they count from the
-    model's first output.
-    """
-
-    name: str
-    outputs: range
-    stored_train: Split
-    stored_test: Split
-    transform: Transform = as_it_is
-
-    def __repr__(self) -> str:
-        train, test = len(self.stored_train.labels), len(self.stored_test.labels)
-        outputs = f"outputs {self.outputs.start} to {self.outputs.stop - 1}"
-        return f"Task {self.name!r}: {train} training and {test} test examples, {outputs}"
-
-    @property
-    def classes(self) -> Collection[int]:
-        """Its classes by their outputs; all of these where only the transform could tell which."""
-        if self.transform is as_it_is:
-            found: list[int] = self.stored_train.labels.unique().tolist()
-            return found
-        return self.outputs
-
-    def train(self) -> Split:
-        """Training examples: inputs [N, ...] and global labels [N] int64."""
-        return self.transform(self.stored_train)
-
-    def test(self) -> Split:
-        """Test examples, likewise."""
-        return self.transform(self.stored_test)
+from clext.data.own import own_tasks
+from clext.data.task import Task
 
 
 @dataclass(frozen=True, repr=False)
@@ -147,8 +104,6 @@ class Scenario:
                 training data of the task have not, shapes or types that differ, or inputs of
                 bytes, which no layer with floating-point weights takes.
         """
-        from clext.data.own import own_tasks
-
         choice("Scenario.from_datasets", "incremental", incremental, INCREMENTAL)
         tasks = own_tasks(datasets, incremental)
         counts = {

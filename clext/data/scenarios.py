@@ -1,23 +1,24 @@
-"""Scenarios: a sequence of tasks, made of one data set or of data sets of your own."""
+"""The scenarios that are made of one data set: permuted, rotated, split.
+
+A new one is a function like these, and its name in `clext.core.names`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clext.core import names
 from clext.core.checks import choice, unknown_name
-from clext.data.scenario import INCREMENTAL, Scenario, Task
-from clext.data.transformed import permuted, rotated, split
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from clext.data.datasets import Dataset
-
-__all__ = ["INCREMENTAL", "SCENARIOS", "Scenario", "Task", "check_scenario", "make_scenario"]
-
-SCENARIOS: dict[str, Callable[[Dataset, int, int, str], Scenario]] = {
-    function.__name__: function for function in (permuted, rotated, split)
-}
+from clext.core.seeding import generator
+from clext.data.datasets import Dataset, Split
+from clext.data.scenario import Scenario
+from clext.data.task import Task
 
 
 def make_scenario(
@@ -35,17 +36,109 @@ def make_scenario(
     Raises:
         ValueError: an unknown name, or tasks that the data set cannot be made into.
     """
-    check_scenario(name, incremental)
+    if name not in SCENARIOS:
+        raise unknown_name("scenario", name, SCENARIOS)
+    choice("train", "incremental", incremental, names.INCREMENTAL)
     return SCENARIOS[name](dataset, tasks, seed, incremental)
 
 
-def check_scenario(name: str, incremental: str) -> None:
-    """ValueError if there is no such scenario."""
-    if not isinstance(name, str):
+def permuted(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:
+    """Permuted MNIST (Goodfellow et al. 2013, arXiv:1312.6211).
+
+    Each task, the first one too, shuffles the pixels of every image by a permutation of its own,
+    drawn from `seed` on the CPU so that every device sees the same tasks.
+    """
+    random = generator(seed)
+    orders = [torch.randperm(dataset.features, generator=random) for _ in range(tasks)]
+    named = {f"permutation {k}": partial(_permute, order=p) for k, p in enumerate(orders, start=1)}
+    return _of_all_classes("permuted", dataset, named, incremental)
+
+
+def rotated(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:  # noqa: ARG001
+    """Rotated MNIST (Lopez-Paz and Ranzato 2017, arXiv:1706.08840).
+
+    Task k of T, from 0, turns every image counter-clockwise by k * 180 / T degrees, with bilinear
+    interpolation. Nothing is drawn.
+    """
+    side = math.isqrt(dataset.features)
+    if side * side != dataset.features:
         raise ValueError(
-            f"train: scenario is a {type(name).__name__}, expected a name ({', '.join(SCENARIOS)}) "
-            "or a clext.Scenario; clext.Scenario.from_datasets([(train, test), ...]) makes one"
+            f"scenario 'rotated' needs square images, got {dataset.features} features in "
+            f"{dataset.name}"
         )
-    if name not in SCENARIOS:
-        raise unknown_name("scenario", name, SCENARIOS)
-    choice("train", "incremental", incremental, INCREMENTAL)
+    angles = [180 * k / tasks for k in range(tasks)]
+    named = {f"{angle:g} degrees": partial(_rotate, degrees=angle, side=side) for angle in angles}
+    return _of_all_classes("rotated", dataset, named, incremental)
+
+
+def split(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:  # noqa: ARG001
+    """Split MNIST (Zenke et al. 2017, arXiv:1703.04200): so many classes to each task, in order.
+
+    Five tasks of MNIST tell 0 from 1, 2 from 3, and so on. With incremental="domain" the labels are
+    the places within the task: even or odd. Nothing is drawn.
+    """
+    count, rest = divmod(dataset.num_classes, tasks)
+    if rest or not count:
+        fitting = [n for n in range(1, dataset.num_classes + 1) if dataset.num_classes % n == 0]
+        raise ValueError(
+            f"scenario 'split' cannot make {tasks} tasks of the same size of the "
+            f"{dataset.num_classes} classes of {dataset.name}; choose tasks from {fitting}"
+        )
+    made = []
+    for first in range(0, dataset.num_classes, count):
+        start = 0 if incremental == "domain" else first
+        select = partial(_select, classes=range(first, first + count), start=start)
+        title = f"classes {first} to {first + count - 1}" if count > 1 else f"class {first}"
+        made.append(Task(title, range(start, start + count), dataset.train, dataset.test, select))
+    return Scenario("split", incremental, made, dataset.describe())
+
+
+SCENARIOS = dict(zip(names.SCENARIOS, (permuted, rotated, split), strict=True))
+
+
+def _of_all_classes(
+    name: str,
+    dataset: Dataset,
+    inputs: Mapping[str, Callable[[Tensor], Tensor]],
+    incremental: str,
+) -> Scenario:
+    """Tasks that each have all classes, with inputs of their own."""
+    classes = dataset.num_classes
+    made: list[Task] = []
+    for title, change in inputs.items():
+        start = 0 if incremental == "domain" else len(made) * classes
+        moved = partial(_change, inputs=change, start=start)
+        made.append(
+            Task(title, range(start, start + classes), dataset.train, dataset.test, moved)
+        )
+    return Scenario(name, incremental, made, dataset.describe())
+
+
+def _change(given: Split, inputs: Callable[[Tensor], Tensor], start: int) -> Split:
+    """Other inputs, and the labels moved to the task's outputs."""
+    return Split(inputs(given.inputs), given.labels + start if start else given.labels)
+
+
+def _permute(inputs: Tensor, order: Tensor) -> Tensor:
+    return inputs.index_select(1, order.to(inputs.device))
+
+
+def _rotate(inputs: Tensor, degrees: float, side: int) -> Tensor:
+    if degrees == 0:
+        return inputs
+    angle = math.radians(degrees)
+    # Where each pixel of the result comes from: the turn backwards, y pointing down.
+    turn = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    theta = torch.tensor([turn], dtype=inputs.dtype, device=inputs.device)
+    # The images as channels of one: they share a grid, which would else be made for each.
+    images = inputs.reshape(1, len(inputs), side, side)
+    grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).reshape(inputs.shape)
+
+
+def _select(given: Split, classes: range, start: int) -> Split:
+    """The examples of some classes, which become the outputs from `start` on."""
+    wanted = torch.tensor(classes, device=given.labels.device)
+    rows = torch.isin(given.labels, wanted).nonzero().flatten()
+    labels = given.labels.index_select(0, rows) - classes[0] + start
+    return Split(given.inputs.index_select(0, rows), labels)

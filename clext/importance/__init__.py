@@ -2,7 +2,7 @@
 
 Each estimate leaves the model as it was, gradients, buffers, training flags and random state
 included, and is the same however the data is split into batches (but for the "batch" kinds).
-Parameters of the layers in `layers.RULES` take one backward pass; others are differentiated sample
+Parameters of the layers in `rules.RULES` take one backward pass; others are differentiated sample
 by sample, and a SlowImportanceWarning names them.
 """
 

@@ -13,6 +13,7 @@ from clext.importance.passes import check_outputs, gradients
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clext.importance.passes import Forward
     from clext.importance.per_sample import Cotangents
 
 
@@ -23,17 +24,21 @@ class BatchMeanSum:
     """
 
     def __init__(
-        self, owner: str, model: nn.Module, params: Sequence[Tensor], *, absolute: bool
+        self,
+        owner: str,
+        model: nn.Module,  # noqa: ARG002  (as PerSampleSum)
+        params: Sequence[Tensor],
+        forward: Forward,
+        *,
+        absolute: bool,
     ) -> None:
-        self._owner, self._model = owner, model
+        self._owner, self._params, self._forward = owner, params, forward
         self._accumulate = ops.accumulate_abs_ if absolute else ops.accumulate_square_
-        self._params = params
         self.sums = allocate_state(params)
 
     def add(self, x: Tensor, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
-        outputs = check_outputs(self._owner, self._model(x.clone()), len(x))
+        outputs = check_outputs(self._owner, self._forward(x.clone()), len(x))
         for cotangent in cotangents(outputs.detach()):
             found = gradients(outputs, self._params, cotangent / len(x))
-            sums = [self.sums[i] for i in found]
-            self._accumulate(sums, list(found.values()), float(len(x)))
+            self._accumulate([self.sums[i] for i in found], list(found.values()), float(len(x)))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
+    from clext.importance.passes import Forward
     from clext.importance.rule import LayerRule
 
 
@@ -52,7 +53,7 @@ class Call:
 
 
 class Capture:
-    """Runs `model`, watching the layers that have rules for some of the trainable `params`.
+    """Runs `forward`, watching the layers of `model` with rules for some of the trainable `params`.
 
     `without_rule` are the indices of the trainable parameters that a layer without a rule holds
     (also those that it shares with layers that have one).
@@ -62,9 +63,10 @@ class Capture:
         self,
         model: nn.Module,
         params: Sequence[Tensor],
+        forward: Forward,
         accept: Callable[[LayerRule], bool] = lambda _: True,
     ) -> None:
-        self._model = model
+        self._forward = forward
         self._layers: dict[nn.Module, tuple[LayerRule, dict[str, int]]] = {}
         index = {id(entry): i for i, entry in enumerate(params) if entry.requires_grad}
         without_rule: set[int] = set()
@@ -82,7 +84,7 @@ class Capture:
         self.without_rule = frozenset(without_rule)
 
     def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
-        """The model's outputs, and the calls through which they may depend on parameters."""
+        """The outputs, and the calls through which they may depend on parameters."""
         calls: list[Call] = []
 
         def capture(
@@ -99,7 +101,7 @@ class Capture:
                 # First of all hooks, to see the layer's own output.
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
-            outputs = self._model(x.clone())  # a model may change its input in place
+            outputs = self._forward(x.clone())  # a model may change its input in place
         finally:
             for handle in handles:
                 handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -12,25 +13,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clext.core.lists import state_dtype
 from clext.importance.passes import gradients, single_outputs
+from clext.importance.rule import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from clext.importance.passes import Forward
     from clext.importance.rule import Function
-
-    GradientsOf = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 # Bound on the per-sample gradients held at once.
 _CHUNK_BYTES = 256 * 2**20
 
-# How far torch.func may be from autograd's gradient of a sample, relative to its largest entry.
+# How far torch.func may be from autograd's gradients, relative to their largest entry.
 _AGREEMENT = {torch.float64: 1e-8, torch.float32: 2e-3}
 _LOW_PRECISION_AGREEMENT = 0.1
-_SEED = 0
 
 _NAMED = 3  # of the parameters in the warning
 
-_told: WeakSet[nn.Module] = WeakSet()
+_warned: WeakSet[nn.Module] = WeakSet()
 
 
 class SlowImportanceWarning(UserWarning):
@@ -44,24 +44,31 @@ class SingleSamples:
     """
 
     def __init__(
-        self, model: nn.Module, params: Sequence[Tensor], sums: Sequence[Tensor], function: Function
+        self,
+        owner: str,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        forward: Forward,
+        sums: Sequence[Tensor],
+        function: Function,
     ) -> None:
-        self._model, self._params, self._sums = model, params, sums
-        self._function = function
+        self._owner, self._params, self._forward = owner, params, forward
+        self._sums, self._function = sums, function
+        self._module = _Called(model, forward)
         self._use_vmap = True
         self._agreed: set[object] = set()
 
     def add(self, x: Tensor, cotangent: Tensor, chosen: Iterable[int]) -> None:
         """Add the samples of one batch to the sums of the parameters `chosen`."""
         chosen = sorted(chosen)
+        kind = (tuple(chosen), x.shape[1:])
         if self._use_vmap:
             try:
-                kind = (tuple(chosen), x.shape[1:])
                 if kind not in self._agreed:
                     self._use_vmap = self._agrees(x, cotangent, chosen)
                     self._agreed.add(kind)
                 if self._use_vmap:
-                    self._add_by_vmap(x, cotangent, chosen)
+                    found = self._by_vmap(x, cotangent, chosen, self._function)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError):
@@ -69,7 +76,9 @@ class SingleSamples:
                 # will say so in its own words.
                 self._use_vmap = False
         if not self._use_vmap:
-            self._add_by_loop(x, cotangent, chosen)
+            found = self._by_loop(x, cotangent, chosen, self._function)
+        for i, entry in zip(chosen, found, strict=True):
+            self._sums[i].add_(entry)
 
     def _agrees(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> bool:
         """Whether torch.func finds autograd's gradients, for the first and the last sample.
@@ -77,97 +86,85 @@ class SingleSamples:
         It puts other tensors in the parameters' place, which does not reach what the model holds
         of them elsewhere, nor hooks on them.
         """
-        samples = torch.tensor([0, len(x) - 1], device=x.device)
-        x = x[samples]
-        draws = torch.Generator().manual_seed(_SEED)
-        weights = torch.randn(cotangent[samples].shape, generator=draws).to(cotangent)
-        params = [self._params[i] for i in chosen]
-        expected = [
-            gradients(single_outputs(self._model, x[n : n + 1]), params, weights[n : n + 1])
-            for n in range(len(x))
-        ]
-        by_vmap, places = self._by_vmap(chosen)
-        found = {places[name]: g.detach() for name, g in by_vmap(x, weights).items()}
-        pairs = [
-            (found[i][n] if i in found else zero, expected[n].get(k, zero))
-            for k, i in enumerate(chosen)
-            for zero in [torch.zeros_like(self._params[i]).detach()]
-            for n in range(len(x))
-        ]
-        dtype = params[0].dtype
-        largest = max(float(theirs.abs().max()) for _, theirs in pairs if theirs.numel())
+        x = x[[0, -1]]
+        draws = torch.Generator().manual_seed(0)
+        weights = torch.randn(2, cotangent.shape[1], generator=draws).to(cotangent)
+        expected = self._by_loop(x, weights, chosen, identity)
+        found = self._by_vmap(x, weights, chosen, identity)
+        dtype = self._params[chosen[0]].dtype
         tolerance = _AGREEMENT.get(dtype, _LOW_PRECISION_AGREEMENT)
-        rounding = 16 * torch.finfo(dtype).eps * largest  # of gradients that cancel
+        sizes = [float(entry.abs().max()) if entry.numel() else 0.0 for entry in expected]
+        rounding = 16 * torch.finfo(dtype).eps * max(sizes)  # of gradients that cancel
         return all(
-            bool(((mine - theirs).abs() <= tolerance * theirs.abs().max() + rounding).all())
-            for mine, theirs in pairs
-            if theirs.numel()
+            bool(((mine - theirs).abs() <= tolerance * size + rounding).all())
+            for mine, theirs, size in zip(found, expected, sizes, strict=True)
         )
 
-    def _by_vmap(self, chosen: list[int]) -> tuple[GradientsOf, dict[str, int]]:
-        """A function from x and cotangent to gradients by name, and the names' indices."""
-        index = {id(self._params[i]): i for i in chosen}
-        named = dict(self._model.named_parameters())
-        places = {name: index[id(entry)] for name, entry in named.items() if id(entry) in index}
-        values = {name: self._params[i].detach() for name, i in places.items()}
-        others = {name: entry.detach() for name, entry in named.items() if name not in places}
+    def _by_vmap(
+        self, x: Tensor, cotangent: Tensor, chosen: list[int], function: Function
+    ) -> list[Tensor]:
+        """The sums over samples of function(gradient) by the parameters `chosen`."""
+        index = {id(self._params[i]): k for k, i in enumerate(chosen)}
+        named = {name: entry.detach() for name, entry in self._module.named_parameters()}
+        places = {n: index[id(p)] for n, p in self._module.named_parameters() if id(p) in index}
+        values = {name: named.pop(name) for name in places}
 
         def weighted_output(values: dict[str, Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-            outputs: Tensor = torch.func.functional_call(
-                self._model, (values, others), (x.unsqueeze(0).clone(),)
-            )
+            x = x.unsqueeze(0).clone()
+            outputs: Tensor = torch.func.functional_call(self._module, (values, named), (x,))
             return (outputs.squeeze(0) * cotangent).sum()
 
         gradients_of = torch.vmap(
             torch.func.grad(weighted_output), in_dims=(None, 0, 0), randomness="different"
         )
-
-        def by_vmap(x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-            with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
-                found: dict[str, Tensor] = gradients_of(values, x, cotangent)
-            return found
-
-        return by_vmap, places
-
-    def _add_by_vmap(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> None:
-        by_vmap, places = self._by_vmap(chosen)
-        sums = {i: torch.zeros_like(self._sums[i]) for i in chosen}
-        params = [self._params[i] for i in chosen]
-        sample_bytes = sum(entry.numel() * entry.element_size() for entry in params)
+        sums = [torch.zeros_like(self._sums[i]) for i in chosen]
+        sample_bytes = sum(entry.numel() * entry.element_size() for entry in values.values())
         size = max(1, _CHUNK_BYTES // max(1, sample_bytes))
-        for start in range(0, len(x), size):
-            chunk = slice(start, start + size)
-            for name, gradient in by_vmap(x[chunk], cotangent[chunk]).items():
+        for part, weights in zip(x.split(size), cotangent.split(size), strict=True):
+            with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
+                found = gradients_of(values, part, weights)
+            for name, gradient in found.items():
                 wide = gradient.detach().to(state_dtype(gradient.dtype))
-                sums[places[name]].add_(self._function(wide).sum(0))
-        for i, entry in sums.items():  # all samples or none: the loop may have to start anew
-            self._sums[i].add_(entry)
+                sums[places[name]].add_(function(wide).sum(0))
+        return sums
 
-    def _add_by_loop(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> None:
+    def _by_loop(
+        self, x: Tensor, cotangent: Tensor, chosen: list[int], function: Function
+    ) -> list[Tensor]:
+        """As `_by_vmap`."""
         params = [self._params[i] for i in chosen]
-        for n in range(len(x)):
-            found = gradients(
-                single_outputs(self._model, x[n : n + 1]), params, cotangent[n : n + 1]
-            )
-            for k, gradient in found.items():
-                wide = gradient.to(state_dtype(gradient.dtype))
-                self._sums[chosen[k]].add_(self._function(wide))
+        sums = [torch.zeros_like(self._sums[i]) for i in chosen]
+        for sample, weights in zip(x.split(1), cotangent.split(1), strict=True):
+            outputs = single_outputs(self._owner, self._forward, sample)
+            for k, gradient in gradients(outputs, params, weights).items():
+                sums[k].add_(function(gradient.to(sums[k].dtype)))
+        return sums
 
 
-def tell(model: nn.Module, params: Sequence[Tensor], chosen: Iterable[int]) -> None:
+class _Called(nn.Module):
+    """A call of `model` by `forward`, as a module in which torch.func replaces parameters."""
+
+    def __init__(self, model: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self._call = partial(forward)  # no submodule: it may be the model itself
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._call(x)
+
+
+def warn_slow(model: nn.Module, params: Sequence[Tensor], chosen: Iterable[int]) -> None:
     """Say once for each model which of its parameters are slow."""
-    if model in _told:
+    if model in _warned:
         return
-    _told.add(model)
+    _warned.add(model)
     slow = {id(params[i]) for i in chosen}
-    owners = {
-        f"{prefix}.{name}".lstrip("."): type(module).__name__
-        for prefix, module in model.named_modules()
-        for name, entry in module.named_parameters(recurse=False)
-        if id(entry) in slow
-    }
-    names = [f"'{name}' ({owner})" for name, owner in list(owners.items())[:_NAMED]]
-    more = f" and {len(owners) - _NAMED} more" if len(owners) > _NAMED else ""
+    found = [name for name, entry in model.named_parameters() if id(entry) in slow]
+    names = [
+        f"'{name}' ({type(model.get_submodule(name.rpartition('.')[0])).__name__})"
+        for name in found[:_NAMED]
+    ]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     warnings.warn(
         f"clext: importance of {type(model).__name__} is computed one sample at a time by "
         f"torch.func, which is slow, for {', '.join(names)}{more}: the layer has no fast rule, or "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.passes import Forward
 
 FISHER_KINDS = ("empirical", "exact", "sample", "batch")
 
@@ -34,6 +35,7 @@ def fisher_information(
     *,
     kind: str = "empirical",
     seed: int = 0,
+    forward: Forward | None = None,
 ) -> list[Tensor]:
     """The mean over samples of (d log p(y | x) / d parameter)^2, p the softmax of the outputs.
 
@@ -47,6 +49,7 @@ def fisher_information(
             p. "batch": the label, but the square of each batch's mean gradient; cheap on any
             model and common, though its size then falls with the batch size.
         seed: of the draws for "sample".
+        forward: what gives the logits for a batch of inputs, by calling `model`; None: `model`.
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -60,7 +63,7 @@ def fisher_information(
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
-        sums = kind_of_sum(owner, model, params, absolute=False)
+        sums = kind_of_sum(owner, model, params, forward or model, absolute=False)
         draws = generator(seed)
         samples = 0
         for x, y in read_batches(owner, batches, params[0].device):

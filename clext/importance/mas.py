@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.passes import Forward
 
 MAS_ESTIMATORS = ("per_sample", "batch")
 
@@ -26,6 +27,7 @@ def output_sensitivity(
     batches: Batches | None,
     *,
     estimator: str = "per_sample",
+    forward: Forward | None = None,
 ) -> list[Tensor]:
     """The mean over samples of |d ||f(x)||^2 / d parameter|, f the outputs of the model.
 
@@ -35,6 +37,7 @@ def output_sensitivity(
         batches: iterable of x, (x,) or (x, y); y is not looked at.
         estimator: "per_sample", or "batch" for the absolute value of each batch's mean gradient
             (the same for a batch of one sample, smaller for larger ones).
+        forward: what gives the outputs for a batch of inputs, by calling `model`; None: `model`.
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -48,7 +51,7 @@ def output_sensitivity(
     samples = 0
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed=0):
-        sums = kind_of_sum(owner, model, params, absolute=True)
+        sums = kind_of_sum(owner, model, params, forward or model, absolute=True)
         for x in read_inputs(owner, batches, params[0].device):
             sums.add(x, lambda outputs: [2 * outputs])
             samples += len(x)

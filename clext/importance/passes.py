@@ -1,30 +1,30 @@
-"""Running a model over a task's data to look at it: nothing of the model may change."""
+"""Passes of a model over a task's data, which leave the model as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clext.core.batches import Batches as Batches  # for those who still look for it here
-from clext.core.modes import module_mode, run_eagerly
+from clext.core.modes import buffers_kept, module_mode, run_eagerly
 from clext.core.seeding import isolated_rng
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+# From a batch of inputs to outputs [samples, outputs]: the model, or what narrows it.
+Forward = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterator[None]:
     """Eval mode and gradients on inside; afterwards the model is bit for bit what it was.
 
-    Training flags (module by module), buffers and the global random state are put back, whatever
-    happens inside: dropout and batch statistics must not enter an importance, nor must measuring
-    it change the training that follows. Autocast is off: estimates run in the dtype of the model.
-    Inference mode is off too; ValueError for a model that was made in it, which has no gradients.
+    Dropout and batch statistics must not enter an importance, nor must measuring it change the
+    training that follows: training flags, buffers, attributes and the global random state are put
+    back. Autocast is off: estimates run in the dtype of the model. Inference mode is off too;
+    ValueError for a model that was made in it, which has no gradients.
     """
     for what, entries in (
         ("parameters", (*params, *model.parameters())),
@@ -39,7 +39,8 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with (
         torch.inference_mode(False),
-        _state_kept(model),
+        _attributes_kept(model),
+        buffers_kept(model),
         run_eagerly(),
         module_mode(model, training=False),
         isolated_rng(seed, device),
@@ -52,84 +53,65 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
 
 
 @contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward pass may change: buffers, and tensors that modules keep.
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back the modules' attributes, and the tables of embeddings with a norm.
 
-    A tensor kept inside of torch.func is dead after it: it cannot even be copied.
+    A forward pass may keep a tensor on its module: of a pass in torch.func it is dead later, and
+    cannot even be copied. And it brings the rows that it looks up to their norm, in place.
     """
-    modules = list(model.modules())
-    registered = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
-    kept = [(m, dict(m.__dict__)) for m in modules]
-    # Looking a row up in these brings it to its norm, in place.
-    tables = [
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    tables: list[Any] = [
         module.weight
-        for module in modules
+        for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
     ]
-    values = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *tables)]
+    values = [table.detach().clone() for table in tables]
     try:
         yield
     finally:
-        for module, attributes in kept:
-            for name, now in list(module.__dict__.items()):
-                if isinstance(now, Tensor) and attributes.get(name) is not now:
-                    del module.__dict__[name]
-            before = {k: v for k, v in attributes.items() if isinstance(v, Tensor)}
-            module.__dict__.update(before)
-        for module, buffers, non_persistent in registered:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set = non_persistent
+        for module, attributes in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
         with torch.no_grad():
-            for tensor, saved in values:
-                # By value: `data` does not count versions. No write where nothing changed, as
-                # that would spoil graphs of the caller.
-                if tensor.shape != saved.shape:
-                    tensor.data = saved
-                elif not torch.equal(tensor, saved):
-                    tensor.copy_(saved)
+            for table, value in zip(tables, values, strict=True):
+                table.copy_(value)
 
 
 def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]:
     """`params` as a list; ValueError if they are no parameters, or none of the model's."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
-    expected = f"{owner}: expected params to be a sequence of the model's parameters, got "
-    if isinstance(params, Tensor | Mapping) or not isinstance(params, Iterable):
-        remedy = "; pass list(params.values())" if isinstance(params, Mapping) else ""
-        raise ValueError(f"{expected}{type(params).__name__}{remedy}")
-    found = list(params)
-    for entry in found:
-        if not isinstance(entry, Tensor):
-            raise ValueError(f"{expected}one with {type(entry).__name__} in it")
-    if not found:
-        raise ValueError(f"{expected}an empty one")
+    taken = isinstance(params, Iterable) and not isinstance(params, Tensor | Mapping)
+    found: list[Any] = list(params) if taken else []  # type: ignore[call-overload]
     own = {id(entry) for entry in model.parameters()}
-    if not any(id(entry) in own for entry in found):
+    if not any(id(entry) in own for entry in found) or not all(
+        isinstance(entry, Tensor) for entry in found
+    ):
+        got = f"{type(params).__name__}{f' of {len(found)} entries' if taken else ''}"
         raise ValueError(
-            f"{expected}{len(found)} tensors of which none is a parameter of this "
-            f"{type(model).__name__}; pass list(model.parameters()) of the same model"
+            f"{owner}: expected params to be parameters of this {type(model).__name__}, got {got}; "
+            "pass list(model.parameters()) of the same model"
         )
     return found
 
 
-def single_outputs(model: nn.Module, sample: Tensor) -> Tensor:
+def single_outputs(owner: str, forward: Forward, sample: Tensor) -> Tensor:
     """The outputs for one sample, [1, outputs], of a model that takes a batch of several.
 
     ValueError where it cannot do without the others.
     """
     try:
-        outputs: Tensor = model(sample.clone())
+        return forward(sample.clone())
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"importance of {type(model).__name__}: it takes a batch but not one sample alone "
+            f"{owner}: the model takes a batch but not one sample alone "
             f'("{error}"), so it mixes the samples of a batch, and no sample has a gradient of its '
             "own; take the option \"batch\" of EWC's fisher or MAS's estimator, or let batch norms "
             "track running statistics"
         ) from error
-    return outputs
 
 
 def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from clext.core.parameters import allocate_state
 from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
-from clext.importance.fallback import SingleSamples, tell
+from clext.importance.fallback import SingleSamples, warn_slow
 from clext.importance.passes import check_outputs, single_outputs
-from clext.importance.rule import add_joint_, itself
-from clext.importance.sample_gradients import Attribution, Attributions, BoundCall, bind
+from clext.importance.rule import add_joint_, identity
+from clext.importance.sample_gradients import NO_COVERAGE, Coverage, CoverageFinder, bind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from clext.importance.passes import Forward
 
     # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
@@ -31,55 +33,57 @@ class PerSampleSum:
     """
 
     def __init__(
-        self, owner: str, model: nn.Module, params: Sequence[Tensor], *, absolute: bool
+        self,
+        owner: str,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        forward: Forward,
+        *,
+        absolute: bool,
     ) -> None:
-        self._owner, self._model, self._params = owner, model, params
+        self._owner, self._model, self._params, self._forward = owner, model, params, forward
         self._function = torch.abs if absolute else torch.square
-        self._capture = Capture(model, params)
-        self._attributions = Attributions(self._capture, params)
+        self._capture = Capture(model, params, forward)
+        self._finder = CoverageFinder(self._capture, params)
         self.sums = allocate_state(params)
-        self._singles = SingleSamples(model, params, self.sums, self._function)
+        self._singles = SingleSamples(owner, model, params, forward, self.sums, self._function)
 
     def add(self, x: Tensor, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
         outputs, calls = self._capture.forward(x)
         outputs = check_outputs(self._owner, outputs, len(x))
         weights = cotangents(outputs.detach())
+        coverage = NO_COVERAGE
         if outputs.requires_grad:
-            attribution = self._attributions.of(x, outputs, calls, len(x))
-            if attribution.mixed:
-                weights = cotangents(self._outputs_one_by_one(x))
-            if attribution.singly:
-                tell(self._model, self._params, attribution.singly)
-        else:
-            attribution = Attribution([None] * len(calls), {}, frozenset())  # of no parameter
-        batch = _Batch(self.sums, calls, attribution, len(x), self._function)
+            coverage = self._finder.find(x, outputs, calls, len(x))
+        if coverage.mixed:
+            # With gradients, as the outputs were made: some layers calculate otherwise without.
+            singles = [single_outputs(self._owner, self._forward, sample) for sample in x.split(1)]
+            weights = cotangents(torch.cat([entry.detach() for entry in singles]))
+        if coverage.singly:
+            warn_slow(self._model, self._params, coverage.singly)
+        batch = _Batch(self.sums, calls, coverage, len(x), self._function)
         del calls  # for `batch` to give their inputs back
         for weight, last in _up_to_last(weights):  # the first one refuses bad labels
             batch.add(outputs, weight, last=last)
-            if attribution.singly:
-                self._singles.add(x, weight.to(outputs.dtype), attribution.singly)
+            if coverage.singly:
+                self._singles.add(x, weight.to(outputs.dtype), coverage.singly)
         batch.finish()
-
-    def _outputs_one_by_one(self, x: Tensor) -> Tensor:
-        # With gradients, as the outputs were made: some layers calculate otherwise without.
-        outputs = [single_outputs(self._model, sample).detach() for sample in x.split(1)]
-        return torch.cat(outputs)
 
 
 class _Batch:
-    """Adds to `sums` what the rules explain, for the cotangents of one forward pass."""
+    """Adds to `sums` what the rules cover, for the cotangents of one forward pass."""
 
     def __init__(
         self,
         sums: list[Tensor],
         calls: Sequence[Call],
-        attribution: Attribution,
+        coverage: Coverage,
         samples: int,
         function: Callable[[Tensor], Tensor],
     ) -> None:
         self._sums, self._function = sums, function
-        self._calls: dict[int, BoundCall] = {}
+        self._calls = bind(calls, coverage, samples)
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
         # they need no more of the cotangents than the sum of their function. `joint`: parameters of
         # several uses.
@@ -87,16 +91,13 @@ class _Batch:
         self._separable: dict[int, dict[str, Tensor]] = {}
         self._joint: dict[int, list[tuple[int, str]]] = {}
         self._totals: dict[int, Tensor] = {}
-        bound = bind(calls, attribution.layouts, samples)
-        for i, places in attribution.uses.items():
-            self._calls.update({c: call for c, _ in places if (call := bound[c]) is not None})
+        for i, places in coverage.uses.items():
             c, name = places[0]
             if len(places) > 1:
                 self._joint[i] = places
-            elif self._calls[c].separable:
-                self._separable.setdefault(c, {})[name] = sums[i]
             else:
-                self._single.setdefault(c, {})[name] = sums[i]
+                kind = self._separable if self._calls[c].separable else self._single
+                kind.setdefault(c, {})[name] = sums[i]
         self._shared = {c for places in self._joint.values() for c, _ in places}
         self._ends = ends_of([entry.call for entry in self._calls.values()])
         # Where there is one sample, all rows are taken for its own: also those of something that
@@ -143,7 +144,7 @@ class _Batch:
         for c, total in self._totals.items():
             call = self._calls[c]
             powers = self._function(call.features())
-            call.call.rule.add_(self._separable[c], powers, total, itself)
+            call.call.rule.add_(self._separable[c], powers, total, identity)
 
 
 def _up_to_last(entries: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

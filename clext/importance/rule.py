@@ -36,7 +36,7 @@ def at_once(like: Tensor, elements: int) -> int:
     return max(1, limit // max(1, elements * like.element_size()))
 
 
-def itself(tensor: Tensor) -> Tensor:
+def identity(tensor: Tensor) -> Tensor:
     """The function for the plain sum of gradients."""
     return tensor
 
@@ -105,7 +105,7 @@ class LayerRule:
 
 
 # What `ops.per_sample_sum` calls the functions.
-_NAMES: dict[Function, str] = {torch.square: "square", torch.abs: "absolute", itself: "identity"}
+_NAMES: dict[Function, str] = {torch.square: "square", torch.abs: "absolute", identity: "identity"}
 
 
 def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Function) -> None:

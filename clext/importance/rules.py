@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.importance.rule import LayerRule, add_products_, at_once, itself
+from clext.importance.rule import LayerRule, add_products_, at_once, identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class _Linear(LayerRule):
     def add_to_(
         self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
     ) -> None:
-        if function is itself:  # rows may as well be samples
+        if function is identity:  # rows may as well be samples
             features, g = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (features, g))
         # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
         separable = self.separable(features.shape[1])

@@ -1,4 +1,4 @@
-"""What of a forward pass the layer rules explain: found out, and remembered for later batches."""
+"""Gradients of single samples by the layer rules: for which parameters of a pass they hold."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from clext.core.lists import state_dtype
 from clext.importance.capture import output_gradients
-from clext.importance.reordering import may_reorder
-from clext.importance.rule import itself
-from clext.importance.samples import Layout, fits, groups, possible_layouts, random_weights
+from clext.importance.layout import Layout, find_layouts, may_reorder
+from clext.importance.rule import identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,13 +32,12 @@ _FLOOR = 0.01  # Terms below this share of the largest are compared as if they h
 # layer may be rounded otherwise.
 _SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _GROUPS = 4  # in which the samples run once more
-_SEED = 0
 
 _FEW = 16  # samples whose features are copied at once
 
 
 class BoundCall:
-    """A call with the layout of its samples: its tensors as rows, see layer_rule.py."""
+    """A call with the layout of its samples: its tensors as rows, see rule.py."""
 
     def __init__(self, call: Call, layout: Layout, samples: int) -> None:
         self.call = call
@@ -84,141 +82,96 @@ class BoundCall:
 
 
 @dataclass(frozen=True)
-class Attribution:
-    """Where the gradients of single samples come from.
+class Coverage:
+    """What the rules cover of a pass.
 
     `layouts`: of each call, None if its rows do not belong to samples. `uses`: of each parameter
-    that the rules explain, its calls (by number) and names in them. `singly`: the parameters that
-    they do not explain. `mixed`: the samples of a batch even change each other's outputs.
+    that the rules cover, its calls (by number) and names in them. `singly`: the parameters that
+    they do not cover. `mixed`: the samples of a batch even change each other's outputs.
     """
 
-    layouts: list[Layout | None]
+    layouts: Sequence[Layout | None]
     uses: dict[int, list[tuple[int, str]]]
     singly: frozenset[int]
     mixed: bool = False
 
 
-def bind(
-    calls: Sequence[Call], layouts: Sequence[Layout | None], samples: int
-) -> list[BoundCall | None]:
-    """The calls with their layouts; None where there is none."""
-    return [
-        None if layout is None else BoundCall(call, layout, samples)
-        for call, layout in zip(calls, layouts, strict=True)
-    ]
+NO_COVERAGE = Coverage((), {}, frozenset())
 
 
-class Attributions:
-    """Finds the attribution of each batch's forward pass, once for each kind of pass.
+def bind(calls: Sequence[Call], coverage: Coverage, samples: int) -> dict[int, BoundCall]:
+    """By number, the calls that give some parameter its gradient, with their layouts."""
+    needed = {c for places in coverage.uses.values() for c, _ in places}
+    return {
+        c: BoundCall(calls[c], layout, samples)
+        for c, layout in enumerate(coverage.layouts)
+        if layout is not None and c in needed
+    }
+
+
+class CoverageFinder:
+    """Finds the coverage of each batch's pass, once for each kind of pass.
 
     Two passes are of one kind if they call the same layers in the same order with the same sizes.
     The first one is probed: its rows are matched to samples by which samples move them, and the
     gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
-    sees are noticed. Where the data may arrange the rows (as many samples once had other sizes, a
-    sample has several rows in one dimension, or rows are moved by an index), every pass is probed.
+    sees are noticed. Where the data may arrange the rows (a sample has several rows in one
+    dimension, or rows are moved by an index), every pass is probed.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
         self._capture, self._params = capture, params
         self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
-        self._known: dict[object, Attribution] = {}
-        self._sizes: dict[object, Sequence[torch.Size]] = {}
-        self._ragged = False
+        self._known: dict[object, Coverage] = {}
 
-    def of(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Attribution:
-        """The attribution of the pass of `x` that made `outputs` and `calls`.
+    def find(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
+        """The coverage of the pass of `x` that made `outputs` and `calls`.
 
         Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
         """
-        if samples == 1:  # no layouts that the data could change
-            kind: object = (1, len(x), *(call.rule for call in calls))
-            fresh = moved = False
-        else:
-            sizes = [call.leading for call in calls]
-            kind = (samples, *((call.rule, s) for call, s in zip(calls, sizes, strict=True)))
-            moved = may_reorder(outputs, samples)
-            fresh = moved or self._rows_vary(samples, calls, sizes)
-        if not fresh and kind in self._known:
+        # Of one sample there is no layout that the data could change.
+        sizes = [call.leading for call in calls] if samples > 1 else []
+        kind = (samples, len(x), *(call.rule for call in calls), *sizes)
+        reorders = samples > 1 and may_reorder(outputs, samples)
+        if kind in self._known and not reorders:
             return self._known[kind]
         if mixes(self._capture, x, outputs):
-            found = Attribution([None] * len(calls), {}, frozenset(self._trainable), mixed=True)
-            settled = True
+            found, lasting = Coverage((), {}, frozenset(self._trainable), mixed=True), True
         else:
-            possible = [_possible(call, samples) for call in calls]
-            found, settled = self._probe(outputs, calls, possible, samples)
-            # Of several rows of a sample in one dimension, the data may say which they are.
-            settled = settled and not any(
-                layout is not None and size[layout.dim] > samples > 1
-                for layout, size in zip(found.layouts, sizes if samples > 1 else [], strict=False)
-            )
-        if settled and not moved:
+            found, lasting = self._probe(outputs, calls, samples)
+        if lasting and not reorders:
             self._known[kind] = found
         return found
 
-    def _rows_vary(self, samples: int, calls: Sequence[Call], sizes: Sequence[torch.Size]) -> bool:
-        """Whether as many samples had other sizes in an earlier batch: rows depend on the data."""
-        rules = (samples, *(call.rule for call in calls))
-        if self._sizes.setdefault(rules, sizes) != sizes:
-            self._ragged = True
-            self._known.clear()
-        return self._ragged
-
-    def _probe(
-        self,
-        outputs: Tensor,
-        calls: Sequence[Call],
-        possible: Sequence[tuple[Layout, ...]],
-        samples: int,
-    ) -> tuple[Attribution, bool]:
-        """The attribution, and whether it settles that of all passes of this kind."""
-        remaining = list(possible)
-        weights = random_weights(outputs)
-        for chosen in groups(samples, outputs.device):
-            gradients, _ = output_gradients(outputs, calls, weights * chosen.unsqueeze(1))
-            for c, g in enumerate(gradients):
-                if g is not None:
-                    dims = calls[c].row_dims[1]
-                    remaining[c] = tuple(p for p in remaining[c] if fits(g, p, dims, chosen))
-        layouts = [entries[0] if entries else None for entries in remaining]
+    def _probe(self, outputs: Tensor, calls: Sequence[Call], samples: int) -> tuple[Coverage, bool]:
+        """The coverage, and whether all passes of this kind have it."""
+        draws = torch.Generator().manual_seed(0)  # a gradient must not vanish by chance
+        weights = torch.randn(outputs.shape, generator=draws).to(outputs)
+        layouts, lasting = find_layouts(outputs, weights, calls, samples)
+        singly = set(self._capture.without_rule)
         uses: dict[int, list[tuple[int, str]]] = {}
         for c, call in enumerate(calls):
             for name, i in call.places.items():
                 uses.setdefault(i, []).append((c, name))
-        singly, moved = self._unexplained(outputs, calls, weights, layouts, uses, samples)
-        kept = {i: entry for i, entry in uses.items() if i not in singly}
-        # What is zero fits everything, and so does an arrangement that two layouts describe.
-        settled = moved and all(len(entries) <= 1 for entries in remaining)
-        return Attribution(layouts, kept, frozenset(singly)), settled
-
-    def _unexplained(
-        self,
-        outputs: Tensor,
-        calls: Sequence[Call],
-        weights: Tensor,
-        layouts: list[Layout | None],
-        uses: dict[int, list[tuple[int, str]]],
-        samples: int,
-    ) -> tuple[set[int], bool]:
-        """The parameters whose gradient the rules do not give, and whether no gradient is zero."""
+                if layouts[c] is None:
+                    singly.add(i)
         params = [self._params[i] for i in self._trainable]
         by_output, by_parameter = output_gradients(outputs, calls, weights, params)
-        bound = bind(calls, layouts, samples)
-        singly, moved = set(self._capture.without_rule), True
+        bound = bind(calls, Coverage(layouts, uses, frozenset()), samples)
         for i, gradient in zip(self._trainable, by_parameter, strict=True):
             if i in singly:
                 continue
-            places = [(call, n, by_output[c]) for c, n in uses.get(i, []) if (call := bound[c])]
-            if len(places) < len(uses.get(i, [])):
-                singly.add(i)
-            elif gradient is None:
+            if gradient is None:
                 # The layer was called with another tensor in its place, or to no avail.
-                moved = moved and not uses.pop(i, [])
-            else:
-                gradient = gradient.to_dense()
-                moved = moved and bool(gradient.any())
-                if not _explain(gradient, places):
-                    singly.add(i)
-        return singly, moved
+                lasting = lasting and not uses.pop(i, [])
+                continue
+            gradient = gradient.to_dense()
+            lasting = lasting and bool(gradient.any())
+            places = [(bound[c], name, by_output[c]) for c, name in uses.get(i, [])]
+            if not _explain(gradient, places):
+                singly.add(i)
+        uses = {i: places for i, places in uses.items() if i not in singly}
+        return Coverage(layouts, uses, frozenset(singly)), lasting
 
 
 def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]]) -> bool:
@@ -252,12 +205,11 @@ def _add_gradient(
         if g is None:
             continue
         rule, name, features, rows = call.use(name, call.rows(g))
-        if absolute:
-            for start in range(0, len(rows), _FEW):  # features may be views of less
-                few = slice(start, start + _FEW)
-                rule.add_({name: total}, features[few].abs(), rows[few].abs(), itself)
-        else:
-            rule.add_({name: total}, features, rows, itself)
+        size = _FEW if absolute else len(rows)  # features may be views of less
+        for start in range(0, len(rows), size):
+            few = slice(start, start + size)
+            terms = (features[few].abs(), rows[few].abs()) if absolute else (features, rows)
+            rule.add_({name: total}, *terms, identity)
         call.release()
 
 
@@ -273,22 +225,17 @@ def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:
     spread = (whole - whole.mean(0)).abs().max()
     tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
     rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_SEED))
-    for group in order.to(x.device).chunk(_GROUPS):
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    for group in order.chunk(_GROUPS):
         try:
             few, _ = capture.forward(x[group])
         except torch.OutOfMemoryError:
             raise
-        except Exception:
-            filled = torch.arange(len(x), device=x.device) % len(group)
-            few, _ = capture.forward(x[group[filled]])
+        except Exception:  # a model for one size of batches
+            few, _ = capture.forward(x[group.repeat(len(x))[: len(x)]])
             few = few[: len(group)]
         if not isinstance(few, Tensor) or few.shape != whole[group].shape:
             return True
         if bool((few.detach() - whole[group]).abs().max() > tolerance * spread + rounding):
             return True
     return False
-
-
-def _possible(call: Call, samples: int) -> tuple[Layout, ...]:
-    return possible_layouts(call.leading, samples)

@@ -20,12 +20,19 @@ from clext.importance.passes import (
     parameter_list,
     single_outputs,
 )
-from clext.importance.sample_gradients import Attribution, Attributions, BoundCall, bind
+from clext.importance.sample_gradients import (
+    NO_COVERAGE,
+    BoundCall,
+    Coverage,
+    CoverageFinder,
+    bind,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.passes import Forward
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20
@@ -38,6 +45,7 @@ def sliced_cramer_importance(
     *,
     slices: int | str = "exact",
     seed: int = 0,
+    forward: Forward | None = None,
 ) -> list[Tensor]:
     """The mean over directions xi of (d (xi . f) / d parameter)^2, f the mean output on the data.
 
@@ -51,6 +59,7 @@ def sliced_cramer_importance(
         slices: number of directions drawn, or "exact" for the expectation over all of them (the
             mean square of the derivatives of the single outputs).
         seed: of the draws.
+        forward: what gives the outputs for a batch of inputs, by calling `model`; None: `model`.
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -65,24 +74,23 @@ def sliced_cramer_importance(
     samples = 0
     jacobian: _Jacobian | None = None
     params = parameter_list(owner, model, params)
+    forward = forward or model
     with evaluation(model, params, seed):
-        capture = Capture(model, params, lambda rule: rule.gives_rows)
-        attributions = Attributions(capture, params)
+        capture = Capture(model, params, forward, lambda rule: rule.gives_rows)
+        finder = CoverageFinder(capture, params)
         for x in read_inputs(owner, batches, params[0].device):
             outputs, calls = capture.forward(x)
             outputs = check_outputs(owner, outputs, len(x))
             if jacobian is None:
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:
-                attribution = attributions.of(x, outputs, calls, samples=1)
-                if attribution.mixed:
+                coverage = finder.find(x, outputs, calls, samples=1)
+                if coverage.mixed:
                     # f is the mean of what each sample gives by itself.
                     for sample in x.split(1):
-                        jacobian.add(
-                            single_outputs(model, sample), [], Attribution([], {}, frozenset())
-                        )
+                        jacobian.add(single_outputs(owner, forward, sample), [], NO_COVERAGE)
                 else:
-                    jacobian.add(outputs, calls, attribution)
+                    jacobian.add(outputs, calls, coverage)
             samples += len(x)
         assert jacobian is not None  # read_inputs gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)
@@ -112,19 +120,17 @@ class _Jacobian:
                 self._directions = directions
         self._rows = [allocate_rows(entry, len(self._weights)) for entry in params]
 
-    def add(self, outputs: Tensor, calls: Sequence[Call], attribution: Attribution) -> None:
+    def add(self, outputs: Tensor, calls: Sequence[Call], coverage: Coverage) -> None:
         """Add the samples of one batch.
 
         Where a rule can, the derivatives by a layer's outputs are taken alone, and turned into
         those by its parameters for many rows at once.
         """
-        bound = dict(enumerate(bind(calls, attribution.layouts, samples=1)))
-        needed = {c for uses in attribution.uses.values() for c, _ in uses}
-        ruled = {c: call for c, call in bound.items() if call is not None and c in needed}
+        ruled = bind(calls, coverage, samples=1)
         others = [
             i
             for i, entry in enumerate(self._params)
-            if entry.requires_grad and i not in attribution.uses
+            if entry.requires_grad and i not in coverage.uses
         ]
         row_bytes = sum(call.call.output_shape.numel() * 8 for call in ruled.values())
         size = max(1, _CHUNK_BYTES // max(1, row_bytes))
@@ -144,17 +150,17 @@ class _Jacobian:
                 for (c, call), g in zip(ruled.items(), found, strict=True):
                     if g is not None:
                         by_output[c].append(call.rows(g).squeeze(0))
-            self._add_by_rule(chunk, ruled, by_output, attribution)
+            self._add_by_rule(chunk, ruled, by_output, coverage)
 
     def _add_by_rule(
         self,
         chunk: slice,
         ruled: Mapping[int, BoundCall],
         by_output: Mapping[int, list[Tensor]],
-        attribution: Attribution,
+        coverage: Coverage,
     ) -> None:
         stacked = {c: torch.stack(rows) for c, rows in by_output.items() if rows}
-        for i, uses in attribution.uses.items():
+        for i, uses in coverage.uses.items():
             for c, name in uses:
                 if c in stacked:
                     features = ruled[c].features().squeeze(0)

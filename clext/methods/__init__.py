@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from clext.core.checks import unknown_name
+from clext.core.names import part_names
 from clext.methods.agem import AGEM
 from clext.methods.base import Method
 from clext.methods.baseline import Baseline
@@ -52,30 +51,6 @@ __all__ = [
 
 _KINDS = (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint)
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in _KINDS}
-
-
-def part_names(method: str | Sequence[str]) -> list[str]:
-    """The names in "ewc", "ewc+replay" or ["ewc", "replay"].
-
-    ValueError for an unknown one (with the nearest valid name), or for more than two.
-    """
-    if isinstance(method, type) or not isinstance(method, str | Iterable):
-        raise ValueError(
-            "method: expected a name such as 'ewc', two names to combine, or an instance, got "
-            f"{method!r}"
-        )
-    names = [n.strip() for n in method.split("+")] if isinstance(method, str) else list(method)
-    for name in names:
-        words = re.findall(r"\w+", str(name))
-        if name not in METHODS and len(words) == 2 and set(words) <= METHODS.keys():
-            raise ValueError(
-                f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
-            )
-        if name not in METHODS:
-            raise unknown_name("method", name, METHODS)
-    if not 1 <= len(names) <= 2:
-        raise ValueError(f"method: expected one name or two to combine, got {len(names)}: {names}")
-    return names
 
 
 def make_method(

@@ -184,6 +184,11 @@ class Method:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"{self.name}: the state does not fit: {reason}") from error
 
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods of a combination; else this one."""
+        return (self,)
+
     # ------------------------------------------------------------------ hooks of subclasses
 
     def check_classes(self, tasks: Sequence[Collection[int]]) -> None:

@@ -49,12 +49,16 @@ class Combined(Method):
                 f"Combined: combine {protector.name} and {learner.name} before their first task"
             )
         self.protector, self.learner = protector, learner
-        self.parts = protector, learner
         self.model, self.heads = protector.model, protector.heads
         learner.heads = self.heads
         self.name = f"{protector.name}+{learner.name}"  # type: ignore[misc]
         self.fused, self.runs_model = protector.fused, protector.runs_model  # type: ignore[misc]
         self.capturable = protector.capturable and learner.capturable
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """Protector and learner."""
+        return self.protector, self.learner
 
     @property
     def _weighed(self) -> Method:

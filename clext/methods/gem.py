@@ -7,7 +7,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from clext.core.checks import number
@@ -97,6 +96,8 @@ def solve_dual(
         products: float64 [T], none outside of the directions that `past` reaches.
         margin: lower bound of v.
     """
+    from scipy.optimize import nnls  # takes as long to import as all of clext
+
     # With u = v - margin it is 1/2 u^T K u + c^T u over u >= 0; scaled to ones on the diagonal, or
     # tasks whose gradients are small would drown.
     size = np.sqrt(past.diagonal())

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
 from torch import nn
 
 from clext.core.checks import unknown_name
-from clext.data.scenarios import Scenario
-from clext.methods import METHODS, part_names
-from clext.training.loop import NonFiniteLossError, chosen_scenario, run
+from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, part_names
+from clext.core.seeding import Seeds
+from clext.training.loop import NonFiniteLossError, load_scenario, run
+from clext.training.machine import resolve_device
 from clext.training.result import PICTURE_NAME, Result
-from clext.training.settings import Settings
-from clext.training.spec import LearnerSpec
+from clext.training.settings import NAMES, Settings, shows_settings
+from clext.training.spec import MethodSpec, check_classes
 from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ _LEGEND = {
     "intr.": "intransigence: what joint does better just after learning; lower is better",
 }
 _LEFT = ("method", "accuracy")
-# The course's six. The others need a memory, a generator or all the data, or take far longer.
-DEFAULT_METHODS = ("baseline", "ewc", "mas", "si", "rwalk", "scp")
 
 
 @dataclass(eq=False, repr=False)
@@ -71,7 +69,10 @@ class Comparison:
         """Draw average accuracy against epoch, a line per method; save it at `path` if given."""
         from clext.training.plots import plot_curves
 
-        return plot_curves(self.results, path)
+        first = next(iter(self.results.values()))
+        title = first.title if len(self.results) > 1 else f"{next(iter(self.results))}: {first.title}"
+        curves = {label: result.curve for label, result in self.results.items()}
+        return plot_curves(curves, len(first.accuracy), first.config["epochs"], title, path)
 
     def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
         """Write `comparison.json`, and the picture `accuracy.png`, to `folder`."""
@@ -134,25 +135,14 @@ class Comparison:
         return self.table()
 
 
+@shows_settings
 def compare(
     methods: str | Sequence[str | Sequence[str]] | None = None,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    dataset: str = "auto",
-    scenario: str | Scenario = "permuted",
-    incremental: str | None = None,
-    tasks: int | None = None,
-    epochs: int = 10,
-    batch_size: int = 128,
-    lr: float = 1e-4,
-    precision: str = "fp32",
-    evaluate_every: int | None = None,
     model: nn.Module | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    **settings: object,
 ) -> Comparison:
     """Run several methods on the same tasks, from the same initial weights, in the same order.
 
@@ -165,21 +155,9 @@ def compare(
             scp.
         options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
             `{"ewc+replay": {"replay.strength": 3.0}}`.
-        dataset: as in `clext.train`, like all that follow.
-        scenario: how the data set becomes tasks, or tasks of your own.
-        incremental: "domain", "task" or "class".
-        tasks: number of tasks.
-        epochs: passes over the data of each task.
-        batch_size: examples in a step.
-        lr: learning rate of Adam.
-        precision: "fp32", or "bf16" for forward and backward in bfloat16.
-        evaluate_every: also take accuracies every so many steps.
         model: by default the course's perceptron; each method trains a copy of a given one.
-        seed: of everything random, the same for all methods.
-        device: by default CUDA if there is one, else the CPU.
-        data_dir: folder with the data set's files.
         out: folder for `comparison.json` (also written after each task) and the picture.
-        progress: show progress.
+        **settings: all other settings of `clext.train`, from `scenario` to `progress`.
 
     Returns:
         The result of each method, see `Comparison`.
@@ -189,40 +167,33 @@ def compare(
         DataError: the data set cannot be had, or its files are damaged.
         OSError: `out` cannot be written; nothing was done.
     """
-    settings = Settings.checked(
-        dataset=dataset,
-        scenario=scenario,
-        incremental=incremental,
-        tasks=tasks,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        precision=precision,
-        evaluate_every=evaluate_every,
-        seed=seed,
-        device=device,
-        data_dir=data_dir,
-        progress=progress,
-    )
-    specs = _checked_specs(methods, model, {} if options is None else options)
+    taken = Settings.taken_from(settings)
+    if settings:
+        own = ["options", "model", "out", *NAMES]
+        raise unknown_name("option of compare", next(iter(settings)), own)
+    resolve_device(taken.device)
+    seeds = Seeds.derive(taken.seed)
+    specs = _specs(methods, model, {} if options is None else options)
+    for spec in specs.values():
+        spec.build(seeds, taken.own_scenario)  # before any work: it knows its options
     with claimed_folder(out, "compare: out") as folder:
-        chosen = chosen_scenario(settings)
+        scenario = load_scenario(taken)
         for spec in specs.values():
-            spec.check(chosen)
+            check_classes(spec.build(seeds, scenario), scenario)
     comparison = Comparison({})
-    for name, spec in specs.items():
+    for label, spec in specs.items():
 
-        def save(result: Result, name: str = name) -> Path | None:
-            comparison.results[name] = result
+        def save(result: Result, label: str = label) -> Path | None:
+            comparison.results[label] = result
             return None if folder is None else comparison.save(folder, picture=False)
 
         try:
             # Copied only now, so that no more than one model is held beside the given one; and with
             # it the modules among the options (a generator), which are trained too.
             own = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
-            run(own, chosen, settings, save)
+            run(own.build(seeds, scenario), scenario, taken, save, draws=not own.makes_model)
         except (NonFiniteLossError, ValueError) as error:
-            if name not in comparison.results:
+            if label not in comparison.results:
                 raise  # before anything was done
             warnings.warn(str(error), stacklevel=2)
     if folder is not None:
@@ -230,37 +201,37 @@ def compare(
     return comparison
 
 
-def _checked_specs(
+def _specs(
     methods: str | Sequence[str | Sequence[str]] | None,
     model: nn.Module | None,
     options: Mapping[str, Mapping[str, Any]],
-) -> dict[str, LearnerSpec]:
-    names = _checked_names(methods)
+) -> dict[str, MethodSpec]:
+    """Each method by its label; ValueError for what is none, or options of none."""
+    parts = _parts_by_label(methods)
     if not isinstance(options, Mapping):
         raise ValueError(
             "compare: options must be a dict from a method's name to its options, such as "
             f"{{'ewc': {{'strength': 100.0}}}}, got {options!r}"
         )
     for label, given in options.items():
-        if label not in names:
-            raise unknown_name("method in options", label, names)
+        if label not in parts:
+            raise unknown_name("method in options", label, parts)
         if not isinstance(given, Mapping):
             raise ValueError(
                 f"compare: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
                 f"{given!r}"
             )
     specs = {}
-    for label, parts in names.items():
-        of_method = dict(options.get(label, {}))
-        specs[label] = LearnerSpec(parts, model, of_method.pop("strength", None), of_method)
-        specs[label].check()
+    for label, names in parts.items():
+        own = dict(options.get(label, {}))
+        specs[label] = MethodSpec(names, model, own.pop("strength", None), own)
     return specs
 
 
-def _checked_names(
+def _parts_by_label(
     methods: str | Sequence[str | Sequence[str]] | None,
 ) -> dict[str, list[str]]:
-    """The parts of each method by its label; ValueError for what is none."""
+    """The names in each entry of `methods`; ValueError for what has none."""
     if isinstance(methods, str):
         if "," in methods:
             raise ValueError(
@@ -275,21 +246,21 @@ def _checked_names(
     given = DEFAULT_METHODS if methods is None else methods
     if not given:
         raise ValueError(
-            f"compare: expected at least one method, got none; choose from {[*METHODS]}"
+            f"compare: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
         )
-    names: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for entry in given:
         if not isinstance(entry, str | Sequence):
             raise ValueError(
                 f"compare: methods must be names of clext.METHODS, got {type(entry).__name__}; "
                 "pass the settings of a method in options"
             )
-        parts = part_names(entry)
-        label = entry if isinstance(entry, str) else "+".join(parts)
-        if label in names:
+        names = part_names(entry)
+        label = entry if isinstance(entry, str) else "+".join(names)
+        if label in parts:
             raise ValueError(f"compare: method {label!r} is given twice; name each method once")
-        names[label] = parts
-    return names
+        parts[label] = names
+    return parts
 
 
 def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:

@@ -1,10 +1,8 @@
-"""How much of each task a method still knows."""
+"""Evaluation: how much of each task a method still knows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +11,10 @@ from clext.core.modes import module_mode
 from clext.data.datasets import Batches, Split
 
 if TYPE_CHECKING:
-    from clext.data.scenarios import Scenario
+    from clext.data.scenario import Scenario
     from clext.methods import Method
     from clext.training.metrics import Step
+    from clext.training.timer import Timer
 
 # Large enough that a batch keeps every core busy, small enough for any model's activations.
 EVALUATION_BATCH = 1000
@@ -27,21 +26,24 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @torch.no_grad()
-def evaluate(method: Method, split: Split, precision: str = "fp32") -> float:
-    """The share of `split`, with local labels, that the method classifies correctly.
+def evaluate(
+    method: Method, split: Split, precision: str = "fp32", active: range | None = None
+) -> float:
+    """The share of `split` that the method classifies correctly among the outputs `active`.
 
-    The model is in eval mode meanwhile.
+    Labels count from the model's first output. The model is in eval mode meanwhile.
     """
-    device = split.labels.device
+    device, start = split.labels.device, 0 if active is None else active.start
     correct = torch.zeros((), dtype=torch.int64, device=device)
     with module_mode(method.model, training=False), autocast(device, precision):
         for inputs, labels in Batches(split, EVALUATION_BATCH):
-            correct += (method.predict(inputs).argmax(dim=1) == labels).sum()
+            predicted = method.predict(inputs, active=active).argmax(dim=1) + start
+            correct += (predicted == labels).sum()
     return int(correct) / len(split.labels)
 
 
 @dataclass(frozen=True)
-class Examiner:
+class Evaluator:
     """Takes the accuracies of a method on the tasks of a scenario."""
 
     method: Method
@@ -50,37 +52,31 @@ class Examiner:
 
     def accuracy(self, task: int, seen: int) -> float:
         """On the test data of `task`, with tasks 0..seen begun."""
-        test = self.scenario.tasks[task].test()
-        outputs = self.method.outputs
-        with outputs.selected(self.scenario.active(task, seen)):
-            return evaluate(
-                self.method, Split(test.inputs, test.labels - outputs.start), self.precision
-            )
+        test, active = self.scenario.tasks[task].test(), self.scenario.active(task, seen)
+        return evaluate(self.method, test, self.precision, active)
 
     def accuracies(self, seen: int) -> list[float]:
         """On each of the tasks 0..seen."""
         return [self.accuracy(task, seen) for task in range(seen + 1)]
 
 
-class Trace:
+@dataclass
+class AccuracyLog:
     """The accuracies on the tasks seen, within a task: every so many steps.
 
-    Args:
-        examiner: takes the accuracies.
+    Attributes:
+        evaluator: takes the accuracies.
+        timer: counts their time apart.
         every: steps between two of them; None for never.
-        steps: gets what was found.
-        clock: a context to take them in, which counts their time apart.
+        entries: what was found.
     """
 
-    def __init__(
-        self,
-        examiner: Examiner,
-        every: int | None,
-        steps: list[Step],
-        clock: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._examiner, self._every, self._steps, self._clock = examiner, every, steps, clock
-        self._task = self._taken = 0
+    evaluator: Evaluator
+    timer: Timer
+    every: int | None
+    entries: list[Step]
+    _task: int = field(default=0, init=False)
+    _taken: int = field(default=0, init=False)
 
     def begin_task(self, task: int) -> None:
         """The coming steps are those of `task`."""
@@ -89,7 +85,7 @@ class Trace:
     def step(self) -> None:
         """A step was taken."""
         self._taken += 1
-        if self._every is not None and self._taken % self._every == 0:
-            with self._clock():
-                accuracies = self._examiner.accuracies(self._task)
-            self._steps.append({"task": self._task, "step": self._taken, "accuracy": accuracies})
+        if self.every is not None and self._taken % self.every == 0:
+            with self.timer.measure("evaluation"):
+                accuracies = self.evaluator.accuracies(self._task)
+            self.entries.append({"task": self._task, "step": self._taken, "accuracy": accuracies})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,23 +13,24 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from clext.core.checks import unknown_name
 from clext.core.modes import module_mode
 from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import Batches, Split, load_dataset
-from clext.data.scenarios import Scenario, make_scenario
-from clext.methods import METHODS, Method, part_names
-from clext.methods.base import option_names
-from clext.methods.learning import Examples
+from clext.data.scenario import Scenario
+from clext.data.scenarios import make_scenario
+from clext.methods import Method
+from clext.methods.base import Examples
 from clext.optim import Adam
-from clext.training.evaluate import Examiner, Trace
+from clext.training.evaluate import AccuracyLog, Evaluator
+from clext.training.graphs import make_steps
+from clext.training.machine import describe_machine, resolve_device
 from clext.training.progress import Progress
 from clext.training.result import Result
-from clext.training.settings import Settings, describe_machine
-from clext.training.spec import LearnerSpec, describe_learner, input_dtype
-from clext.training.steps import make_steps
+from clext.training.settings import Settings, shows_settings
+from clext.training.spec import MethodSpec, check_classes, check_forward, describe, input_dtype
 from clext.training.storage import claimed_folder, keep
+from clext.training.timer import Timer
 
 Save = Callable[[Result], Path | None]
 
@@ -62,26 +61,14 @@ class NonFiniteLossError(RuntimeError):
         )
 
 
+@shows_settings
 def train(
     method: str | Sequence[str] | Method,
     *,
-    dataset: str = "auto",
-    scenario: str | Scenario = "permuted",
-    incremental: str | None = None,
-    tasks: int | None = None,
-    epochs: int = 10,
-    batch_size: int = 128,
-    lr: float = 1e-4,
-    precision: str = "fp32",
-    evaluate_every: int | None = None,
     strength: float | None = None,
     model: nn.Module | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-    **method_options: object,
+    **options: object,
 ) -> Result:
     """Learn a sequence of tasks with one method; by default five permutations of MNIST.
 
@@ -129,82 +116,55 @@ def train(
         OSError: `out` cannot be written; nothing was done.
         NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
     """
-    settings = Settings.checked(
-        dataset=dataset,
-        scenario=scenario,
-        incremental=incremental,
-        tasks=tasks,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        precision=precision,
-        evaluate_every=evaluate_every,
-        seed=seed,
-        device=device,
-        data_dir=data_dir,
-        progress=progress,
-    )
-    _check_option_names(method, method_options)
-    spec = LearnerSpec(method, model, strength, method_options)
-    spec.check()
+    settings = Settings.taken_from(options)
+    spec, seeds = MethodSpec(method, model, strength, options), Seeds.derive(settings.seed)
+    resolve_device(settings.device)
+    made = spec.build(seeds, settings.own_scenario)
     with claimed_folder(out, "train: out") as folder:
-        chosen = chosen_scenario(settings)
-        spec.check(chosen)
+        scenario = load_scenario(settings)
+        if not spec.fits(made, scenario):
+            made = spec.build(seeds, scenario)
+        check_classes(made, scenario)
 
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)
 
-    return run(spec, chosen, settings, save)
+    return run(made, scenario, settings, save, draws=not spec.makes_model)
 
 
-def _check_option_names(method: str | Sequence[str] | Method, options: dict[str, object]) -> None:
-    """ValueError for an option that neither `train` nor the method has."""
-    if isinstance(method, Method):
-        label, kinds = method.label, [type(part) for part in method.parts]
-    else:
-        names = part_names(method)
-        label, kinds = "+".join(names), [METHODS[name] for name in names]
-    own = inspect.signature(train).parameters.values()
-    valid = [entry.name for entry in own if entry.kind is entry.KEYWORD_ONLY]
-    valid += [name for kind in kinds for name in option_names(kind)]
-    for option in options:
-        # That of a part is the method's to check.
-        if "." not in option and option not in valid:
-            raise unknown_name(
-                f"option, neither of train nor of {label}:", option, dict.fromkeys(valid)
-            )
-
-
-def chosen_scenario(settings: Settings) -> Scenario:
+def load_scenario(settings: Settings) -> Scenario:
     """The scenario that was given, or is made of the data set, which is loaded."""
-    if isinstance(settings.scenario, Scenario):
-        return settings.scenario
+    name = settings.scenario
+    if not isinstance(name, str):
+        return name
     data = load_dataset(settings.dataset, settings.data_dir, show=settings.progress)
     seed = Seeds.derive(settings.seed).scenario
-    return make_scenario(settings.scenario, data, settings.tasks, seed, settings.incremental)
+    return make_scenario(name, data, settings.tasks, seed, settings.incremental)
 
 
-def run(spec: LearnerSpec, scenario: Scenario, settings: Settings, save: Save) -> Result:
-    """`train` on checked arguments and loaded data.
+def run(
+    method: Method, scenario: Scenario, settings: Settings, save: Save, *, draws: bool = True
+) -> Result:
+    """`train` with a method that was built and data that was loaded.
 
-    `save` is called with the result after each task, and when the run ends early.
+    `save` is called with the result after each task, and when the run ends early. `draws`: the
+    model may draw from the global random state, which is then seeded, and restored.
     """
-    seeds = Seeds.derive(settings.seed)
-    with isolated_rng(seeds.model, settings.device):
-        method = spec.build(scenario, settings.device, seeds.method)
-        result = Result.empty(
-            settings.tasks,
-            {
-                **describe_learner(method),
-                **settings.describe(),
-                "data": scenario.data,
-                "seeds": asdict(seeds),
-                **describe_machine(settings.device),
-            },
-        )
+    seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
+    with isolated_rng(seeds.model, device) if draws else nullcontext():
+        method.model.to(device)
+        check_forward(method.model, scenario, device)
+        config = {
+            **describe(method),
+            **settings.describe(),
+            "data": scenario.data,
+            "seeds": asdict(seeds),
+            **describe_machine(device),
+        }
+        result = Result.empty(settings.tasks, config)
         try:
-            with module_mode(method.model, training=True), method.outputs.selected(None):
-                learn(method, scenario, settings, result, save)
+            with module_mode(method.model, training=True):
+                learn(method, scenario.to(device, input_dtype(method.model)), settings, result, save)
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -220,26 +180,23 @@ def learn(
     method: Method, scenario: Scenario, settings: Settings, result: Result, save: Save
 ) -> None:
     """The loop itself, one task after the other; `result` is filled in as it goes."""
-    model, device = method.model, settings.device
-    scenario = scenario.to(device, input_dtype(model))
+    model, device = method.model, next(method.model.parameters()).device
     shuffle = generator(result.config["seeds"]["shuffle"])
-    clock = Clock(result.timings, device)
-    examiner = Examiner(method, scenario, settings.precision)
-    trace = Trace(
-        examiner, settings.evaluate_every, result.steps, lambda: clock.measure("evaluation")
-    )
-    with clock.measure("evaluation"):
-        result.untrained[:] = [examiner.accuracy(k, k) for k in range(len(scenario.tasks))]
-    with Progress(method.label, settings.tasks, settings.epochs, show=settings.progress) as bar:
+    timer = Timer(result.timings, device)
+    evaluator = Evaluator(method, scenario, settings.precision)
+    log = AccuracyLog(evaluator, timer, settings.evaluate_every, result.steps)
+    with timer.measure("evaluation"):
+        result.untrained[:] = [evaluator.accuracy(k, k) for k in range(len(scenario.tasks))]
+    with Progress(method.name, settings.tasks, settings.epochs, show=settings.progress) as bar:
 
         def step_done() -> None:
             bar.step()
-            trace.step()
+            log.step()
 
         for k in range(len(scenario.tasks)):
-            with clock.measure("evaluation"):
-                result.before[k] = examiner.accuracy(k, k)
-            with clock.measure("training"):
+            with timer.measure("evaluation"):
+                result.before[k] = evaluator.accuracy(k, k)
+            with timer.measure("training"):
                 own, examples = begin_task(method, scenario, k)
                 parameters = trainable_parameters(model).values()
                 optimizer = Adam(parameters, lr=settings.lr, method=method)
@@ -247,10 +204,10 @@ def learn(
                     method, optimizer, examples, settings.batch_size, settings.precision
                 )
             bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
-            trace.begin_task(k)
+            log.begin_task(k)
             for epoch in range(settings.epochs):
                 bar.epoch_start(k, epoch)
-                with clock.measure("training"):
+                with timer.measure("training"):
                     order = torch.randperm(len(examples[0]), generator=shuffle).to(device)
                     with explained(len(order), k, settings.batch_size):
                         losses = steps.run_epoch(order, step_done)
@@ -260,10 +217,10 @@ def learn(
                 if epoch == settings.epochs - 1:
                     # Before the last look at the task: a method may predict by what it remembers.
                     bar.task_end(k)
-                    with clock.measure("consolidation"):
+                    with timer.measure("consolidation"):
                         method.consolidate(Batches(own, settings.batch_size))
-                with clock.measure("evaluation"):
-                    accuracies = examiner.accuracies(k)
+                with timer.measure("evaluation"):
+                    accuracies = evaluator.accuracies(k)
                 result.curve.append(fmean(accuracies))
                 bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
             result.accuracy[k, : k + 1] = accuracies
@@ -304,23 +261,3 @@ def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:
     # The last update can break the model without any loss that shows it.
     finite = all(bool(p.detach().isfinite().all()) for p in model.parameters())
     return None if finite else len(losses) - 1
-
-
-class Clock:
-    """Adds up the seconds of each kind of work, including what the device still has to do."""
-
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds, self._device = seconds, device
-        self._apart = 0.0  # seconds of what was measured inside what is being measured
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Count the time inside as `name`, without what is measured inside."""
-        outer, self._apart = self._apart, 0.0
-        start = time.perf_counter()
-        yield
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
-        seconds = time.perf_counter() - start
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds - self._apart
-        self._apart = outer + seconds

@@ -1,4 +1,8 @@
-"""The course's picture: average accuracy over the tasks seen against the epoch, line by line."""
+"""The pictures: average accuracy against the epoch, line by line, and the accuracy matrix.
+
+The figures are made without pyplot, so that no display is needed and no global state of matplotlib
+is touched.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clext.training.storage import as_path
+from clext.core.checks import as_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from clext.training.result import Result
+    from clext.training.metrics import Matrix
 
 _SIZE = (7.2, 4.3)
 _AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
 _LABEL_POINTS = 9.0
 _TEXT = "#222222"
 # A scenario of one's own may have a name longer than the picture is wide.
-TITLE_STYLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "wrap": True}
+_TITLE_STYLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "wrap": True}
 _MOST_TASK_NAMES = 12
-_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "digits"}
+# Of the matrix. Light to dark in even steps, also for the colour-blind and in grey.
+_COLOURS = "cividis"
+_MOST_NUMBERS = 10
+_MOST_TICKS = 10
 
 
 class _Style(NamedTuple):
@@ -66,46 +75,60 @@ _Line = tuple[str, Sequence[float], _Style]
 
 
 def plot_curves(
-    results: Mapping[str, Result], path: str | os.PathLike[str] | None = None
+    curves: Mapping[str, Sequence[float]],
+    tasks: int,
+    epochs: int,
+    title: str,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw one line for each result, labelled with its key; save the picture if `path` is given.
-
-    All results must have the same numbers of tasks and epochs. The figure is made without pyplot,
-    so that no display is needed and no global state of matplotlib is touched.
-    """
-    first = next(iter(results.values()))
-    tasks, epochs = int(first.config["tasks"]), int(first.config["epochs"])
+    """Draw a line for each curve, an entry per epoch, labelled with its key; save it at `path`."""
     figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    styles = _styles(results)
-    lines = [(label, result.curve, styles[label]) for label, result in results.items()]
-    lines = [line for line in lines if line[1]]
+    styles = _styles(curves)
+    lines = [(label, curve, styles[label]) for label, curve in curves.items() if curve]
     for rank, (_, curve, style) in enumerate(lines):
         # One marker a task, each line at another epoch of it, or they would cover each other.
         offset = int((rank + 0.5) / len(lines) * epochs)
         _draw_line(axes, curve, style, markers=(offset, epochs))
     _draw_frame(axes, tasks, epochs)
-    title = title_of(first) if len(results) > 1 else f"{next(iter(results))}: {title_of(first)}"
-    axes.set_title(title, pad=20, **TITLE_STYLE)
+    axes.set_title(title, pad=20, **_TITLE_STYLE)
     _label_ends(axes, lines, tasks, epochs)
-    save_figure(figure, path)
-    return figure
+    return _saved(figure, path)
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str] | None) -> None:
-    """Save it at `path`, if that is given, in a folder that is made if need be."""
+def plot_matrix(
+    accuracy: Matrix, title: str, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw what is known of each task after each task, counted from 1; save it at `path`.
+
+    Entries without an accuracy (tasks not seen yet) stay blank.
+    """
+    tasks = len(accuracy)
+    side = 2.6 + 0.42 * min(max(tasks, 3), _MOST_NUMBERS)
+    figure = Figure(figsize=(side + 0.4, side), dpi=200, layout="compressed")
+    axes = figure.add_subplot()
+    shown = np.ma.masked_invalid(accuracy)
+    image = axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=1, aspect="equal")
+    axes.set_title(title, **_TITLE_STYLE)
+    axes.set_xlabel("Accuracy on task")
+    axes.set_ylabel("After learning task")
+    _label_tasks(axes, tasks)
+    axes.spines[:].set_visible(False)
+    if tasks <= _MOST_NUMBERS:
+        _write_numbers(axes, accuracy)
+    bar = figure.colorbar(image, ax=axes, aspect=24)
+    bar.outline.set_visible(False)
+    bar.set_label("Accuracy")
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """The figure, which is saved at `path` if that is given; its folder is made if need be."""
     if path is not None:
         file = as_path(path, "plot: path")
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
-
-
-def title_of(result: Result) -> str:
-    """What was learned, such as "Split MNIST, class-incremental"."""
-    scenario = str(result.config.get("scenario", ""))
-    scenario = scenario[:1].upper() + scenario[1:]
-    data = _TITLES.get(result.data_name, result.data_name)
-    return f"{scenario} {data}{result.setting}"
+    return figure
 
 
 def _styles(labels: Iterable[str]) -> dict[str, _Style]:
@@ -246,3 +269,31 @@ def _top(group: Sequence[int], places: Sequence[float], gap: float) -> float:
 
 def _bottom(group: Sequence[int], places: Sequence[float], gap: float) -> float:
     return _centre(group, places) - len(group) / 2 * gap
+
+
+def _label_tasks(axes: Axes, tasks: int) -> None:
+    if tasks <= _MOST_TICKS:
+        places = list(range(tasks))
+    else:
+        counted = MaxNLocator(_MOST_TICKS, integer=True).tick_values(1, tasks)
+        places = [int(task) - 1 for task in counted if 1 <= task <= tasks]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(places, [str(place + 1) for place in places])
+        axis.set_tick_params(length=0)
+
+
+def _write_numbers(axes: Axes, accuracy: Matrix) -> None:
+    colours = colormaps[_COLOURS]
+    for (k, j), value in np.ndenumerate(accuracy):
+        if np.isfinite(value):
+            red, green, blue, _ = colours(float(value))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            axes.text(
+                j,
+                k,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if light else "white",
+            )

@@ -9,12 +9,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from clext.core.console import say
+
 _TASK_AND_EPOCH = "task {task}/{tasks} epoch {epoch}/{epochs}"
-
-
-def say(line: str) -> None:
-    """Write one line to stderr without tearing a progress bar that is being drawn there."""
-    tqdm.write(line, file=sys.stderr)
 
 
 def _has_terminal() -> bool:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from clext.training import metrics
 from clext.training.storage import read_json, writable_folder, write_json
-from clext.training.summary import summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +22,8 @@ PICTURE_NAME = "accuracy.png"
 MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
+_WIDEST_TABLE = 10
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 
 @dataclass(eq=False, repr=False)
@@ -181,16 +182,18 @@ class Result:
         """
         from clext.training.plots import plot_curves
 
-        return plot_curves({self.label: self}, path)
+        tasks, epochs = len(self.accuracy), self.config["epochs"]
+        title = f"{self.label}: {self.title}"
+        return plot_curves({self.label: self.curve}, tasks, epochs, title, path)
 
     def plot_matrix(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the accuracy on each task after each task as a heat map; save it at `path`.
 
         Up to ten tasks the accuracies are written into the cells.
         """
-        from clext.training.heat_map import plot_matrix
+        from clext.training.plots import plot_matrix
 
-        return plot_matrix(self, path)
+        return plot_matrix(self.accuracy, f"{self.label}\n{self.title}", path)
 
     @property
     def pictures(self) -> list[str]:
@@ -272,7 +275,55 @@ class Result:
         return str(self)
 
     def __str__(self) -> str:
-        return summary(self)
+        """A headline, the table and the metrics; it fits a terminal, also with many tasks."""
+        lines = [self._headline()]
+        if self.average_accuracy:
+            lines += ["", *self._table(), "", *self._footer()]
+        if self.stopped:
+            lines += [f"stopped early: {self.stopped}"]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        config, average = self.config, self.average_accuracy
+        what = f"{self.label} on {config.get('scenario', '')} {self.data_name}{self.setting}"
+        if config.get("precision", "fp32") != "fp32":
+            what += f" in {config['precision']}"
+        epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
+        done = f"after {len(average)} of {config['tasks']} tasks, {epochs}"
+        value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
+        return f"{what}: {value}"
+
+    def _table(self) -> list[str]:
+        tasks = len(self.average_accuracy)
+        columns = tasks if tasks <= _WIDEST_TABLE else 0
+        names = [f"task {j + 1}" for j in range(columns)]
+        rows = [f"{'accuracy on':<14}" + "".join(f"{name:>9}" for name in [*names, "average"])]
+        for k, average in enumerate(self.average_accuracy):
+            cells = [f"{a:9.4f}" if j <= k else " " * 9 for j, a in enumerate(self.accuracy[k])]
+            rows.append(f"{f'after task {k + 1}':<14}{''.join(cells[:columns])}{average:9.4f}")
+        return rows
+
+    def _footer(self) -> list[str]:
+        changes = [
+            f"{name} {value:{form}}"
+            for name, value, form in (
+                ("forgetting", self.forgetting, ".4f"),
+                ("backward transfer", self.backward_transfer, "+.4f"),
+                ("forward transfer", self.forward_transfer, "+.4f"),
+            )
+            if not math.isnan(value)
+        ]
+        levels = [f"learning accuracy {self.learning_accuracy:.4f}"]
+        if not math.isnan(self.worst_accuracy):
+            levels.append(
+                f"minimum accuracy {self.worst_accuracy:.4f} "
+                "(lowest since learned, mean of earlier tasks)"
+            )
+        time = f"{self.seconds:.1f} s"
+        if self.timings:
+            spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
+            time += f" ({spent})"
+        return [", ".join(parts) for parts in (changes, levels) if parts] + [time]
 
     @property
     def data_name(self) -> str:
@@ -284,6 +335,13 @@ class Result:
         """For titles: ", class-incremental", say; nothing for a domain-incremental run."""
         incremental = self.config.get("incremental", "domain")
         return "" if incremental == "domain" else f", {incremental}-incremental"
+
+    @property
+    def title(self) -> str:
+        """What was learned, such as "Split MNIST, class-incremental"."""
+        scenario = str(self.config.get("scenario", ""))
+        data = _TITLES.get(self.data_name, self.data_name)
+        return f"{scenario[:1].upper()}{scenario[1:]} {data}{self.setting}"
 
 
 def _accuracies(

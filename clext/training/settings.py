@@ -1,166 +1,139 @@
-"""The settings of a run, checked before any work begins, and what a result records of them."""
+"""The settings of a run: what `clext.train` and `clext.compare` take beside method and model."""
 
 from __future__ import annotations
 
+import inspect
 import os
-import platform
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import numpy as np
-import torch
+from clext.core.checks import as_path, choice, integer, number, unknown_name
+from clext.core.names import DATASETS, INCREMENTAL, PRECISIONS, SCENARIOS
 
-from clext._version import __version__
-from clext.core.checks import choice, integer, number
-from clext.data.datasets import check_dataset
-from clext.data.scenarios import Scenario, check_scenario
-from clext.training.storage import as_path
+if TYPE_CHECKING:
+    import torch
+
+    from clext.data.scenario import Scenario
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _OWNER = "train"
-_DEFAULT_TASKS = 5
-PRECISIONS = ("fp32", "bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `clext.train` and `clext.compare` take, apart from the method and the model.
+    """The settings, as `clext.train` explains them; ValueError names one that is wrong.
 
-    Raises ValueError with one sentence that names the argument.
+    Known and checked without torch, which the command line does not wait for.
     """
 
-    dataset: str
-    scenario: str | Scenario
-    incremental: str
-    tasks: int
-    epochs: int
-    batch_size: int
-    lr: float
-    precision: str
-    evaluate_every: int | None
-    seed: int
-    device: torch.device
-    data_dir: str | os.PathLike[str] | None
-    progress: bool
+    scenario: str | Scenario = "permuted"
+    incremental: str = "domain"
+    tasks: int = 5
+    epochs: int = 10
+    batch_size: int = 128
+    lr: float = 1e-4
+    precision: str = "fp32"
+    evaluate_every: int | None = None
+    seed: int = 0
+    dataset: str = "auto"
+    data_dir: str | os.PathLike[str] | None = None
+    device: str | torch.device | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise unknown_name("dataset", self.dataset, DATASETS)
+        if self.data_dir is not None:
+            as_path(self.data_dir, f"{_OWNER}: data_dir")
+        if isinstance(self.scenario, str):
+            if self.scenario not in SCENARIOS:
+                raise unknown_name("scenario", self.scenario, SCENARIOS)
+            choice(_OWNER, "incremental", self.incremental, INCREMENTAL)
+        choice(_OWNER, "precision", self.precision, PRECISIONS)
+        least = {"tasks": 1, "epochs": 1, "batch_size": 1, "seed": 0}
+        if self.evaluate_every is not None:
+            least["evaluate_every"] = 1
+        checked: dict[str, float] = {
+            name: integer(_OWNER, name, getattr(self, name), minimum=minimum)
+            for name, minimum in least.items()
+        }
+        checked["lr"] = number(_OWNER, "lr", self.lr, minimum=0.0, open_minimum=True)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)  # plain numbers, whatever kind was given
 
     @classmethod
-    def checked(
-        cls,
-        *,
-        dataset: str,
-        scenario: str | Scenario,
-        incremental: str | None,
-        tasks: int | None,
-        epochs: int,
-        batch_size: int,
-        lr: float,
-        precision: str,
-        evaluate_every: int | None,
-        seed: int,
-        device: str | torch.device | None,
-        data_dir: str | os.PathLike[str] | None,
-        progress: bool,
-    ) -> Settings:
-        """The settings with the device resolved; ValueError names the one that is wrong."""
-        if isinstance(scenario, Scenario):
-            _check_own(scenario, dataset, incremental, tasks, data_dir)
-            incremental, tasks = scenario.incremental, len(scenario.tasks)
-        else:
-            check_dataset(dataset)
-            if data_dir is not None:
-                as_path(data_dir, f"{_OWNER}: data_dir")
-            incremental = "domain" if incremental is None else incremental
-            check_scenario(scenario, incremental)
-            tasks = _DEFAULT_TASKS if tasks is None else tasks
-        if evaluate_every is not None:
-            evaluate_every = integer(_OWNER, "evaluate_every", evaluate_every, minimum=1)
-        return cls(
-            dataset=dataset,
-            scenario=scenario,
-            incremental=incremental,
-            tasks=integer(_OWNER, "tasks", tasks, minimum=1),
-            epochs=integer(_OWNER, "epochs", epochs, minimum=1),
-            batch_size=integer(_OWNER, "batch_size", batch_size, minimum=1),
-            lr=number(_OWNER, "lr", lr, minimum=0.0, open_minimum=True),
-            precision=choice(_OWNER, "precision", precision, PRECISIONS),
-            evaluate_every=evaluate_every,
-            seed=integer(_OWNER, "seed", seed, minimum=0),
-            device=resolve_device(device),
-            data_dir=data_dir,
-            progress=progress,
-        )
+    def taken_from(cls, options: dict[str, Any]) -> Self:
+        """The settings among `options`, which are taken out of these; None stands for a default."""
+        given = {name: options.pop(name) for name in NAMES if name in options}
+        given = {name: value for name, value in given.items() if value is not None}
+        if not isinstance(given.get("scenario", ""), str):
+            given |= _of_own_scenario(given)
+        return cls(**given)
+
+    @property
+    def own_scenario(self) -> Scenario | None:
+        """The scenario, if it was given with its data."""
+        return None if isinstance(self.scenario, str) else self.scenario
 
     def describe(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return {
-            "scenario": getattr(self.scenario, "name", self.scenario),
-            "incremental": self.incremental,
-            "tasks": self.tasks,
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "precision": self.precision,
-            "evaluate_every": self.evaluate_every,
-            "seed": self.seed,
-            "dataset": self.dataset,
-            "data_dir": None if self.data_dir is None else str(self.data_dir),
-        }
+        """The settings as JSON values; the device is described as the one found."""
+        values = {name: getattr(self, name) for name in NAMES}
+        del values["device"], values["progress"]
+        values["scenario"] = getattr(self.scenario, "name", self.scenario)
+        values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        return values
 
 
-def _check_own(
-    scenario: Scenario,
-    dataset: str,
-    incremental: str | None,
-    tasks: int | None,
-    data_dir: str | os.PathLike[str] | None,
-) -> None:
-    """ValueError for a setting that a scenario with tasks of its own has already."""
-    if dataset != "auto" or data_dir is not None:
+NAMES = tuple(field.name for field in fields(Settings))
+
+
+def _of_own_scenario(given: dict[str, Any]) -> dict[str, Any]:
+    """What a scenario with tasks of its own has already; ValueError for another choice of it."""
+    from clext.data.scenario import Scenario
+
+    scenario = given["scenario"]
+    if not isinstance(scenario, Scenario):
+        raise ValueError(
+            f"{_OWNER}: scenario is a {type(scenario).__name__}, expected a name "
+            f"({', '.join(SCENARIOS)}) or a clext.Scenario; "
+            "clext.Scenario.from_datasets([(train, test), ...]) makes one"
+        )
+    own = {"incremental": scenario.incremental, "tasks": len(scenario.tasks)}
+    if given.get("dataset", "auto") != "auto" or "data_dir" in given:
         raise ValueError(
             f"{_OWNER}: the given scenario {scenario.name!r} has its own data; leave out dataset "
             "and data_dir"
         )
-    if incremental not in (None, scenario.incremental):
-        raise ValueError(
-            f"{_OWNER}: incremental={incremental!r}, but the given scenario is "
-            f"{scenario.incremental}-incremental; leave it out"
-        )
-    if tasks not in (None, len(scenario.tasks)):
-        raise ValueError(
-            f"{_OWNER}: tasks={tasks!r}, but the given scenario has {len(scenario.tasks)}; leave "
-            "it out"
-        )
+    for name, value in own.items():
+        if given.get(name, value) != value:
+            raise ValueError(
+                f"{_OWNER}: {name}={given[name]!r}, but the given scenario has {value!r}; leave it "
+                "out"
+            )
+    return own
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The given device if this machine has it; for None CUDA if there is one, else the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved).tolist()  # "meta" is a device, but holds no numbers
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise ValueError(
-            f"{_OWNER}: device {str(device)!r} is not available here ({reason}); "
-            f"leave device out to use {resolve_device(None)}"
-        ) from error
-    return resolved
+def check_option_names(label: str, options: Iterable[str], of_method: Iterable[str]) -> None:
+    """ValueError for an option that neither `train` nor the method has."""
+    valid = [*dict.fromkeys(["strength", "model", "out", *NAMES, *of_method])]
+    for option in options:
+        # That of a part is the method's to check.
+        if "." not in option and option not in valid:
+            raise unknown_name(f"option, neither of train nor of {label}:", option, valid)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads and versions: what else decides time and the last bits of a result."""
-    return {
-        "device": str(device),
-        "device_name": (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        ),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "clext": __version__,
-            "torch": str(torch.__version__),
-            "cuda": torch.version.cuda,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "platform": f"{platform.system()} {platform.machine()}",
-        },
-    }
+def shows_settings(function: Function) -> Function:
+    """Lists the settings, which `function` takes as **options, in its signature."""
+    signature = inspect.signature(function)
+    *own, rest = signature.parameters.values()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    settings = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+    ]
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own, *settings, rest]
+    )
+    return function

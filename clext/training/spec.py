@@ -1,4 +1,4 @@
-"""Which method on which model: checked as asked for, built once the data is known."""
+"""A method specified: its name or instance, its options, and the model that it works on."""
 
 from __future__ import annotations
 
@@ -11,124 +11,76 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode
-from clext.methods import METHODS, Method, make_method, part_names
-from clext.methods.base import option_names
+from clext.core.names import METHOD_OPTIONS, part_names
+from clext.core.seeding import Seeds, generator
+from clext.methods import Method, make_method
+from clext.methods.parts.options import option_names
 from clext.training.models import mlp
+from clext.training.settings import check_option_names
 
 if TYPE_CHECKING:
-    from clext.data.scenarios import Scenario
-    from clext.methods.learning import Learning
+    from clext.data.scenario import Scenario
 
 
 @dataclass(frozen=True)
-class LearnerSpec:
-    """A method, by name(s) or as an instance, with its options, and the model it works on."""
+class MethodSpec:
+    """What is to be trained."""
 
     method: str | Sequence[str] | Method
     model: nn.Module | None = None
     strength: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, scenario: Scenario | None = None) -> None:
-        """ValueError if the method, its options or the model are wrong; nothing is built.
+    @property
+    def makes_model(self) -> bool:
+        """Whether the model is a perceptron of our own."""
+        return self.model is None and not isinstance(self.method, Method)
 
-        And with a scenario, if the method cannot learn all of its tasks.
+    def build(self, seeds: Seeds, scenario: Scenario | None = None) -> Method:
+        """The method on its model; ValueError if the method, an option or the model is wrong.
+
+        While there is no scenario yet, a model of our own is the course's, for MNIST; that is also
+        how options are checked before the data is loaded. It draws from no global random state.
         """
-        # The methods know their own options, so let one check them, on a stand-in for the model
-        # (nn.Linear would draw its weights from the global random state).
-        stand_in = nn.ParameterList([nn.Parameter(torch.zeros(1))])
-        model = self.method.model if isinstance(self.method, Method) else stand_in
         if self.model is not None:
             _check_model(self.model)
-            model = self.model if isinstance(self.method, Method) else model
-        made = make_method(self.method, model, strength=self.strength, **self.options)
-        if scenario is not None:
-            classes = [task.classes for task in scenario.tasks]
-            for part in made.parts:
-                part.check_classes(classes)
-
-    def build(self, scenario: Scenario, device: torch.device, seed: int) -> Method:
-        """The method on its model, on `device`. A model of our own takes the global random state.
-
-        Raises ValueError if a given model does not turn examples into enough logits.
-        """
         if isinstance(self.method, Method):
-            model = self.method.model
-        else:
-            model = _perceptron(scenario) if self.model is None else self.model
-        model.to(device)
-        _check_forward(model, scenario, device)
-        if isinstance(self.method, Method):
-            return self.method.to(device)
-        kinds = [METHODS[name] for name in part_names(self.method)]
-        seeded = any("seed" in option_names(kind) for kind in kinds)
-        own_seed = {"seed": seed} if seeded else {}
-        return make_method(
-            self.method, model, strength=self.strength, **{**own_seed, **self.options}
-        )
+            own = [name for part in self.method.parts for name in option_names(type(part))]
+            check_option_names(self.method.name, self.options, own)
+            model = self.method.model if self.model is None else self.model
+            return make_method(self.method, model, strength=self.strength, **self.options)
+        names = part_names(self.method)
+        known = [option for name in names for option in METHOD_OPTIONS[name]]
+        check_option_names("+".join(names), self.options, known)
+        model = perceptron(scenario, seeds.model) if self.model is None else self.model
+        options = {"seed": seeds.method} if "seed" in known else {}
+        return make_method(names, model, strength=self.strength, **{**options, **self.options})
+
+    def fits(self, method: Method, scenario: Scenario) -> bool:
+        """Whether a model of our own has the widths that the scenario needs."""
+        if not self.makes_model:
+            return True
+        widths = _widths(method.model)
+        return widths[:1] + widths[-1:] == [math.prod(scenario.input_shape), scenario.num_outputs]
 
 
-def describe_learner(method: Method) -> dict[str, Any]:
-    """What a result records about its method and model."""
-    model = method.model
-    options = {part.name: _options(part) for part in method.parts}
-    if len(options) > 1:
-        for part in method.parts:
-            options[part.name] |= {"strength": part.strength} if part.has_strength else {}
-    return {
-        "method": method.label,
-        "strength": next((p.strength for p in method.parts if p.has_strength), None),
-        "method_options": options[method.name] if len(options) == 1 else options,
-        "model": _describe_model(model),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-
-
-def _options(part: Learning) -> dict[str, Any]:
-    """What the method was made with, but for its strength and modules, as JSON values."""
-    values = {name: getattr(part, name) for name in option_names(type(part)) if name != "strength"}
-    return {
-        name: type(value).__name__ if isinstance(value, nn.Module) else value
-        for name, value in values.items()
-    }
-
-
-def _perceptron(scenario: Scenario) -> nn.Module:
-    """The course's perceptron for the scenario's examples."""
+def perceptron(scenario: Scenario | None, seed: int) -> nn.Sequential:
+    """The course's perceptron for the scenario's examples, or without one for MNIST's."""
+    if scenario is None:
+        return mlp(generator=generator(seed))
     shape = scenario.input_shape
-    model = mlp(math.prod(shape), scenario.num_outputs)
+    model = mlp(math.prod(shape), scenario.num_outputs, generator(seed))
     return model if len(shape) == 1 else nn.Sequential(nn.Flatten(), *model)
 
 
-def input_dtype(model: nn.Module) -> torch.dtype:
-    """The type of the model's first trainable parameter, which its inputs should have as well."""
-    return next(p.dtype for p in model.parameters() if p.requires_grad)
+def check_classes(method: Method, scenario: Scenario) -> None:
+    """ValueError if the method cannot learn all tasks of the scenario."""
+    classes = [task.classes for task in scenario.tasks]
+    for part in method.parts:
+        part.check_classes(classes)
 
 
-def _describe_model(model: nn.Module) -> str:
-    """The widths of a plain perceptron, else the name of the class."""
-    if type(model) is nn.Sequential and all(
-        isinstance(m, nn.Linear | nn.ReLU | nn.Flatten) for m in model
-    ):
-        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-        widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-        return f"MLP {'-'.join(str(width) for width in widths)}"
-    return type(model).__name__
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"train: model must be a torch.nn.Module, got {type(model).__name__}; "
-            "leave it out to train the course's perceptron"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "train: model has no trainable parameter; set requires_grad on what should learn"
-        )
-
-
-def _check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
+def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
     """Try the model on two examples: a shape error in the first step would name no argument."""
     stored, outputs = scenario.tasks[0].stored_train.inputs, scenario.num_outputs
     dtype = input_dtype(model) if stored.is_floating_point() else stored.dtype
@@ -148,3 +100,58 @@ def _check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"train: model must turn {expected}, got {got} for N = 2")
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The type of the model's first trainable parameter, which its inputs should have as well."""
+    return next(p.dtype for p in model.parameters() if p.requires_grad)
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """What a result records about its method and model, as JSON values."""
+    model = method.model
+    options = {part.name: _options(part) for part in method.parts}
+    if len(options) > 1:
+        for part in method.parts:
+            options[part.name] |= {"strength": part.strength} if part.has_strength else {}
+    return {
+        "method": method.name,
+        "strength": next((p.strength for p in method.parts if p.has_strength), None),
+        "method_options": options[method.name] if len(options) == 1 else options,
+        "model": _describe_model(model),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def _options(part: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What the method was made with, but for its strength; of modules the name of the class."""
+    values = {name: getattr(part, name) for name in option_names(type(part)) if name != "strength"}
+    return {
+        name: type(value).__name__ if isinstance(value, nn.Module) else value
+        for name, value in values.items()
+    }
+
+
+def _describe_model(model: nn.Module) -> str:
+    """The widths of a plain perceptron, else the name of the class."""
+    plain = type(model) is nn.Sequential and all(
+        isinstance(m, nn.Linear | nn.ReLU | nn.Flatten) for m in model
+    )
+    return f"MLP {'-'.join(map(str, _widths(model)))}" if plain else type(model).__name__
+
+
+def _widths(model: nn.Module) -> list[int]:
+    layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+    return [layers[0].in_features, *(layer.out_features for layer in layers)]
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"train: model must be a torch.nn.Module, got {type(model).__name__}; "
+            "leave it out to train the course's perceptron"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "train: model has no trainable parameter; set requires_grad on what should learn"
+        )

@@ -13,15 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from clext.core.checks import as_path
+
 FORMAT = 1
-
-
-def as_path(path: str | os.PathLike[str], argument: str) -> Path:
-    """`path` with ~ as the home folder; ValueError if it is no path."""
-    try:
-        return Path(path).expanduser()
-    except TypeError:
-        raise ValueError(f"{argument} must be a path, such as 'runs/ewc', got {path!r}") from None
 
 
 def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from toy_training import CLASSES, FEATURES, make_model
+from toy_training import CLASSES, FEATURES, make_model, make_task
 
 from clext import course
 from clext.training.models import mlp
@@ -110,13 +110,13 @@ def assert_same_run(got, expected, tolerance):
     assert [m.training for m in model.modules()] == [m.training for m in other_model.modules()]
 
 
-def test_three_tasks_as_in_the_notebook(name):
+def test_three_tasks_as_in_the_notebook(name, device):
     kind, literal, strength, options = CASES[name]
     loaders = make_loaders(FEATURES, CLASSES, torch.float64)
-    model, other = make_model(), make_model()
-    got = run(kind, model, loaders, strength, options)
+    model, other = make_model().to(device), make_model().to(device)
+    got = run(kind, model, loaders, strength, options, device=device)
     state, draws = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
-    expected = run(literal, other, loaders, strength, options)
+    expected = run(literal, other, loaders, strength, options, device=device)
     assert_same_run((got, model), (expected, other), FINE)
     assert torch.equal(state, torch.get_rng_state())
     assert np.array_equal(draws, np.random.get_state()[1])  # noqa: NPY002
@@ -124,6 +124,12 @@ def test_three_tasks_as_in_the_notebook(name):
         penalties = got[1]
         assert all(value == 0 for value in penalties[:14])
         assert max(map(abs, penalties[14:])) * strength > 1e-3, "too weak to test anything"
+    # A second sequence begins with the buffers of the first.
+    got, expected = (
+        run(k, m, loaders[:1], strength, options, device=device)
+        for k, m in ((kind, model), (literal, other))
+    )
+    assert_same_run((got, model), (expected, other), FINE)
 
 
 def test_the_courses_model_in_float32(name):
@@ -158,3 +164,97 @@ def test_either_class_goes_on_from_the_other(name):
         finals.append(dict(model.state_dict()))
     torch.testing.assert_close(finals[0], finals[1], **FINE)
     torch.testing.assert_close(finals[2], finals[1], **FINE)
+
+
+# ---------------------------------------------------------------- what the notebook lets one change
+
+
+def after_a_task(kind, options):
+    """A model after one task, and the object for the next."""
+    model = make_model()
+    loaders = make_loaders(FEATURES, CLASSES, torch.float64, tasks=1)
+    (guard,), _ = run(kind, model, loaders, 0.0, options, epochs=1)
+    return model, guard
+
+
+def assert_same_step(methods, models):
+    """Both say the same of parameters that have moved, and see the same step."""
+    penalties = []
+    for method, model in zip(methods, models, strict=True):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.5)
+        model.zero_grad()
+        penalties.append(method.penalty(model))
+        penalties[-1].backward()
+        model[0].bias.grad = None  # nothing is learnt from a step without a gradient
+        method.update(model)
+    torch.testing.assert_close(*penalties, **FINE)
+    assert penalties[0] != 0
+    assert_same_run((([methods[0]], 0), models[0]), (([methods[1]], 0), models[1]), FINE)
+
+
+def test_what_a_hand_writes_counts(name):
+    kind, literal, _, options = CASES[name]
+    models, methods = zip(*(after_a_task(k, options) for k in (kind, literal)), strict=True)
+    for attribute in state_of(methods[0]):
+        for method in methods:  # in place, another entry, a number
+            entries = getattr(method, attribute)
+            first, second, *_, last = entries
+            entries[first].fill_(1.5)
+            entries[last] = torch.full_like(entries[last], 0.25)
+            if attribute == "_precision_matrices":
+                entries[second] = 2.0
+        assert_same_step(methods, models)
+        for method in methods:
+            entries = getattr(method, attribute)
+            setattr(method, attribute, {k: 3.0 + 0 * e for k, e in entries.items()})
+        assert_same_step(methods, models)
+
+
+HOOKS = {
+    "baseline": ["_calculate_importance"],
+    "ewc": ["_calculate_importance", "calculate_importance"],
+    "mas": ["_calculate_importance", "calculate_importance"],
+    "si": ["_calculate_importance", "_init_"],
+    "rwalk": ["_calculate_importance_ewc", "_calculate_importance", "_init_"],
+    "scp": ["_calculate_importance", "calculate_importance"],
+}
+
+
+@pytest.mark.parametrize(("name", "hook"), [(name, hook) for name in HOOKS for hook in HOOKS[name]])
+def test_what_a_subclass_calculates_counts(name, hook):
+    kind, literal, strength, options = CASES[name]
+
+    def changing(parent):
+        def calculate(self):
+            found = getattr(parent, hook)(self)
+            importance = found if isinstance(found, dict) else found[0 if hook == "_init_" else 1]
+            for entry in importance.values():
+                entry.mul_(3).add_(0.01)
+            return found
+
+        return type(parent.__name__, (parent,), {hook: calculate})
+
+    models = make_model(), make_model()
+    loaders = make_loaders(FEATURES, CLASSES, torch.float64)
+    got, expected = (
+        run(changing(k), model, loaders, strength, options, epochs=1)
+        for k, model in zip((kind, literal), models, strict=True)
+    )
+    assert_same_run((got, models[0]), (expected, models[1]), FINE)
+    assert hook == "_init_" or got[1][1] != 0  # in the first task
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"), [("mas", 1), ("scp", 1), *((name, 3) for name in GUARDED)]
+)
+def test_batches_with_a_tasks_number_or_without_labels(name, entries):
+    kind, literal, _, options = CASES[name]
+    batches = [(x, y, torch.tensor(7))[:entries] for x, y in make_task(0)]
+    importances = []
+    for made in (kind, literal):
+        model, guard = after_a_task(made, options)
+        guard = made(model, dataloader=batches, device="cpu", **options)
+        importances.append(guard._precision_matrices)
+    torch.testing.assert_close(*importances, **FINE)

@@ -328,12 +328,12 @@ def test_state_that_a_forward_pass_makes_is_taken_back():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda _: [], "got an empty one"),
+        (lambda _: [], "got list of 0 entries; pass list"),
         (lambda m: dict(m.named_parameters()), "got dict; pass list"),
-        (lambda m: m.head.weight, "got Parameter"),
-        (lambda _: ["head"], "got one with str in it"),
-        (lambda _: None, "got NoneType"),
-        (lambda m: list(copy.deepcopy(m).parameters()), "none is a parameter of this Residual"),
+        (lambda m: m.head.weight, "got Parameter; pass list"),
+        (lambda m: [m.head.weight, "head"], "got list of 2 entries; pass list"),
+        (lambda _: None, "got NoneType; pass list"),
+        (lambda m: list(copy.deepcopy(m).parameters()), "parameters of this Residual, got list of"),
     ],
 )
 def test_params_that_are_no_parameters_are_described(make, message):

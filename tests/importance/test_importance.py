@@ -108,6 +108,37 @@ def test_estimates_do_not_depend_on_the_batches(fast_model, estimate):
     assert_close(whole, single)
 
 
+class Narrowed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)[:, 1:]
+
+
+@pytest.mark.parametrize("make", [Residual, Functional, SelfChecking])
+@pytest.mark.parametrize(
+    ("estimate", "options"),
+    [
+        (fisher_information, {}),
+        (fisher_information, {"kind": "exact"}),
+        (fisher_information, {"kind": "batch"}),
+        (output_sensitivity, {}),
+        (sliced_cramer_importance, {}),
+    ],
+)
+def test_outputs_may_come_by_another_way_than_the_models_own_call(make, estimate, options):
+    """As with heads, of which some are active: labels count from the first of them."""
+    model = make().double()
+    params = params_of(model)
+    batches = [(x, y % (CLASSES - 1)) for x, y in make_batches()]
+    got = estimate(model, params, batches, forward=lambda x: model(x)[:, 1:], **options)
+    expected = estimate(Narrowed(model), params, batches, **options)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_sampled_fisher_averages_to_the_exact_one(fast_model):
     params = params_of(fast_model)
     x, y = make_batches((4,))[0]

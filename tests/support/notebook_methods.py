@@ -34,9 +34,10 @@ class Notebook:
 
     def gradients_of_batches(self, objective):
         self.model.eval()
-        for x, y in self.dataloader or []:
+        for x, *labels in self.dataloader or []:
             self.model.zero_grad()
-            objective(self.model(x.to(self.device)), y.to(self.device)).backward()
+            output = self.model(x.to(self.device))
+            objective(output, *(y.to(self.device) for y in labels[:1])).backward()
             yield {name: p.grad for name, p in self.params.items()}
 
     def squared_distance(self, model, importance, anchor, rename=str):
@@ -52,7 +53,10 @@ class Notebook:
 class Baseline(Notebook):
     def __init__(self, model, dataloader, device):
         self.start(model, dataloader, device)
-        self._precision_matrices, self.p_old = self.zeros(), self.now()
+        self._precision_matrices, self.p_old = self._calculate_importance(), self.now()
+
+    def _calculate_importance(self):
+        return self.zeros()
 
     def penalty(self, model):
         return self.squared_distance(model, self._precision_matrices, self.p_old)
@@ -61,11 +65,18 @@ class Baseline(Notebook):
 class EWC(Baseline):
     def __init__(self, model, dataloader, device, prev_guards=()):
         self.start(model, dataloader, device)
-        self._precision_matrices = self.guard_sum(prev_guards)
+        self.previous_guards_list = prev_guards
+        self._precision_matrices, self.p_old = self._calculate_importance(), self.now()
+
+    def _calculate_importance(self):
+        return self.calculate_importance()  # so it is named in the notebook's MAS and SCP
+
+    def calculate_importance(self):
+        importance = self.guard_sum(self.previous_guards_list)
         for grads in self.gradients_of_batches(self.objective):
             for name, grad in grads.items():
-                self._precision_matrices[name] += self.size(grad) / len(dataloader)
-        self.p_old = self.now()
+                importance[name] += self.size(grad) / len(self.dataloader)
+        return importance
 
     def objective(self, output, label):
         return F.nll_loss(F.log_softmax(output, dim=1), label)
@@ -75,7 +86,7 @@ class EWC(Baseline):
 
 
 class MAS(EWC):
-    def objective(self, output, label):  # noqa: ARG002
+    def objective(self, output, label=None):  # noqa: ARG002
         return torch.stack([(row**2).sum() for row in output]).mean()
 
     def size(self, grad):
@@ -88,7 +99,10 @@ class SCP(EWC):
         super().__init__(model, dataloader, device, prev_guards)
         self._state_parameters = self.p_old
 
-    def objective(self, output, label):  # noqa: ARG002
+    def penalty(self, model):
+        return self.squared_distance(model, self._precision_matrices, self._state_parameters)
+
+    def objective(self, output, label=None):  # noqa: ARG002
         columns = np.random.randn(output.shape[1], self.L)  # noqa: NPY002
         columns = columns / np.linalg.norm(columns, axis=0)
         directions = torch.from_numpy(columns.T).to(self.device, output.dtype)
@@ -102,19 +116,23 @@ class SI(Notebook):
     def __init__(self, model, dataloader, epsilon, device):
         self.start(model, dataloader, device)
         self.epsilon = epsilon
-        self.end_task()
+        self._n_p_prev, self._n_omega = self._calculate_importance()
+        self.W, self.p_old = self._init_()
 
-    def end_task(self):
-        self._n_p_prev, self._n_omega = self.now(underscored), self.zeros(underscored)
-        for name, p in self._n_p_prev.items():
+    def _init_(self):
+        return self.zeros(underscored), self.now(underscored)
+
+    def _calculate_importance(self):
+        anchor, omega = self.now(underscored), self.zeros(underscored)
+        for name, p in anchor.items():
             if self.dataloader is not None:
                 change = p - getattr(self.model, name + "_SI_prev_task")
                 gain = getattr(self.model, name + "_W") / self.denominator(name, change)
-                old = getattr(self.model, name + "_SI_omega", self._n_omega[name])
-                self._n_omega[name] = self.merge(old, gain)
-                self.model.register_buffer(name + "_SI_omega", self._n_omega[name])
+                old = getattr(self.model, name + "_SI_omega", omega[name])
+                omega[name] = self.merge(old, gain)
+                self.model.register_buffer(name + "_SI_omega", omega[name])
             self.model.register_buffer(name + "_SI_prev_task", p)
-        self.W, self.p_old = self.zeros(underscored), self.now(underscored)
+        return anchor, omega
 
     def denominator(self, name, change):  # noqa: ARG002
         return change**2 + self.epsilon
@@ -137,15 +155,19 @@ class SI(Notebook):
 class RWalk(SI):
     def __init__(self, model, dataloader, epsilon, device, prev_guards=()):
         self.start(model, dataloader, device)
-        self.epsilon = epsilon
-        fisher = self.guard_sum(prev_guards, underscored)
-        if dataloader is not None:
+        self.epsilon, self.previous_guards_list = epsilon, prev_guards
+        self._precision_matrices = self._calculate_importance_ewc()
+        self._n_p_prev, self._n_omega = self._calculate_importance()
+        self.W, self.p_old = self._init_()
+
+    def _calculate_importance_ewc(self):
+        fisher = self.guard_sum(self.previous_guards_list, underscored)
+        if self.dataloader is not None:
             fisher = {name: 0.6 * entry for name, entry in fisher.items()}
         for grads in self.gradients_of_batches(F.cross_entropy):
             for name, grad in grads.items():
-                fisher[underscored(name)] += 0.4 * grad**2 / len(dataloader)
-        self._precision_matrices = fisher
-        self.end_task()
+                fisher[underscored(name)] += 0.4 * grad**2 / len(self.dataloader)
+        return fisher
 
     def denominator(self, name, change):
         return 0.5 * self._precision_matrices[name] * change**2 + self.epsilon

@@ -1,0 +1,139 @@
+"""Steps as replays of one that was recorded as a CUDA graph.
+
+A small model's step is dozens of kernels that take less time than launching them, so one step, from
+the gathering of the batch to the optimizer, is recorded and replayed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from clext.methods import Method
+from clext.methods.base import Examples
+from clext.optim import Adam
+from clext.training.steps import Function, TaskSteps
+
+# Before a capture everything must have run once: lazily made handles, workspaces and optimizer
+# state cannot be made inside. Three is what torch's own documentation recommends.
+WARM_UP_STEPS = 3
+
+
+class GraphedSteps(TaskSteps):
+    """Whole batches as replays of one recorded step, the rest launched by the host.
+
+    The recorded step finds its batch by a position that it advances itself, so a replay needs
+    nothing from the host. `capture` turns a function into one that replays the work it launched; a
+    model that cannot be captured (one that reads its own results, say) is trained without, with a
+    warning.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: Adam,
+        examples: Examples,
+        batch_size: int,
+        precision: str,
+        *,
+        capture: Callable[[Function], Function] | None = None,
+    ) -> None:
+        super().__init__(method, optimizer, examples, batch_size, precision)
+        self._capture = capture or partial(capture_graph, device=self.device)
+        self._replay: Function | None = None
+        # What the recorded step reads and writes lies here, in memory that stays.
+        whole = len(examples[0]) // batch_size
+        self._batches = torch.empty(whole, batch_size, dtype=torch.int64, device=self.device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._losses = self.empty_losses(len(examples[0]))
+        self._warm = 0  # steps taken before the capture
+
+    def run_epoch(self, order: Tensor, step_done: Function) -> Tensor:
+        """As in TaskSteps. The losses are overwritten by the next epoch."""
+        whole = len(self._batches)
+        self._batches.copy_(order[: whole * self.batch_size].view_as(self._batches))
+        batches = order.split(self.batch_size)
+        first = self._warm_up(batches[:whole], step_done)
+        self._position.fill_(first)
+        for _ in range(first, whole):
+            self._recorded()()
+            self.optimizer.after_replay()
+            step_done()
+        for step in range(whole, len(batches)):
+            self._losses[step] = self.take(batches[step])
+            step_done()
+        return self._losses
+
+    def _warm_up(self, batches: tuple[Tensor, ...], step_done: Function) -> int:
+        """The first steps of the task, launched one by one; returns how many were taken."""
+        count = min(len(batches), WARM_UP_STEPS - self._warm)
+        with side_stream(self.device):
+            for step in range(count):
+                self._losses[step] = self.take(batches[step])
+                step_done()
+        self._warm += count
+        return count
+
+    def _recorded(self) -> Function:
+        """What replays the step; it is recorded when first asked for."""
+        if self._replay is None:
+            try:
+                self._replay = self._capture(self._step_at_position)
+            except RuntimeError as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                warnings.warn(
+                    f"clext: a step of this model cannot be recorded as a CUDA graph ({reason}); "
+                    "its kernels are launched one by one, which is slower",
+                    stacklevel=2,
+                )
+                self.optimizer.zero_grad()  # what it got to before it failed
+                self._replay = self._step_at_position
+        return self._replay
+
+    def _step_at_position(self) -> None:
+        """The step that is recorded: everything that changes from step to step is on the device."""
+        rows = self._batches.index_select(0, self._position).view(-1)
+        loss = self.backward(rows)
+        self.optimizer.launch()
+        self.optimizer.zero_grad()
+        value = (loss + self.optimizer.penalty).to(self._losses.dtype)
+        self._losses.index_copy_(0, self._position, value.view(1))
+        self._position += 1
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Work inside goes to a stream of its own on CUDA, as a warm-up before a capture has to."""
+    if device.type != "cuda":
+        yield
+        return
+    outer, own = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    own.wait_stream(outer)
+    with torch.cuda.stream(own):
+        yield
+    outer.wait_stream(own)
+
+
+def capture_graph(function: Function, device: torch.device) -> Function:
+    """Record the work that `function` launches on a CUDA device; returns what launches it again."""
+    graph = torch.cuda.CUDAGraph()
+    # A stream of this device: torch's own for captures is of the one that was first captured on.
+    # Only this thread's calls count: another one (a data loader's, say) may allocate meanwhile.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+def make_steps(
+    method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
+) -> TaskSteps:
+    """Graphed steps where CUDA and the method allow it."""
+    capturable = method.fused is not None and method.capturable
+    kind = GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
+    return kind(method, optimizer, examples, batch_size, precision)
