@@ -72,7 +72,9 @@ _before: dict[torch.device, list[list[Tensor]]] = {}
 @contextmanager
 def _isolated_generator(seed: int, device: torch.device) -> Iterator[None]:
     random = torch.random if device.type == "cpu" else torch.get_device_module(device.type)
-    manual_seed = torch.default_generator.manual_seed if device.type == "cpu" else random.manual_seed
+    manual_seed = (
+        torch.default_generator.manual_seed if device.type == "cpu" else random.manual_seed
+    )
     with _lock:
         states = _before.setdefault(device, [])
         own = [random.get_rng_state()]

@@ -56,7 +56,7 @@ def _describe(kind: type[Method]) -> str:
             "Options (--option NAME=VALUE; the default, or all values, the default first):",
             *(options or ["  none"]),
             "",
-            f"In its state after a task of {_EXAMPLES:,} examples like MNIST's, on the course's model:",
+            f"State of the course's model after a task of {_EXAMPLES:,} images like MNIST's:",
             *(memory or ["  nothing"]),
         ]
     )

@@ -103,7 +103,7 @@ def train(
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
         out: folder for `result.json` (also written after each task) and the picture.
         progress: show a progress bar, or a line per epoch where stderr is no terminal.
-        **method_options: options of the method, such as `xi` of "si"; in a combination
+        **options: options of the method, such as `xi` of "si"; in a combination
             `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
     Returns:
@@ -164,7 +164,9 @@ def run(
         result = Result.empty(settings.tasks, config)
         try:
             with module_mode(method.model, training=True):
-                learn(method, scenario.to(device, input_dtype(method.model)), settings, result, save)
+                learn(
+                    method, scenario.to(device, input_dtype(method.model)), settings, result, save
+                )
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)

@@ -31,7 +31,7 @@ def mlp(
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
     """An `nn.Linear` with the weights that its constructor draws, from a generator of one's own."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(inputs)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

@@ -9,8 +9,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
 import clext
+from clext import Scenario
+from clext.core.names import INCREMENTAL, SCENARIOS
 from clext.data.datasets import Dataset, Split
-from clext.data.scenarios import INCREMENTAL, SCENARIOS, Scenario, make_scenario
+from clext.data.scenarios import make_scenario
 
 
 def dataset(features: int = 9) -> Dataset:

@@ -24,7 +24,7 @@ import clext
 from clext import EWC, ICaRL
 from clext.methods.parts.checksum import checksums
 from clext.methods.parts.exemplars import herd
-from clext.training.steps import GraphedSteps
+from clext.training.graphs import GraphedSteps
 
 both_norms = pytest.mark.parametrize("norm", [True, False])
 
