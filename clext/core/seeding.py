@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,18 @@ def restored(seed: int, state: object) -> torch.Generator:
     if isinstance(state, Mapping):
         state = state["state"] if state.get("device") == "cpu" else None
     return random if state is None else random.set_state(torch.as_tensor(state).cpu())
+
+
+def linear(inputs: int, outputs: int, random: torch.Generator | None = None) -> nn.Linear:
+    """An `nn.Linear` whose weights `random` draws; those that its constructor draws with that seed.
+
+    By default they are drawn from torch's global generator, as there.
+    """
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
+    bound = 1 / math.sqrt(inputs)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=random)
+    return layer
 
 
 @contextmanager

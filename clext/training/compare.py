@@ -21,7 +21,7 @@ from clext.training.loop import NonFiniteLossError, load_scenario, run
 from clext.training.machine import resolve_device
 from clext.training.result import PICTURE_NAME, Result
 from clext.training.settings import NAMES, Settings, shows_settings
-from clext.training.spec import MethodSpec, check_classes
+from clext.training.spec import MethodSpec
 from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def compare(
     with claimed_folder(out, "compare: out") as folder:
         scenario = load_scenario(taken)
         for spec in specs.values():
-            check_classes(spec.build(seeds, scenario), scenario)
+            spec.build(seeds, scenario).check_classes([task.classes for task in scenario.tasks])
     comparison = Comparison({})
     for label, spec in specs.items():
 

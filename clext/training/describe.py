@@ -65,7 +65,7 @@ def _describe(kind: type[Method]) -> str:
 def bytes_after_a_task(kind: type[Method]) -> dict[str, int]:
     """What a method has in its state dict after a task -> bytes."""
     random = generator(0)
-    method = kind(mlp(generator=random))
+    method = kind(mlp(random=random))
     examples = torch.rand(_EXAMPLES, 784, generator=random), torch.arange(_EXAMPLES) % 10
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step was taken
