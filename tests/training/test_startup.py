@@ -12,10 +12,10 @@ import pytest
 import clext
 from clext import cli
 from clext.core import names
-from clext.methods.base import option_names
+from clext.methods.parts.options import option_names
 from clext.training import settings
 
-HEAVY = ("torch", "torch._dynamo", "scipy", "sklearn", "matplotlib", "torchvision")
+HEAVY = ("torch", "torch._dynamo", "scipy", "sklearn", "matplotlib", "matplotlib.pyplot")
 
 
 def modules_after(code: str) -> list[str]:
@@ -51,6 +51,11 @@ for wrong in (
 
 def test_a_method_costs_torch_and_no_more():
     assert modules_after("import clext; clext.SI; clext.GEM") == ["torch"]
+
+
+def test_pictures_touch_no_global_state_of_matplotlib():
+    code = "from clext.training.plots import plot_curves; plot_curves({'ewc': [0.5]}, 1, 1, '')"
+    assert modules_after(code) == ["matplotlib"]
 
 
 def test_a_missing_compiled_module_is_one_sentence_at_first_use():
