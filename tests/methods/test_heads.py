@@ -14,7 +14,7 @@ from torch import nn
 import clext
 from clext.data.scenarios import make_scenario
 from clext.methods.parts.heads import Outputs
-from clext.training.evaluate import Examiner
+from clext.training.evaluate import Evaluator
 from clext.training.loop import begin_task
 
 
@@ -123,7 +123,7 @@ class TestMethods:
         scenario = make_scenario("split", data, 5, 0, incremental)
         for k in range(3):
             begin_task(method, scenario, k)
-        accuracies = Examiner(method, scenario).accuracies(2)
+        accuracies = Evaluator(method, scenario).accuracies(2)
         method.outputs.select(None)
         for k, accuracy in enumerate(accuracies):
             test = scenario.tasks[k].test()
