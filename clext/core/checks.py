@@ -117,7 +117,7 @@ def refuse(owner: str, group: dict[str, Any], *options: str) -> None:
         if flag(owner, option, group[option]):
             raise ValueError(
                 f"{owner}: {option}=True is not supported by the fused step; use "
-                f"torch.optim.{owner} with the method's add_penalty_grad_() and update()"
+                f"torch.optim.{owner} with method.attach(optimizer)"
             )
 
 
