@@ -7,7 +7,6 @@ from clext.ops.kernels import (
     accumulate_path_integral_,
     accumulate_riemannian_walk_score_,
     accumulate_square_,
-    adam_step_,
     add_quadratic_penalty_grad_,
     consolidate_all_anchors_,
     consolidate_importance_,
@@ -19,7 +18,6 @@ from clext.ops.kernels import (
     quadratic_penalty,
     quadratic_penalty_backward,
     riemannian_walk_step_,
-    sgd_step_,
     sliced_importance_,
 )
 
@@ -28,7 +26,6 @@ __all__ = [
     "accumulate_path_integral_",
     "accumulate_riemannian_walk_score_",
     "accumulate_square_",
-    "adam_step_",
     "add_quadratic_penalty_grad_",
     "consolidate_all_anchors_",
     "consolidate_importance_",
@@ -41,6 +38,5 @@ __all__ = [
     "quadratic_penalty_backward",
     "reference",
     "riemannian_walk_step_",
-    "sgd_step_",
     "sliced_importance_",
 ]

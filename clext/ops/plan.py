@@ -1,76 +1,49 @@
-"""ParameterPlan in plain torch, for devices without kernels: same interface, meaning and errors."""
+"""Plans: the parameters of a model and the state that goes with them, for the ops of every step."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from clext.core.lists import Argument, TensorList, check_lists
-from clext.core.lists import state as state_list
+from clext.ops import reference
 from clext.ops._extension import C, build_info
-from clext.ops.reference.importance import consolidate_all_anchors_, consolidate_importance_
-from clext.ops.reference.optim import adam_step_, sgd_step_, step_counts
-from clext.ops.reference.path import (
-    accumulate_path_integral_,
-    accumulate_riemannian_walk_score_,
-    consolidate_path_integral_,
-    consolidate_riemannian_walk_,
-    riemannian_walk_step_,
-)
-from clext.ops.reference.penalty import add_quadratic_penalty_grad_, quadratic_penalty
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-
-# As the ops of optimizer steps order these lists.
-_PROTECTION = ("path", "fisher", "anchor", "importance")
-# What a pull keeps of the step: the parameters and the task's gradient.
-_KEPT = ("step_start", "task_gradient")
+    from clext.core.lists import TensorList
 
 
 class ReferencePlan:
-    """Parameters and a method's state, checked once; gradients are read at each call.
+    """The interface of the compiled ParameterPlan, in plain torch for devices without kernels.
 
-    `state`: lists as long as `params`, each entry laid out like its parameter and in the state
-    dtype; keys among "anchor", "importance", "path", "task_gradient", "step_start", "fisher",
-    "task_score", "score", "interval_start", "momentum_buffer", "exp_avg", "exp_avg_sq".
-    `steps`: one 0-dim state tensor per parameter for the steps of an optimizer, or none.
+    `names`: one per parameter. `state`: lists as long as `params`, each entry laid out like its
+    parameter and in the state dtype, by the keys that the methods below take. `steps`: one 0-dim
+    state tensor per parameter for the steps of an optimizer, or none.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
+        names: Sequence[str],  # noqa: ARG002  (for the messages of the compiled plan)
         params: TensorList,
         state: Mapping[str, TensorList],
         steps: TensorList = (),
     ) -> None:
-        if len(params) == 0:
-            raise ValueError("ParameterPlan: params is empty, expected at least one tensor")
-        if len(names) != len(params):
-            raise ValueError(
-                f"ParameterPlan: names has {len(names)} entries, expected {len(params)} "
-                "(as many as params)"
-            )
-        self._names = list(names)
-        self._params = list(params)
-        self._state = {key: list(tensors) for key, tensors in state.items()}
-        lists = [state_list(key, entries, written=True) for key, entries in self._state.items()]
-        layout = Argument("params", self._params)
-        if len(steps) > 0:
-            lists.append(step_counts(steps))
-        check_lists("ParameterPlan", layout, *lists, parameter_names=self._names)
-        self._guard = tuple(key for key in _PROTECTION if key in self._state)
-        self._steps = list(steps)
-        self._kept: list[int] | None = None  # the parameters that the last pull was added to
+        self._lists = {"params": list(params), "steps": list(steps)}
+        self._lists |= {key: list(tensors) for key, tensors in state.items()}
+        self._pulled: list[int] | None = None  # the parameters that the last pull was added to
+
+    def _of(self, keys: str, chosen: Sequence[int] | None = None) -> list[list[Tensor]]:
+        """The lists of these keys: the entries of `chosen` parameters, or all of them."""
+        lists = [self._lists[key] for key in keys.split()]
+        return lists if chosen is None else [[entries[i] for i in chosen] for entries in lists]
 
     def quadratic_penalty(self) -> Tensor:
         """The penalty's value without strength, without autograd (0-dim)."""
-        anchors, importances = self._lists("quadratic_penalty", "anchor", "importance")
         with torch.no_grad():
-            return quadratic_penalty(self._params, anchors, importances)
+            return reference.quadratic_penalty(*self._of("params anchor importance"))
 
     def add_quadratic_penalty_grad_(self, strength: float) -> Tensor:
         """Add the gradient of strength * penalty to every `.grad`; returns the value (0-dim).
@@ -79,210 +52,95 @@ class ReferencePlan:
         lists "task_gradient" and "step_start" keeps there the gradients before the pull and the
         parameters.
         """
-        op = "add_quadratic_penalty_grad_"
-        params, grads, (anchors, importances) = self._active(
-            op, "anchor", "importance", written=True
-        )
-        before = [grad.clone() for grad in grads]
-        value = add_quadratic_penalty_grad_(grads, params, anchors, importances, strength)
-        if "task_gradient" in self._state:
-            self._kept = [i for i, p in enumerate(self._params) if any(p is q for q in params)]
-            _, (starts, task_grads) = self._kept_lists(op, *_KEPT)
-            for theta, grad, start, task_grad in zip(
-                params, before, starts, task_grads, strict=True
-            ):
+        everything = enumerate(self._lists["params"])
+        pulled = [i for i, p in everything if p.grad is not None or p.requires_grad]
+        params, anchors, importances = self._of("params anchor importance", pulled)
+        grads = [torch.zeros_like(p.detach()) if p.grad is None else p.grad for p in params]
+        if "task_gradient" in self._lists:
+            kept, starts = self._of("task_gradient step_start", pulled)
+            for grad, theta, task_grad, start in zip(grads, params, kept, starts, strict=True):
+                task_grad.copy_(grad.detach())
                 start.copy_(theta.detach())
-                task_grad.copy_(grad)
-        for parameter, grad in zip(params, grads, strict=True):
-            parameter.grad = grad
+        value = reference.add_quadratic_penalty_grad_(grads, params, anchors, importances, strength)
+        for theta, grad in zip(params, grads, strict=True):
+            theta.grad = grad
+        self._pulled = pulled
         return value
 
     def accumulate_path_integral_(self) -> None:
         """One step of SI, of the parameters that the last pull was added to."""
-        params, (path, starts, task_grads) = self._kept_lists(
-            "accumulate_path_integral_", "path", *_KEPT
-        )
-        accumulate_path_integral_(path, params, starts, task_grads)
+        self._after_pull(reference.accumulate_path_integral_, "path params")
 
     def riemannian_walk_step_(self, decay: float) -> None:
         """One step of RWalk, of the parameters that the last pull was added to."""
-        params, (path, fisher, starts, task_grads) = self._kept_lists(
-            "riemannian_walk_step_", "path", "fisher", *_KEPT
-        )
-        riemannian_walk_step_(path, fisher, params, starts, task_grads, decay)
+        self._after_pull(reference.riemannian_walk_step_, "path fisher params", decay)
+
+    def _after_pull(self, op: Callable[..., None], keys: str, *numbers: float) -> None:
+        if self._pulled is None:
+            raise RuntimeError(
+                f"ParameterPlan.{op.__name__}: nothing has been kept of this step, expected "
+                "add_quadratic_penalty_grad_ first"
+            )
+        op(*self._of(f"{keys} step_start task_gradient", self._pulled), *numbers)
 
     def accumulate_riemannian_walk_score_(self, eps: float) -> None:
         """Close an interval of RWalk."""
-        keys = ("task_score", "path", "interval_start", "fisher")
-        score, path, start, fisher = self._lists("accumulate_riemannian_walk_score_", *keys)
-        accumulate_riemannian_walk_score_(score, path, start, fisher, self._params, eps)
+        score, path, starts, fisher, params = self._of(
+            "task_score path interval_start fisher params"
+        )
+        reference.accumulate_riemannian_walk_score_(score, path, starts, fisher, params, eps)
 
     def consolidate_importance_(self, estimate: TensorList, gamma: float) -> None:
         """Set importance to gamma * importance + estimate, anchor to the parameter."""
-        importances, anchors = self._lists("consolidate_importance_", "importance", "anchor")
-        consolidate_importance_(importances, anchors, estimate, self._params, gamma)
+        importances, anchors, params = self._of("importance anchor params")
+        reference.consolidate_importance_(importances, anchors, estimate, params, gamma)
 
     def consolidate_all_anchors_(self, estimate: TensorList, gamma: float) -> Tensor:
         """Merge the estimate around the parameters into the old quadratic; returns the constant."""
-        importances, anchors = self._lists("consolidate_all_anchors_", "importance", "anchor")
-        return consolidate_all_anchors_(importances, anchors, estimate, self._params, gamma)
+        importances, anchors, params = self._of("importance anchor params")
+        return reference.consolidate_all_anchors_(importances, anchors, estimate, params, gamma)
 
     def consolidate_path_integral_(self, xi: float, clamp_total: bool = False) -> None:
         """End of a task for SI."""
-        keys = ("importance", "anchor", "path")
-        importances, anchors, path = self._lists("consolidate_path_integral_", *keys)
-        consolidate_path_integral_(
-            importances, anchors, path, self._params, xi, clamp_total=clamp_total
+        importances, anchors, path, params = self._of("importance anchor path params")
+        reference.consolidate_path_integral_(
+            importances, anchors, path, params, xi, clamp_total=clamp_total
         )
 
     def consolidate_riemannian_walk_(self, mix: float) -> None:
         """End of a task for RWalk."""
-        keys = ("importance", "anchor", "score", "task_score", "fisher")
-        importances, anchors, score, task_score, fisher = self._lists(
-            "consolidate_riemannian_walk_", *keys
+        importances, anchors, score, task_score, fisher, params = self._of(
+            "importance anchor score task_score fisher params"
         )
-        consolidate_riemannian_walk_(
-            importances, anchors, score, task_score, fisher, self._params, mix
+        reference.consolidate_riemannian_walk_(
+            importances, anchors, score, task_score, fisher, params, mix
         )
 
-    def sgd_step_(
-        self,
-        lr: float | Tensor,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-        strength: float,
-        decay: float,
-        proximal: bool,
-        clear_grad: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        clip: Tensor | None,
-    ) -> Tensor | None:
+    def sgd_step_(self, **options: Any) -> Tensor | None:  # noqa: ANN401
         """One step of SGD; the penalty's value before it, or None where nothing is protected.
 
-        Parameters without gradient are left out. The keys of the state tell how to protect.
+        Parameters without gradient are left out. The keys of the state tell how to protect; the
+        options are those of `clext.ops.reference.sgd_step_`.
         """
-        keys = ("momentum_buffer", "step") if momentum else ()
-        params, grads, lists = self._active("sgd_step_", *keys, *self._guard, cleared=clear_grad)
-        value = sgd_step_(
-            params,
-            grads,
-            *(lists[:2] if momentum else ([], [])),
-            *self._guard_lists(lists[len(keys) :]),
-            lr=_as_tensor(lr),
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            strength=strength,
-            decay=decay,
-            proximal=proximal,
-            clear_grad=clear_grad,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip=clip,
-        )
-        return value if self._guard else None
+        own = ("momentum_buffer", "steps") if options["momentum"] else ("", "")
+        return self._step(reference.sgd_step_, own, options)
 
-    def adam_step_(
-        self,
-        lr: float | Tensor,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        decoupled: bool,
-        maximize: bool,
-        strength: float,
-        decay: float,
-        proximal: bool,
-        clear_grad: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        clip: Tensor | None,
-    ) -> Tensor | None:
+    def adam_step_(self, **options: Any) -> Tensor | None:  # noqa: ANN401
         """One step of Adam, or of AdamW if `decoupled`; otherwise as `sgd_step_`."""
-        keys = ("exp_avg", "exp_avg_sq", "step")
-        params, grads, lists = self._active("adam_step_", *keys, *self._guard, cleared=clear_grad)
-        value = adam_step_(
-            params,
-            grads,
-            *lists[:3],
-            *self._guard_lists(lists[3:]),
-            lr=_as_tensor(lr),
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled=decoupled,
-            maximize=maximize,
-            strength=strength,
-            decay=decay,
-            proximal=proximal,
-            clear_grad=clear_grad,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            clip=clip,
-        )
-        return value if self._guard else None
+        return self._step(reference.adam_step_, ("exp_avg", "exp_avg_sq", "steps"), options)
 
-    def _guard_lists(self, lists: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-        """The four lists of a step's protection, empty where there is none."""
-        given = dict(zip(self._guard, lists, strict=True))
-        return [given.get(key, []) for key in _PROTECTION]
-
-    def _lists(self, op: str, *keys: str) -> list[list[Tensor]]:
-        for key in keys:
-            if key == "step" and not self._steps:
-                raise ValueError(
-                    f"ParameterPlan.{op}: there are no steps; pass them to the constructor"
-                )
-            if key != "step" and key not in self._state:
-                raise ValueError(
-                    f"ParameterPlan.{op}: state has no list '{key}'; pass it to the constructor"
-                )
-        return [self._steps if key == "step" else self._state[key] for key in keys]
-
-    def _kept_lists(self, op: str, *keys: str) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The parameters that the last pull was added to, and their entries of the state."""
-        if self._kept is None:
-            raise RuntimeError(
-                f"ParameterPlan.{op}: nothing has been kept of this step, expected "
-                "add_quadratic_penalty_grad_ first"
-            )
-        lists = [[entries[i] for i in self._kept] for entries in self._lists(op, *keys)]
-        return [self._params[i] for i in self._kept], lists
-
-    def _active(
-        self, op: str, *keys: str, written: bool = False, cleared: bool = False
-    ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-        """Parameters that have a gradient, those gradients, and their entries of the state.
-
-        If gradients are to be `written`, trainable parameters without one take part with zeros.
-        """
-        lists = self._lists(op, *keys)
-        params, grads, chosen = [], [], []
-        for index, parameter in enumerate(self._params):
-            grad = parameter.grad
-            if grad is None and written and parameter.requires_grad:
-                grad = torch.zeros_like(parameter)
-            if grad is not None:
-                params.append(parameter)
-                grads.append(grad)
-                chosen.append(index)
-        # The op checks again, but only the plan knows the parameters' names.
-        names = [self._names[index] for index in chosen]
-        gradients = Argument("grads", grads, written=written or cleared)
-        check_lists(op, Argument("params", params), gradients, parameter_names=names)
-        return params, grads, [[entries[index] for index in chosen] for entries in lists]
-
-
-def _as_tensor(value: float | Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    def _step(
+        self, op: Callable[..., Tensor], own: tuple[str, ...], options: dict[str, Any]
+    ) -> Tensor | None:
+        active = [i for i, p in enumerate(self._lists["params"]) if p.grad is not None]
+        (params,) = self._of("params", active)
+        grads = [p.grad for p in params]
+        protection = [
+            key if key in self._lists else "" for key in ("path", "fisher", "anchor", "importance")
+        ]
+        lists = [self._of(key, active)[0] if key else [] for key in (*own, *protection)]
+        value = op(params, grads, *lists, **options)
+        return value if "anchor" in self._lists else None
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -6,7 +6,6 @@ everything.
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,57 +25,20 @@ if TYPE_CHECKING:
 # Registrations last as long as this object.
 _library: Any = torch.library.Library("clext", "IMPL")
 
-# In the order of the schemas.
-_REFERENCES: dict[str, Callable[..., object]] = {
-    function.__name__: function
-    for function in (
-        reference.quadratic_penalty,
-        reference.quadratic_penalty_backward,
-        reference.add_quadratic_penalty_grad_,
-        reference.accumulate_path_integral_,
-        reference.riemannian_walk_step_,
-        reference.accumulate_riemannian_walk_score_,
-        reference.accumulate_square_,
-        reference.accumulate_abs_,
-        reference.sliced_importance_,
-        reference.per_sample_sum,
-        reference.gradient_gram,
-        reference.project_gradient_,
-        reference.consolidate_importance_,
-        reference.consolidate_all_anchors_,
-        reference.consolidate_path_integral_,
-        reference.consolidate_riemannian_walk_,
-        reference.sgd_step_,
-        reference.adam_step_,
-    )
-}
+# The steps of optimizers are no ops: only a plan takes them.
+_NAMES = [name for name in reference.__all__ if name not in ("adam_step_", "sgd_step_")]
 
 
 def _on_one_device(name: str, fake: Callable[..., object]) -> Callable[..., object]:
     """`fake`, refusing tensors of several devices: a mix with the meta device arrives here."""
-    names = [
-        label
-        for label, parameter in inspect.signature(_REFERENCES[name]).parameters.items()
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    ]
 
     def checked(*arguments: object, **options: object) -> object:
-        expected: torch.device | None = None
-        for argument, entries in zip(names, arguments, strict=True):
-            for index, entry in enumerate(entries if isinstance(entries, list | tuple) else []):
-                expected = expected or entry.device
-                if entry.device != expected:
-                    raise ValueError(
-                        f"{name}: {argument}[{index}] is on {entry.device}, expected {expected} "
-                        "(all tensors of one call share a device)"
-                    )
-        for argument, option in options.items():
-            on_host = argument == "lr" and isinstance(option, Tensor) and option.is_cpu
-            if isinstance(option, Tensor) and expected not in (None, option.device) and not on_host:
-                raise ValueError(
-                    f"{name}: {argument} is on {option.device}, expected {expected} "
-                    "(the device of params)"
-                )
+        lists = [entry if isinstance(entry, list | tuple) else [entry] for entry in arguments]
+        tensors = [entry for entries in lists for entry in entries if isinstance(entry, Tensor)]
+        devices = {str(entry.device) for entry in tensors}
+        if len(devices) > 1:
+            found = " and ".join(sorted(devices))
+            raise ValueError(f"{name}: there are tensors on {found}, expected one device")
         return fake(*arguments, **options)
 
     return checked
@@ -95,8 +57,8 @@ def _fake_gram(rows: TensorList, grads: TensorList) -> Tensor:
     return grads[0].new_empty((count, count), dtype=torch.float64)
 
 
-def _fake_per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square") -> Tensor:
-    return grads.new_empty(sums_shape(features, grads, function))
+def _fake_per_sample_sum(features: Tensor, grads: Tensor, **_options: str) -> Tensor:
+    return grads.new_empty(sums_shape(features, grads))
 
 
 # The only ops with a formula for autograd, at the end of this file.
@@ -111,15 +73,13 @@ _FAKES: dict[str, Callable[..., object]] = {
     "per_sample_sum": _fake_per_sample_sum,
     "gradient_gram": _fake_gram,
     "consolidate_all_anchors_": lambda importances, *_others: _fake_sum(importances),
-    "sgd_step_": lambda params, *_others, **_options: _fake_sum(params),
-    "adam_step_": lambda params, *_others, **_options: _fake_sum(params),
 }
 
 
 def _register() -> None:
-    for name, function in _REFERENCES.items():
+    for name in _NAMES:
         # Any device, and lists without any tensor; the kernels of CPU and CUDA come first.
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         # In-place ops return nothing unless said otherwise.
         fake = _FAKES.get(name, lambda *_arguments, **_options: None)
         torch.library.register_fake(f"clext::{name}", _on_one_device(name, fake), lib=_library)

@@ -36,8 +36,11 @@ struct AdvanceAdam {
 
 template <Protection P>
 struct AdamStep : FusedStep<P> {
+  static constexpr const char* name = "adam_step_";
   using lists = joined_t<Lists<UpdateParameter, ReadAndClearParameter, UpdateState, UpdateState>,
                          protection_lists_t<P>, Lists<ReadScalars>>;
+  static constexpr const char* names[] = {"params",  "grads",       "exp_avgs", "exp_avg_sqs",
+                                          "anchors", "importances", "path",     "fisher"};
 
   double beta1;
   double beta2;

@@ -2,8 +2,11 @@
 // driver per device (cpu/multi_tensor.h, cuda/multi_tensor.cuh) can run it over lists of tensors.
 //
 // A functor declares
+//   static constexpr const char* name         the op's, in its schema and its messages
 //   using lists = Lists<...>;                 one entry per argument of operator(), in schema order
-//   static constexpr Reduction reduction;     what becomes of the values that operator() returns
+//   static constexpr const char* names[]      of the lists, as many as there are or more
+//   static constexpr Number numbers[]         optional: what its first members are called and may
+//   be static constexpr Reduction reduction;     what becomes of the values that operator() returns
 //   operator()(...)                           the formula for one element, in the accumulate type A
 //   void prepare()                            optional: read device-side scalars once per thread
 //   void prepare_tensor(const A*)             with a Scalars list: take the tensor's values
@@ -35,7 +38,8 @@ enum class Storage {
   Parameter,  // parameters and gradients: float, double, bfloat16 or float16
   State,      // importances, anchors, path integrals: float (double for double parameters)
   Rows,       // several state values per element, one row per model output (a Jacobian)
-  Scalars,    // a few state values per tensor; not an argument of operator(), and always last
+  Scalars,    // a few state values per tensor; not an argument of operator(), always last, and
+              // the only list without a place in `names`: it is called steps
 };
 
 enum class Access {
@@ -75,6 +79,12 @@ using ReadScalars = List<Storage::Scalars, Access::Read>;
 template <class... L>
 struct Lists {
   static constexpr int count = sizeof...(L);
+};
+
+// A number that an op is called with, always finite.
+struct Number {
+  const char* name;
+  enum Range { NotNegative, Positive, Fraction } range;
 };
 
 // Element i of list k, for code that walks over the lists at compile time.

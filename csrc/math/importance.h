@@ -7,6 +7,7 @@
 
 namespace clext {
 
+// Of per-sample sums alone: not an op.
 struct AccumulateSum {
   using lists = Lists<UpdateState, ReadParameter>;
   static constexpr Reduction reduction = Reduction::None;
@@ -20,7 +21,10 @@ struct AccumulateSum {
 };
 
 struct AccumulateSquare {
+  static constexpr const char* name = "accumulate_square_";
   using lists = Lists<UpdateState, ReadParameter>;
+  static constexpr const char* names[] = {"acc", "grads"};
+  static constexpr Number numbers[] = {{"scale", Number::NotNegative}};
   static constexpr Reduction reduction = Reduction::None;
 
   double scale;
@@ -32,7 +36,10 @@ struct AccumulateSquare {
 };
 
 struct AccumulateAbs {
+  static constexpr const char* name = "accumulate_abs_";
   using lists = Lists<UpdateState, ReadParameter>;
+  static constexpr const char* names[] = {"acc", "grads"};
+  static constexpr Number numbers[] = {{"scale", Number::NotNegative}};
   static constexpr Reduction reduction = Reduction::None;
 
   double scale;
@@ -44,7 +51,10 @@ struct AccumulateAbs {
 };
 
 struct ConsolidateImportance {
+  static constexpr const char* name = "consolidate_importance_";
   using lists = Lists<UpdateState, WriteState, ReadState, ReadParameter>;
+  static constexpr const char* names[] = {"importances", "anchors", "estimate", "params"};
+  static constexpr Number numbers[] = {{"gamma", Number::Fraction}};
   static constexpr Reduction reduction = Reduction::None;
 
   double gamma;
@@ -60,7 +70,10 @@ struct ConsolidateImportance {
 // A (theta - B/A)^2 + constant: A = sum F_k is the importance, B/A = sum F_k theta_k / A the
 // anchor. Returns the element's share of the constant's increase.
 struct ConsolidateAllAnchors {
+  static constexpr const char* name = "consolidate_all_anchors_";
   using lists = Lists<UpdateState, UpdateState, ReadState, ReadParameter>;
+  static constexpr const char* names[] = {"importances", "anchors", "estimate", "params"};
+  static constexpr Number numbers[] = {{"gamma", Number::Fraction}};
   static constexpr Reduction reduction = Reduction::Sum;
 
   double gamma;

@@ -25,7 +25,9 @@ CLEXT_HOST_DEVICE A average_square(A average, A task_grad, A movement, A decay) 
 
 // SI's step, from the parameter and the task's gradient as they were before it.
 struct AccumulatePathIntegral {
+  static constexpr const char* name = "accumulate_path_integral_";
   using lists = Lists<UpdateState, ReadParameter, ReadState, ReadState>;
+  static constexpr const char* names[] = {"path", "params", "starts", "task_grads"};
   static constexpr Reduction reduction = Reduction::None;
 
   template <class A>
@@ -36,7 +38,10 @@ struct AccumulatePathIntegral {
 
 // SI's step and, from the same gradient, RWalk's moving average of the squared gradient.
 struct RiemannianWalkStep {
+  static constexpr const char* name = "riemannian_walk_step_";
   using lists = Lists<UpdateState, UpdateState, ReadParameter, ReadState, ReadState>;
+  static constexpr const char* names[] = {"path", "fisher", "params", "starts", "task_grads"};
+  static constexpr Number numbers[] = {{"decay", Number::Fraction}};
   static constexpr Reduction reduction = Reduction::None;
 
   double decay;
@@ -52,7 +57,11 @@ struct RiemannianWalkStep {
 // The end of an interval: loss decrease per distance travelled, measured in the KL divergence
 // F d^2 / 2 that the step caused.
 struct AccumulateRiemannianWalkScore {
+  static constexpr const char* name = "accumulate_riemannian_walk_score_";
   using lists = Lists<UpdateState, UpdateState, UpdateState, ReadState, ReadParameter>;
+  static constexpr const char* names[] = {"task_score", "path", "interval_start", "fisher",
+                                          "params"};
+  static constexpr Number numbers[] = {{"eps", Number::Positive}};
   static constexpr Reduction reduction = Reduction::None;
 
   double eps;
@@ -69,7 +78,10 @@ struct AccumulateRiemannianWalkScore {
 
 // SI's end of a task. The anchor still holds theta at the start of the task.
 struct ConsolidatePathIntegral {
+  static constexpr const char* name = "consolidate_path_integral_";
   using lists = Lists<UpdateState, UpdateState, UpdateState, ReadParameter>;
+  static constexpr const char* names[] = {"importances", "anchors", "path", "params"};
+  static constexpr Number numbers[] = {{"xi", Number::Positive}};
   static constexpr Reduction reduction = Reduction::None;
 
   double xi;
@@ -86,9 +98,20 @@ struct ConsolidatePathIntegral {
   }
 };
 
-// RWalk's end of a task, first pass: merge the scores and find their maximum.
+// RWalk's end of a task: the lists of its three passes together.
+struct RiemannianWalkEnd {
+  static constexpr const char* name = "consolidate_riemannian_walk_";
+  using lists = Lists<WriteState, WriteState, UpdateState, UpdateState, ReadState, ReadParameter>;
+  static constexpr const char* names[] = {"importances", "anchors", "score",
+                                          "task_score",  "fisher",  "params"};
+  static constexpr Number numbers[] = {{"mix", Number::Fraction}};
+};
+
+// First pass: merge the scores and find their maximum.
 struct MergeRiemannianWalkScore {
+  static constexpr const char* name = RiemannianWalkEnd::name;
   using lists = Lists<UpdateState, UpdateState>;
+  static constexpr const char* names[] = {"score", "task_score"};
   static constexpr Reduction reduction = Reduction::Max;
 
   double mix;
@@ -102,7 +125,9 @@ struct MergeRiemannianWalkScore {
 };
 
 struct Maximum {
+  static constexpr const char* name = RiemannianWalkEnd::name;
   using lists = Lists<ReadState>;
+  static constexpr const char* names[] = {"fisher"};
   static constexpr Reduction reduction = Reduction::Max;
 
   template <class A>
@@ -111,9 +136,11 @@ struct Maximum {
   }
 };
 
-// RWalk's end of a task, second pass: Fisher and score, each scaled to [0, 1], add up.
+// Last pass: Fisher and score, each scaled to [0, 1], add up.
 struct ConsolidateRiemannianWalk {
+  static constexpr const char* name = RiemannianWalkEnd::name;
   using lists = Lists<WriteState, WriteState, ReadState, ReadState, ReadParameter>;
+  static constexpr const char* names[] = {"importances", "anchors", "fisher", "score", "params"};
   static constexpr Reduction reduction = Reduction::None;
 
   // Results of the first pass; they stay on the device, like every reduction.

@@ -6,7 +6,9 @@
 namespace clext {
 
 struct QuadraticPenalty {
+  static constexpr const char* name = "quadratic_penalty";
   using lists = Lists<ReadParameter, ReadState, ReadState>;
+  static constexpr const char* names[] = {"params", "anchors", "importances"};
   static constexpr Reduction reduction = Reduction::Sum;
 
   template <class A>
@@ -17,7 +19,9 @@ struct QuadraticPenalty {
 };
 
 struct QuadraticPenaltyBackward {
+  static constexpr const char* name = "quadratic_penalty_backward";
   using lists = Lists<WriteParameter, ReadParameter, ReadState, ReadState>;
+  static constexpr const char* names[] = {"grads", "params", "anchors", "importances"};
   static constexpr Reduction reduction = Reduction::None;
 
   // The incoming gradient stays on the device: reading it on the host would stall the stream.
@@ -37,8 +41,12 @@ struct QuadraticPenaltyBackward {
 // for the path integral of the step that follows.
 template <bool Keeps>
 struct AddQuadraticPenaltyGrad {
+  static constexpr const char* name = "add_quadratic_penalty_grad_";
   using lists = joined_t<Lists<UpdateParameter, ReadParameter, ReadState, ReadState>,
                          std::conditional_t<Keeps, Lists<WriteState, WriteState>, Lists<>>>;
+  static constexpr const char* names[] = {"grads",       "params",     "anchors",
+                                          "importances", "task_grads", "starts"};
+  static constexpr Number numbers[] = {{"strength", Number::NotNegative}};
   static constexpr Reduction reduction = Reduction::Sum;
 
   double strength;

@@ -9,7 +9,9 @@ namespace clext {
 
 // The products of the K past gradients (rows) and the current one, of each with each.
 struct GradientGram {
+  static constexpr const char* name = "gradient_gram";
   using lists = Lists<ReadRows, ReadParameter>;
+  static constexpr const char* names[] = {"rows", "grads"};
   static constexpr Reduction reduction = Reduction::Pairs;
 
   int64_t outputs;
@@ -23,7 +25,9 @@ struct GradientGram {
 // The dual solution times the past gradients, added to the current one. Most tasks do not conflict
 // with a step: their weights are zero, and their gradients are not looked at.
 struct ProjectGradient {
+  static constexpr const char* name = "project_gradient_";
   using lists = Lists<UpdateParameter, ReadRows>;
+  static constexpr const char* names[] = {"grads", "rows"};
   static constexpr Reduction reduction = Reduction::None;
   static constexpr bool row_by_row = true;
 

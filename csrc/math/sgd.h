@@ -33,7 +33,10 @@ struct SgdStep;
 
 template <Protection P>
 struct SgdStep<P, false> : FusedStep<P> {
+  static constexpr const char* name = "sgd_step_";
   using lists = joined_t<Lists<UpdateParameter, ReadAndClearParameter>, protection_lists_t<P>>;
+  static constexpr const char* names[] = {"params",      "grads", "anchors",
+                                          "importances", "path",  "fisher"};
 
   template <class T, class A, class... S>
   CLEXT_HOST_DEVICE A operator()(StorageTag<T> tag, A& param, A grad, S&... protection) const {
@@ -48,8 +51,11 @@ struct SgdStep<P, false> : FusedStep<P> {
 
 template <Protection P>
 struct SgdStep<P, true> : FusedStep<P> {
+  static constexpr const char* name = "sgd_step_";
   using lists = joined_t<Lists<UpdateParameter, ReadAndClearParameter, UpdateState>,
                          protection_lists_t<P>, Lists<ReadScalars>>;
+  static constexpr const char* names[] = {
+      "params", "grads", "momentum_buffers", "anchors", "importances", "path", "fisher"};
 
   double momentum;
   bool nesterov;

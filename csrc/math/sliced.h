@@ -8,7 +8,9 @@ namespace clext {
 // sum_l (xi_l . j)^2 over L slices is the quadratic form j^T (Xi^T Xi) j, so that the cost does not
 // depend on L. j is the element's column of the Jacobian: one value per model output.
 struct SlicedImportance {
+  static constexpr const char* name = "sliced_importance_";
   using lists = Lists<UpdateState, ReadRows>;
+  static constexpr const char* names[] = {"acc", "jacobian"};
   static constexpr Reduction reduction = Reduction::None;
 
   const void* gram;  // [outputs, outputs] in the accumulate type, on the device of the lists

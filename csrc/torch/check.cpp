@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <string_view>
 
 namespace clext {
 
@@ -64,6 +65,17 @@ class Context {
   size_t layout_;
   const std::vector<std::string>& names_;
 };
+
+// The list that gives shapes and strides.
+size_t layout_of(const std::vector<ListArgument>& arguments) {
+  const auto is_params = [](const auto& a) { return std::string_view(a.name) == "params"; };
+  const auto has_no_rows = [](const auto& a) { return a.storage != Storage::Rows; };
+  auto found = std::find_if(arguments.begin(), arguments.end(), is_params);
+  if (found == arguments.end()) {
+    found = std::find_if(arguments.begin(), arguments.end(), has_no_rows);
+  }
+  return static_cast<size_t>(found - arguments.begin());
+}
 
 void check_lengths(const Context& where, const std::vector<ListArgument>& arguments,
                    size_t layout) {
@@ -264,10 +276,6 @@ void make_groups(Prepared& prepared, at::TensorList references,
 
 }  // namespace
 
-bool holds_its_elements(const at::TensorImpl& tensor) {
-  return has_memory(tensor) && !tensor.is_neg();
-}
-
 bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef expected_strides) {
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && strides[d] != expected_strides[d]) return false;
@@ -275,8 +283,9 @@ bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef
   return true;
 }
 
-Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments, size_t layout,
+Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
                      const std::vector<std::string>& parameter_names) {
+  const size_t layout = layout_of(arguments);
   const Context where(op, arguments, layout, parameter_names);
   check_lengths(where, arguments, layout);
   const at::TensorList references = arguments[layout].tensors;
@@ -300,15 +309,16 @@ Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
   return prepared;
 }
 
-void check_scalar(const char* op, const char* name, double value, bool positive) {
-  const bool in_range = std::isfinite(value) && (positive ? value > 0 : value >= 0);
-  TORCH_CHECK_VALUE(in_range, op, ": ", name, " is ", value, ", expected a finite number ",
+void check_number(const char* op, const Number& number, double value) {
+  if (number.range == Number::Fraction) {
+    TORCH_CHECK_VALUE(value >= 0 && value <= 1, op, ": ", number.name, " is ", value,
+                      ", expected a number in [0, 1]");
+    return;
+  }
+  const bool positive = number.range == Number::Positive;
+  TORCH_CHECK_VALUE(std::isfinite(value) && (positive ? value > 0 : value >= 0), op, ": ",
+                    number.name, " is ", value, ", expected a finite number ",
                     positive ? "> 0" : ">= 0");
-}
-
-void check_fraction(const char* op, const char* name, double value) {
-  TORCH_CHECK_VALUE(value >= 0 && value <= 1, op, ": ", name, " is ", value,
-                    ", expected a number in [0, 1]");
 }
 
 }  // namespace clext

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,12 +15,15 @@
 
 namespace clext {
 
-// One list argument of an op, as its schema names it.
-struct ListArgument {
+// What an op does with one of its lists, and what the list is called.
+struct ListKind {
   const char* name;
-  at::TensorList tensors;
   Storage storage;
   Access access;
+};
+
+struct ListArgument : ListKind {
+  at::TensorList tensors;
 };
 
 // Checked arguments, ready to launch. Tensors are grouped by storage type, in their own order.
@@ -42,53 +46,60 @@ struct Prepared {
   }
 };
 
-// Whether the memory of `tensor` holds its elements: not so for a lazy negation (autograd makes
-// some), a zero without memory, or a wrapper such as FakeTensor or DTensor.
-bool holds_its_elements(const at::TensorImpl& tensor);
-
-// Checks that all lists have equal length and that entry i of each fits entry i of `layout`, the
-// list that gives shape and strides. `parameter_names` (may be empty) make messages say which
-// parameter is meant. Throws ValueError (TypeError for dtypes and sparse tensors) and changes
-// nothing.
-Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments, size_t layout,
+// Checks that all lists have equal length and that entry i of each fits entry i of the list that
+// gives shape and strides: `params`, or else the first one without rows. `parameter_names` (may be
+// empty) make messages say which parameter is meant. Throws ValueError (TypeError for dtypes and
+// sparse tensors) and changes nothing.
+Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
                      const std::vector<std::string>& parameter_names = {});
 
-// What a functor does with each of its lists.
-struct ListKind {
-  Storage storage;
-  Access access;
-};
-
-template <class... L>
-std::vector<ListKind> kinds_of(Lists<L...>) {
-  return {ListKind{L::storage, L::access}...};
+template <class Op, size_t... K>
+std::vector<ListKind> make_lists(bool clears, std::index_sequence<K...>) {
+  const auto kind = [clears](size_t k, Storage storage, Access access) -> ListKind {
+    // They are written by the launch that counts the steps.
+    if (storage == Storage::Scalars) return {"steps", storage, Access::Update};
+    if (access == Access::ReadAndClear && !clears) access = Access::Read;
+    return {Op::names[k], storage, access};
+  };
+  return {kind(K, ListAt<K, typename Op::lists>::type::storage,
+               ListAt<K, typename Op::lists>::type::access)...};
 }
 
-// The same for the lists that a functor declares; `names` are the schema's.
-template <class Op, size_t... K>
-std::vector<ListArgument> arguments_of(
-    const std::array<std::pair<const char*, at::TensorList>, Op::lists::count>& lists,
-    std::index_sequence<K...>) {
-  return {ListArgument{lists[K].first, lists[K].second,
-                       ListAt<K, typename Op::lists>::type::storage,
-                       ListAt<K, typename Op::lists>::type::access}...};
+// The lists that a functor declares.
+template <class Op>
+const std::vector<ListKind>& lists_of(bool clears = false) {
+  static_assert(std::size(Op::names) >= static_cast<size_t>(kElementLists<Op>));
+  constexpr std::make_index_sequence<Op::lists::count> kIndices = {};
+  static const std::vector<ListKind> kept = make_lists<Op>(false, kIndices);
+  static const std::vector<ListKind> cleared = make_lists<Op>(true, kIndices);
+  return clears ? cleared : kept;
 }
 
 template <class Op>
-Prepared check_lists(
-    const char* op,
-    const std::array<std::pair<const char*, at::TensorList>, Op::lists::count>& lists,
-    size_t layout, const std::vector<std::string>& parameter_names = {}) {
-  return check_lists(op, arguments_of<Op>(lists, std::make_index_sequence<Op::lists::count>{}),
-                     layout, parameter_names);
+using ListsFor = std::array<at::TensorList, static_cast<size_t>(Op::lists::count)>;
+
+template <class Op>
+Prepared check_lists(const ListsFor<Op>& tensors) {
+  std::vector<ListArgument> arguments;
+  for (const ListKind& list : lists_of<Op>()) {
+    arguments.push_back({list, tensors[arguments.size()]});
+  }
+  return check_lists(Op::name, arguments);
 }
 
 // Same shape is given; true where the same index means the same place in memory as well.
 bool same_layout(at::IntArrayRef sizes, at::IntArrayRef strides, at::IntArrayRef expected_strides);
 
-// Scalars: finite, and not below (or, if `positive`, above) zero.
-void check_scalar(const char* op, const char* name, double value, bool positive = false);
-// Scalars in [0, 1].
-void check_fraction(const char* op, const char* name, double value);
+void check_number(const char* op, const Number& number, double value);
+
+// The numbers that a functor declares.
+template <class Op, class... N>
+void check_numbers(N... values) {
+  if constexpr (sizeof...(N) > 0) {
+    static_assert(std::size(Op::numbers) == sizeof...(N));
+    const Number* number = Op::numbers;
+    (check_number(Op::name, *number++, values), ...);
+  }
+}
 
 }  // namespace clext

@@ -2,8 +2,6 @@
 #include "math/projection.h"
 
 #include "torch/ops.h"
-#include "torch/run.h"
-#include "torch/versions.h"
 
 namespace clext {
 
@@ -22,8 +20,7 @@ void check_row_count(const char* op, at::TensorList rows, int64_t expected, cons
 }  // namespace
 
 at::Tensor gradient_gram(at::TensorList rows, at::TensorList grads) {
-  const auto prepared =
-      check_lists<GradientGram>("gradient_gram", {{{"rows", rows}, {"grads", grads}}}, 1);
+  const Prepared prepared = check_lists<GradientGram>({rows, grads});
   const int64_t count = rows.empty() ? 0 : rows[0].size(0);
   check_row_count("gradient_gram", rows, count, "as many as rows[0]");
   TORCH_CHECK_VALUE(count <= kMaxGramRows, "gradient_gram: rows[0] has ", count,
@@ -36,15 +33,14 @@ void project_gradient_(at::TensorList grads, at::TensorList rows, const at::Tens
                     ", expected [rows]");
   TORCH_CHECK_TYPE(weights.scalar_type() == at::kDouble, "project_gradient_: weights has dtype ",
                    c10::getDtypeNames(weights.scalar_type()).first, ", expected float64");
-  const auto prepared =
-      check_lists<ProjectGradient>("project_gradient_", {{{"grads", grads}, {"rows", rows}}}, 0);
+  const Prepared prepared = check_lists<ProjectGradient>({grads, rows});
   check_row_count("project_gradient_", rows, weights.size(0), "the elements of weights");
   TORCH_CHECK_VALUE(!prepared.device || weights.device() == *prepared.device,
                     "project_gradient_: weights is on ", weights.device(), ", expected ",
                     *prepared.device);
   const at::Tensor numbers = weights.contiguous();
   run(prepared, ProjectGradient{numbers.const_data_ptr<double>(), weights.size(0)});
-  mark_changed({grads});
+  mark_changed<ProjectGradient>({grads, rows});
 }
 
 }  // namespace clext

@@ -5,10 +5,10 @@
 
 #include <utility>
 
+#include "math/importance.h"
 #include "math/path.h"
 #include "math/penalty.h"
 #include "torch/ops.h"
-#include "torch/run.h"
 
 namespace clext {
 
@@ -38,143 +38,113 @@ ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Ten
                     " entries, expected ", params_.size(), " (as many as params)");
   const at::Device device = params_[0].device();
   TORCH_CHECK_VALUE(has_kernels(device), "ParameterPlan: params[0] of parameter '", names_[0],
-                    "' is on ", device,
-                    ", expected a device that this build has kernels for; use "
-                    "clext.reference.ReferencePlan there");
-  std::vector<ListArgument> lists = {{"params", params_, Storage::Parameter, Access::Read}};
+                    "' is on ", device, ", expected a device that this build has kernels for");
+  std::vector<ListArgument> lists = {{{"params", Storage::Parameter, Access::Read}, params_}};
   for (const auto& [name, tensors] : state_) {
-    lists.push_back({name.c_str(), tensors, Storage::State, Access::Update});
+    lists.push_back({{name.c_str(), Storage::State, Access::Update}, tensors});
   }
-  if (!steps_.empty()) lists.push_back({"steps", steps_, Storage::Scalars, Access::Update});
-  check_lists("ParameterPlan", lists, 0, names_);
+  if (!steps_.empty()) lists.push_back({{"steps", Storage::Scalars, Access::Update}, steps_});
+  check_lists("ParameterPlan", lists, names_);
   int64_t elements = 0;
   for (const at::Tensor& param : params_) elements += param.numel();
   is_short_ = device.is_cpu() && elements <= kShortElements;
+  const auto has = [&](const char* name) { return state_.count(name) != 0; };
+  keeps_ = has("task_gradient");
+  protection_ = has("fisher")   ? Protection::Walk
+                : has("path")   ? Protection::Path
+                : has("anchor") ? Protection::Pull
+                                : Protection::None;
 }
 
-const std::vector<at::Tensor>& ParameterPlan::state(const char* op_name, const char* name) const {
-  const auto found = state_.find(name);
-  TORCH_CHECK_VALUE(found != state_.end(), "ParameterPlan.", op_name, ": state has no list '", name,
-                    "'; pass it to the constructor");
+// What an op calls `list` is found here: a list of the state, or the steps.
+const std::vector<at::Tensor>& ParameterPlan::entries(const char* op,
+                                                      const std::string& list) const {
+  static const std::map<std::string, std::string> keys = {
+      {"anchors", "anchor"},        {"importances", "importance"},
+      {"starts", "step_start"},     {"task_grads", "task_gradient"},
+      {"exp_avgs", "exp_avg"},      {"momentum_buffers", "momentum_buffer"},
+      {"exp_avg_sqs", "exp_avg_sq"}};
+  if (list == "steps") {
+    TORCH_CHECK_VALUE(!steps_.empty(), "ParameterPlan.", op,
+                      ": there are no steps; pass them to the constructor");
+    return steps_;
+  }
+  const auto key = keys.find(list);
+  const auto found = state_.find(key == keys.end() ? list : key->second);
+  TORCH_CHECK_VALUE(found != state_.end(), "ParameterPlan.", op, ": state has no list '",
+                    key == keys.end() ? list : key->second, "'; pass it to the constructor");
   return found->second;
 }
 
-const std::vector<at::Tensor>& ParameterPlan::tensors_of(const char* op_name,
-                                                         const Source& source) const {
-  if (source.kind == Source::kState) return state(op_name, source.state);
-  TORCH_CHECK_VALUE(!steps_.empty(), "ParameterPlan.", op_name,
-                    ": there are no steps; pass them to the constructor");
-  return steps_;
-}
-
-template <class Op>
-at::Tensor ParameterPlan::call(const char* op_name, Launch& launch,
-                               const std::vector<Source>& sources, const Op& op) {
+template <class Op, class... N>
+at::Tensor ParameterPlan::call(Launch& launch, N... numbers) {
+  check_numbers<Op>(numbers...);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  if (!launch.valid || !refresh(launch)) {
-    rebuild(op_name, launch, sources, kinds_of(typename Op::lists{}));
-  }
-  at::Tensor result = run(launch.prepared, op);
-  if (launch.gradient_access != Access::Read) {
+  prepare(launch, Op::name, lists_of<Op>());
+  at::Tensor result = run(launch.prepared, Op{numbers...});
+  if (launch.writes_gradients) {
     // As after every in-place op of torch: a graph may have saved the gradient (create_graph=True).
-    for (const Active& active : launch.active) active.gradient->bump_version();
+    for (const Active& active : launch.active) {
+      active.parameter->grad().unsafeGetTensorImpl()->bump_version();
+    }
   }
   return result;
 }
 
-at::Tensor ParameterPlan::quadratic_penalty() {
-  static const std::vector<Source> sources = {{Source::kParameter, "params"},
-                                              {Source::kState, "anchors", "anchor"},
-                                              {Source::kState, "importances", "importance"}};
-  return call("quadratic_penalty", penalty_, sources, QuadraticPenalty{});
-}
+at::Tensor ParameterPlan::quadratic_penalty() { return call<QuadraticPenalty>(penalty_); }
 
 at::Tensor ParameterPlan::add_quadratic_penalty_grad_(double strength) {
-  constexpr const char* kName = "add_quadratic_penalty_grad_";
-  static const std::vector<Source> sources = {{Source::kGradient, "grads"},
-                                              {Source::kParameter, "params"},
-                                              {Source::kState, "anchors", "anchor"},
-                                              {Source::kState, "importances", "importance"}};
-  static const std::vector<Source> keeping = {{Source::kGradient, "grads"},
-                                              {Source::kParameter, "params"},
-                                              {Source::kState, "anchors", "anchor"},
-                                              {Source::kState, "importances", "importance"},
-                                              {Source::kState, "task_gradient", "task_gradient"},
-                                              {Source::kState, "step_start", "step_start"}};
-  check_scalar(kName, "strength", strength);
-  if (state_.count("task_gradient") == 0) {
-    return call(kName, penalty_grad_, sources, AddQuadraticPenaltyGrad<false>{strength});
-  }
-  return call(kName, penalty_grad_, keeping, AddQuadraticPenaltyGrad<true>{strength});
+  return keeps_ ? call<AddQuadraticPenaltyGrad<true>>(pull_, strength)
+                : call<AddQuadraticPenaltyGrad<false>>(pull_, strength);
 }
 
-void ParameterPlan::check_kept(const char* op_name) const {
-  TORCH_CHECK(penalty_grad_.valid, "ParameterPlan.", op_name,
+void ParameterPlan::check_pulled(const char* op) const {
+  TORCH_CHECK(pull_.lists != nullptr, "ParameterPlan.", op,
               ": nothing has been kept of this step, expected add_quadratic_penalty_grad_ first");
 }
 
 void ParameterPlan::accumulate_path_integral_() {
-  constexpr const char* kName = "accumulate_path_integral_";
-  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
-                                              {Source::kParameter, "params"},
-                                              {Source::kState, "starts", "step_start"},
-                                              {Source::kState, "task_grads", "task_gradient"}};
-  check_kept(kName);
-  call(kName, path_, sources, AccumulatePathIntegral{});
+  check_pulled(AccumulatePathIntegral::name);
+  call<AccumulatePathIntegral>(path_);
 }
 
 void ParameterPlan::riemannian_walk_step_(double decay) {
-  constexpr const char* kName = "riemannian_walk_step_";
-  static const std::vector<Source> sources = {{Source::kState, "path", "path"},
-                                              {Source::kState, "fisher", "fisher"},
-                                              {Source::kParameter, "params"},
-                                              {Source::kState, "starts", "step_start"},
-                                              {Source::kState, "task_grads", "task_gradient"}};
-  check_fraction(kName, "decay", decay);
-  check_kept(kName);
-  call(kName, walk_, sources, RiemannianWalkStep{decay});
+  check_pulled(RiemannianWalkStep::name);
+  call<RiemannianWalkStep>(walk_, decay);
 }
 
 void ParameterPlan::accumulate_riemannian_walk_score_(double eps) {
-  static const std::vector<Source> sources = {{Source::kState, "task_score", "task_score"},
-                                              {Source::kState, "path", "path"},
-                                              {Source::kState, "interval_start", "interval_start"},
-                                              {Source::kState, "fisher", "fisher"},
-                                              {Source::kParameter, "params"}};
-  check_scalar("accumulate_riemannian_walk_score_", "eps", eps, /*positive=*/true);
-  call("accumulate_riemannian_walk_score_", score_, sources, AccumulateRiemannianWalkScore{eps});
+  call<AccumulateRiemannianWalkScore>(score_, eps);
 }
 
-// Once a task: the dispatcher ops' own functions, with their full checks.
-
 void ParameterPlan::consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma) {
-  constexpr const char* kName = "consolidate_importance_";
+  using Op = ConsolidateImportance;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  clext::consolidate_importance_(state(kName, "importance"), state(kName, "anchor"), estimate,
-                                 params_, gamma);
+  apply<Op>({entries(Op::name, "importances"), entries(Op::name, "anchors"), estimate, params_},
+            gamma);
 }
 
 at::Tensor ParameterPlan::consolidate_all_anchors_(const std::vector<at::Tensor>& estimate,
                                                    double gamma) {
-  constexpr const char* kName = "consolidate_all_anchors_";
+  using Op = ConsolidateAllAnchors;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return clext::consolidate_all_anchors_(state(kName, "importance"), state(kName, "anchor"),
-                                         estimate, params_, gamma);
+  return apply<Op>(
+      {entries(Op::name, "importances"), entries(Op::name, "anchors"), estimate, params_}, gamma);
 }
 
 void ParameterPlan::consolidate_path_integral_(double xi, bool clamp_total) {
-  constexpr const char* kName = "consolidate_path_integral_";
+  const char* op = ConsolidatePathIntegral::name;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  clext::consolidate_path_integral_(state(kName, "importance"), state(kName, "anchor"),
-                                    state(kName, "path"), params_, xi, clamp_total);
+  clext::consolidate_path_integral_(entries(op, "importances"), entries(op, "anchors"),
+                                    entries(op, "path"), params_, xi, clamp_total);
 }
 
 void ParameterPlan::consolidate_riemannian_walk_(double mix) {
-  constexpr const char* kName = "consolidate_riemannian_walk_";
+  const char* op = RiemannianWalkEnd::name;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  clext::consolidate_riemannian_walk_(state(kName, "importance"), state(kName, "anchor"),
-                                      state(kName, "score"), state(kName, "task_score"),
-                                      state(kName, "fisher"), params_, mix);
+  clext::consolidate_riemannian_walk_(entries(op, "importances"), entries(op, "anchors"),
+                                      entries(op, "score"), entries(op, "task_score"),
+                                      entries(op, "fisher"), params_, mix);
 }
 
 }  // namespace clext

@@ -11,12 +11,39 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <variant>
 #include <vector>
 
+#include "math/step.h"
 #include "torch/check.h"
-#include "torch/fused_step.h"
 
 namespace clext {
+
+struct StepArguments {
+  std::variant<at::Tensor, double> lr;
+  double weight_decay;
+  bool maximize;
+  double strength;
+  double decay;
+  bool proximal;
+  bool clear_grad;
+  std::optional<at::Tensor> grad_scale;
+  std::optional<at::Tensor> found_inf;
+  std::optional<at::Tensor> clip;
+};
+
+struct SgdArguments : StepArguments {
+  double momentum;
+  double dampening;
+  bool nesterov;
+};
+
+struct AdamArguments : StepArguments {
+  double beta1;
+  double beta2;
+  double eps;
+  bool decoupled;
+};
 
 class ParameterPlan {
  public:
@@ -46,6 +73,7 @@ class ParameterPlan {
   void riemannian_walk_step_(double decay);
   void accumulate_riemannian_walk_score_(double eps);
 
+  // Once a task, with the ops' full checks.
   void consolidate_importance_(const std::vector<at::Tensor>& estimate, double gamma);
   at::Tensor consolidate_all_anchors_(const std::vector<at::Tensor>& estimate, double gamma);
   void consolidate_path_integral_(double xi, bool clamp_total);
@@ -57,94 +85,80 @@ class ParameterPlan {
   std::optional<at::Tensor> adam_step_(const AdamArguments& arguments);
 
  private:
-  // Where an op finds a list: the parameters, their gradients, a list of the state, or the steps.
-  struct Source {
-    enum Kind { kParameter, kGradient, kState, kStep } kind;
-    const char* name;
-    const char* state = nullptr;
-  };
+  // Which parameters take part: all, those that have a gradient, those that have one or can get
+  // one, or those that the last pull was added to.
+  enum class Part { All, WithGradient, Trainable, Pulled };
 
-  // A parameter that takes part, as it was when the launch was checked, and where the launch keeps
-  // its pointers. Each call compares all of them, so the record is small and holds no tensors.
+  // A parameter that takes part, and where its elements were when the launch was made.
   struct Active {
     at::TensorImpl* parameter;
-    at::TensorImpl* gradient;  // of this call; read only where the op has a list of gradients
-    c10::StorageImpl* parameter_storage;
-    c10::StorageImpl* gradient_storage;
-    void** parameter_pointer;  // null where the op has no such list
-    void** gradient_pointer;
-    size_t geometry;  // its place in Launch::geometry
-    uint32_t dim;
-    at::ScalarType dtype;
+    const void* data;
+    void** gradient;  // where the launch keeps the pointer to its gradient, if the op has gradients
+    size_t geometry;  // the first of its sizes, which its strides follow, in Launch::geometry
+    size_t dim;
   };
 
-  // State stays where it is unless somebody gives a tensor other memory (`.data = ...`); another
-  // place in the same memory is not noticed.
-  struct StateCell {
-    const at::TensorImpl* tensor;  // kept alive by the plan's state
-    const c10::StorageImpl* storage;
-  };
-
-  // The memory behind the state: state tensors usually share it, one buffer for a whole list.
-  struct StateMemory {
-    c10::Storage storage;  // held, so that the launch's pointers are valid whatever happens
-    const void* data;      // moves with share_memory_() or a resized storage
+  // The same of an entry of the state.
+  struct Place {
+    const at::TensorImpl* tensor;
+    const void* data;
     bool written;
   };
 
-  // What happens to a parameter that has no gradient. Kept: those of the last pull take part.
-  enum class Missing { Irrelevant, LeftOut, Created, Kept };
-
   struct Launch {
-    Missing missing;
-    bool valid = false;
+    Part part;
+    const std::vector<ListKind>* lists = nullptr;  // those of the op; none: to be made anew
     Prepared prepared = {};
     c10::DispatchKeySet keys = {};  // of a normal tensor on this device
-    Access parameter_access = Access::Read;
-    Access gradient_access = Access::Read;
-    std::vector<size_t> chosen = {};     // the parameters that take part
-    std::vector<Active> active = {};     // each of them
-    std::vector<size_t> left_out = {};   // the others
-    std::vector<int64_t> geometry = {};  // sizes, then strides, of each active parameter
-    std::vector<StateCell> state = {};
-    std::vector<StateMemory> memory = {};
+    bool writes_parameters = false;
+    bool writes_gradients = false;
+    std::vector<size_t> chosen = {};    // the parameters that take part
+    std::vector<size_t> left_out = {};  // those that may come to have a gradient
+    std::vector<Active> active = {};
+    std::vector<int64_t> geometry = {};
+    std::vector<Place> places = {};
   };
 
-  template <class Op>
-  at::Tensor call(const char* op_name, Launch& launch, const std::vector<Source>& sources,
-                  const Op& op);
-  void rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
-               const std::vector<ListKind>& kinds);
-  void check_kept(const char* op_name) const;
-  void choose_active(Launch& launch) const;
-  void remember(Launch& launch, const std::vector<Source>& sources,
-                const std::vector<ListArgument>& arguments) const;
-  bool refresh(Launch& launch) const;
-  static constexpr size_t kPrefetchDistance = 8;
-  static void prefetch(const Active& active);
-  bool takes_part(const at::Tensor& param, Missing missing) const;
-  const std::vector<at::Tensor>& state(const char* op_name, const char* name) const;
-  const std::vector<at::Tensor>& tensors_of(const char* op_name, const Source& source) const;
+  // plan_launch.cpp
+  bool prepare(Launch& launch, const char* op, const std::vector<ListKind>& lists);
+  bool is_current(const Launch& launch) const;
+  void choose(Launch& launch) const;
+  std::vector<at::Tensor> gradients(const Launch& launch) const;
+  void remember(Launch& launch, const std::vector<ListArgument>& arguments) const;
+  bool takes_part(const at::Tensor& param, Part part) const;
+  const std::vector<at::Tensor>& entries(const char* op, const std::string& list) const;
 
-  template <class F>
-  void prepare_step(const char* op_name, int variant, const F& lists);
-  Protection protection(const char* op_name);
-  std::optional<at::Tensor> finish_step(at::Tensor value, bool clear_grad) const;
+  template <class Op, class... N>
+  at::Tensor call(Launch& launch, N... numbers);
+  void check_pulled(const char* op) const;
+
+  // plan_step.cpp
+  template <class Op, class... Advance>
+  std::optional<at::Tensor> step(const Op& op, const Advance&... advance);
+  template <class Op>
+  void advance(const Op& op);
+
+  // The launch that counts the steps and leaves the coefficients for the launch that makes them.
+  struct Counter {
+    Prepared prepared;
+    at::Tensor coefficients;
+  };
+  static Counter make_counter(const Prepared& step);
 
   std::vector<std::string> names_;
   std::vector<at::Tensor> params_;
   State state_;
   std::vector<at::Tensor> steps_;
   bool is_short_ = false;
-  Launch penalty_{Missing::Irrelevant};
-  Launch penalty_grad_{Missing::Created};
-  Launch path_{Missing::Kept};
-  Launch walk_{Missing::Kept};
-  Launch score_{Missing::Irrelevant};
-  Launch step_{Missing::LeftOut};
-  int step_variant_ = 0;
+  bool keeps_ = false;
+  Protection protection_ = Protection::None;
+  Launch penalty_{Part::All};
+  Launch pull_{Part::Trainable};
+  Launch path_{Part::Pulled};
+  Launch walk_{Part::Pulled};
+  Launch score_{Part::All};
+  Launch step_{Part::WithGradient};
   Counter counter_;
-  std::optional<Protection> protection_;
 };
 
 }  // namespace clext

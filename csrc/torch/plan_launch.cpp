@@ -1,10 +1,9 @@
-// ParameterPlan's launches: made once, with every check, and compared with the parameters at each
+// ParameterPlan's launches: made once, with every check, and compared with the tensors at each
 // call.
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
 
 #include <algorithm>
-#include <map>
+#include <string_view>
 
 #include "torch/plan.h"
 
@@ -12,219 +11,160 @@ namespace clext {
 
 namespace {
 
-// As at::Tensor::grad(), which also asks each time whether the tensor is a leaf.
-const at::Tensor& gradient_of(const at::TensorImpl& param) { return param.grad(); }
+constexpr std::string_view kParameters = "params";
+constexpr std::string_view kGradients = "grads";
 
-// Whether an index means the same place in memory as it did when the launch was checked.
-bool same_geometry(const at::TensorImpl& tensor, const int64_t* known, size_t dim) {
-  const at::IntArrayRef sizes = tensor.sizes();
-  const at::IntArrayRef strides = tensor.strides();
-  if (sizes.size() != dim) return false;
-  for (size_t d = 0; d < dim; ++d) {
-    if (sizes[d] != known[d]) return false;
-    if (strides[d] != known[dim + d] && sizes[d] > 1) return false;
+const ListKind* gradient_list(const std::vector<ListKind>& lists) {
+  for (const ListKind& list : lists) {
+    if (list.name == kGradients) return &list;
   }
-  return true;
+  return nullptr;
 }
 
-// The same in every number: what is usual, and quick to tell.
-inline bool identical_geometry(const at::TensorImpl& tensor, const int64_t* known, size_t dim) {
-  const at::IntArrayRef sizes = tensor.sizes();
-  const at::IntArrayRef strides = tensor.strides();
-  if (sizes.size() != dim) return false;
-  int64_t difference = 0;
-  for (size_t d = 0; d < dim; ++d) {
-    difference |= (sizes[d] ^ known[d]) | (strides[d] ^ known[dim + d]);
-  }
-  return difference == 0;
-}
-
-// As const_data_ptr() or mutable_data_ptr() of a strided tensor that has a storage.
-inline void* data_of(const at::TensorImpl& tensor, Access access) {
+// As const_data_ptr() or mutable_data_ptr() of a strided tensor.
+inline void* data_of(const at::TensorImpl& tensor, bool written) {
+  if (!tensor.has_storage()) return nullptr;
   c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  void* data =
-      access == Access::Read ? const_cast<void*>(storage->data()) : storage->mutable_data();
+  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
   if (tensor.numel() == 0) return nullptr;
   return static_cast<char*>(data) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
 }
 
-}  // namespace
-
-bool ParameterPlan::takes_part(const at::Tensor& param, Missing missing) const {
-  if (missing == Missing::Irrelevant) return true;
-  if (gradient_of(*param.unsafeGetTensorImpl()).defined()) return true;
-  return missing == Missing::Created && param.requires_grad();
+// Whether an index means the same place in memory as in the parameter that was checked.
+inline bool same_geometry(const at::TensorImpl& tensor, const int64_t* known, size_t dim) {
+  const at::IntArrayRef sizes = tensor.sizes();
+  const at::IntArrayRef strides = tensor.strides();
+  if (sizes.size() != dim) return false;
+  for (size_t d = 0; d < dim; ++d) {
+    if (sizes[d] != known[d] || (strides[d] != known[dim + d] && sizes[d] > 1)) return false;
+  }
+  return true;
 }
 
-// Fills the launch's tables of parameters, all but the pointers.
-void ParameterPlan::choose_active(Launch& launch) const {
+}  // namespace
+
+// Brings the launch up to date; true if it was made anew.
+bool ParameterPlan::prepare(Launch& launch, const char* op, const std::vector<ListKind>& lists) {
+  if (launch.lists == &lists && is_current(launch)) return false;
+  launch.lists = nullptr;
+  const ListKind* gradient = gradient_list(lists);
+  launch.writes_gradients = gradient != nullptr && gradient->access != Access::Read;
+  choose(launch);
+  std::vector<at::Tensor> grads;
+  if (gradient != nullptr) grads = gradients(launch);
+  std::vector<std::vector<at::Tensor>> tensors(lists.size());
+  std::vector<ListArgument> arguments;
+  for (size_t a = 0; a < lists.size(); ++a) {
+    if (lists[a].name == kGradients) {
+      tensors[a] = grads;
+    } else {
+      const auto& all = lists[a].name == kParameters ? params_ : entries(op, lists[a].name);
+      for (const size_t i : launch.chosen) tensors[a].push_back(all[i]);
+    }
+    arguments.push_back({lists[a], tensors[a]});
+  }
+  std::vector<std::string> names;
+  for (const size_t i : launch.chosen) names.push_back(names_[i]);
+  launch.prepared = check_lists(op, arguments, names);
+  if (launch.writes_gradients) {
+    for (size_t k = 0; k < grads.size(); ++k) params_[launch.chosen[k]].mutable_grad() = grads[k];
+  }
+  remember(launch, arguments);
+  // A gradient that had to be copied for this launch is stale at the next one, and tensors made in
+  // inference mode may be written in some modes only.
+  if (launch.prepared.copies.empty() && !params_[0].is_inference()) launch.lists = &lists;
+  return true;
+}
+
+bool ParameterPlan::takes_part(const at::Tensor& param, Part part) const {
+  if (part == Part::All || param.unsafeGetTensorImpl()->grad().defined()) return true;
+  return part == Part::Trainable && param.requires_grad();
+}
+
+void ParameterPlan::choose(Launch& launch) const {
   launch.chosen.clear();
-  launch.active.clear();
   launch.left_out.clear();
-  launch.geometry.clear();
-  if (launch.missing == Missing::Kept) {
-    launch.chosen = penalty_grad_.chosen;
-  } else {
-    for (size_t i = 0; i < params_.size(); ++i) {
-      (takes_part(params_[i], launch.missing) ? launch.chosen : launch.left_out).push_back(i);
+  if (launch.part == Part::Pulled) {
+    launch.chosen = pull_.chosen;
+    return;
+  }
+  for (size_t i = 0; i < params_.size(); ++i) {
+    (takes_part(params_[i], launch.part) ? launch.chosen : launch.left_out).push_back(i);
+  }
+}
+
+// Those of the chosen parameters; new ones are theirs when everything has been checked.
+std::vector<at::Tensor> ParameterPlan::gradients(const Launch& launch) const {
+  std::vector<at::Tensor> grads;
+  for (const size_t i : launch.chosen) {
+    const at::Tensor& grad = params_[i].grad();
+    if (!grad.defined()) {
+      grads.push_back(at::zeros_like(params_[i].detach()));
+    } else {
+      // Autograd may leave the lazy negative of another tensor, which cannot be written in place.
+      grads.push_back(launch.writes_gradients ? grad.resolve_neg() : grad);
     }
   }
+  return grads;
+}
+
+// After the check: where everything is, for comparison.
+void ParameterPlan::remember(Launch& launch, const std::vector<ListArgument>& arguments) const {
+  launch.keys = params_[0].key_set();
+  launch.active.clear();
+  launch.geometry.clear();
+  launch.places.clear();
   for (const size_t i : launch.chosen) {
     const at::Tensor& param = params_[i];
-    launch.active.push_back({param.unsafeGetTensorImpl(), nullptr, nullptr, nullptr, nullptr,
-                             nullptr, launch.geometry.size(), static_cast<uint32_t>(param.dim()),
-                             param.scalar_type()});
+    launch.active.push_back({param.unsafeGetTensorImpl(), nullptr, nullptr, launch.geometry.size(),
+                             static_cast<size_t>(param.dim())});
     for (const at::IntArrayRef numbers : {param.sizes(), param.strides()}) {
       launch.geometry.insert(launch.geometry.end(), numbers.begin(), numbers.end());
     }
   }
-}
-
-// After the check: where the launch keeps each parameter's pointers, and where its state is.
-void ParameterPlan::remember(Launch& launch, const std::vector<Source>& sources,
-                             const std::vector<ListArgument>& arguments) const {
-  launch.state.clear();
-  launch.memory.clear();
-  std::map<const c10::StorageImpl*, size_t> memory_of;
-  for (size_t a = 0; a < sources.size(); ++a) {
-    const ListArgument& argument = arguments[a];
-    const bool written = argument.access != Access::Read;
-    if (sources[a].kind == Source::kParameter) launch.parameter_access = argument.access;
-    if (sources[a].kind == Source::kGradient) launch.gradient_access = argument.access;
+  for (size_t a = 0; a < arguments.size(); ++a) {
+    const bool written = arguments[a].access != Access::Read;
+    if (arguments[a].name == kParameters) launch.writes_parameters = written;
     for (size_t k = 0; k < launch.active.size(); ++k) {
-      Active& active = launch.active[k];
-      if (sources[a].kind == Source::kState || sources[a].kind == Source::kStep) {
-        const at::Tensor& tensor = argument.tensors[k];
-        const c10::StorageImpl* storage = tensor.storage().unsafeGetStorageImpl();
-        launch.state.push_back({tensor.unsafeGetTensorImpl(), storage});
-        const auto [known, is_new] = memory_of.try_emplace(storage, launch.memory.size());
-        if (is_new) launch.memory.push_back({tensor.storage(), storage->data(), false});
-        launch.memory[known->second].written |= written;
-        continue;
-      }
       const auto [group_index, index] = launch.prepared.positions[k];
       TensorLists& group = launch.prepared.groups[group_index];
       void** pointer = &group.pointers[a * group.sizes.size() + index];
-      if (sources[a].kind == Source::kParameter) {
-        active.parameter_pointer = pointer;
+      if (arguments[a].name == kParameters) {
+        launch.active[k].data = *pointer;
+      } else if (arguments[a].name == kGradients) {
+        launch.active[k].gradient = pointer;
       } else {
-        active.gradient_pointer = pointer;
-        active.gradient = argument.tensors[k].unsafeGetTensorImpl();
+        const at::TensorImpl* tensor = arguments[a].tensors[k].unsafeGetTensorImpl();
+        launch.places.push_back({tensor, *pointer, written});
       }
     }
   }
 }
 
-void ParameterPlan::rebuild(const char* op_name, Launch& launch, const std::vector<Source>& sources,
-                            const std::vector<ListKind>& kinds) {
-  launch.valid = false;
-  choose_active(launch);
-  std::vector<std::string> names;
-  std::vector<at::Tensor> params, grads;
-  bool writes_grads = false;
-  for (size_t a = 0; a < sources.size(); ++a) {
-    writes_grads |= sources[a].kind == Source::kGradient && kinds[a].access != Access::Read;
-  }
-  for (const size_t i : launch.chosen) {
-    const at::Tensor& param = params_[i];
-    names.push_back(names_[i]);
-    params.push_back(param);
-    const bool create = launch.missing == Missing::Created && !param.grad().defined();
-    if (create) {
-      grads.push_back(at::zeros_like(param.detach()));
-    } else {
-      // Autograd may leave the lazy negative of another tensor, which cannot be written in place.
-      grads.push_back(writes_grads ? param.grad().resolve_neg() : param.grad());
-    }
-  }
-
-  std::vector<std::vector<at::Tensor>> tensors(sources.size());
-  std::vector<ListArgument> arguments;
-  size_t layout = 0;
-  for (size_t a = 0; a < sources.size(); ++a) {
-    if (sources[a].kind == Source::kParameter) layout = a;
-    if (sources[a].kind == Source::kParameter || sources[a].kind == Source::kGradient) {
-      tensors[a] = sources[a].kind == Source::kParameter ? params : grads;
-    } else {
-      const std::vector<at::Tensor>& all = tensors_of(op_name, sources[a]);
-      for (const size_t i : launch.chosen) tensors[a].push_back(all[i]);
-    }
-    arguments.push_back({sources[a].name, tensors[a], kinds[a].storage, kinds[a].access});
-  }
-  launch.prepared = check_lists(op_name, arguments, layout, names);
-  if (writes_grads) {
-    for (size_t k = 0; k < grads.size(); ++k) params[k].mutable_grad() = grads[k];
-  }
-  const c10::DispatchKeySet keys = params_[0].key_set();
-  launch.keys = params_[0].is_inference() ? c10::DispatchKeySet() : keys;
-  remember(launch, sources, arguments);
-  // A gradient that had to be copied for this launch is stale at the next one.
-  launch.valid = launch.prepared.copies.empty();
-}
-
-void ParameterPlan::prefetch(const Active& active) {
-  constexpr int kLine = 64;
-  for (const at::TensorImpl* tensor : {active.parameter, active.gradient}) {
-    const char* begin = reinterpret_cast<const char*>(tensor);
-    __builtin_prefetch(begin);
-    __builtin_prefetch(begin + kLine);
-    __builtin_prefetch(begin + 2 * kLine);
-  }
-  __builtin_prefetch(active.parameter_storage);
-  __builtin_prefetch(active.gradient_storage);
-}
-
-// Brings the pointers of gradients up to date; false if only a new check can tell whether
-// everything still fits. An address alone does not tell: memory is used again for other shapes.
-bool ParameterPlan::refresh(Launch& launch) const {
-  if (launch.missing == Missing::Kept && launch.chosen != penalty_grad_.chosen) return false;
+// Whether the launch still fits, its pointers to gradients up to date; if not, only a new check can
+// tell what does. An address alone does not: memory is used again for other shapes.
+bool ParameterPlan::is_current(const Launch& launch) const {
+  if (launch.part == Part::Pulled && launch.chosen != pull_.chosen) return false;
   for (const size_t i : launch.left_out) {
-    if (takes_part(params_[i], launch.missing)) return false;
+    if (takes_part(params_[i], launch.part)) return false;
   }
-  for (const StateMemory& memory : launch.memory) {
-    c10::StorageImpl* storage = memory.storage.unsafeGetStorageImpl();
-    const void* data = memory.written ? storage->mutable_data() : storage->data();
-    if (data != memory.data) return false;
-  }
-  bool moved = false;
-  for (const StateCell& cell : launch.state) {
-    moved |= cell.tensor->unsafe_storage().unsafeGetStorageImpl() != cell.storage;
-  }
-  if (moved) return false;
-  if (launch.active.empty()) return true;
-  const at::Device device = *launch.prepared.device;
-  const auto fits = [&](at::TensorImpl& tensor, const Active& active, Access access) {
-    const int64_t* known = launch.geometry.data() + active.geometry;
-    if (tensor.device() != device || tensor.dtype() != active.dtype || !tensor.unsafe_storage()) {
+  const auto fits = [&](const at::TensorImpl& tensor, const Active& active) {
+    return tensor.key_set() == launch.keys && tensor.dtype() == active.parameter->dtype() &&
+           same_geometry(tensor, launch.geometry.data() + active.geometry, active.dim);
+  };
+  for (const Active& active : launch.active) {
+    if (!fits(*active.parameter, active) ||
+        data_of(*active.parameter, launch.writes_parameters) != active.data) {
       return false;
     }
-    // Equal keys: strided, and made in the same mode.
-    if (tensor.key_set() == launch.keys && identical_geometry(tensor, known, active.dim)) {
-      return true;
-    }
-    return tensor.layout() == at::kStrided && holds_its_elements(tensor) &&
-           same_geometry(tensor, known, active.dim) &&
-           (access == Access::Read || !tensor.is_inference() || c10::InferenceMode::is_enabled());
-  };
-  const size_t count = launch.active.size();
-  for (size_t k = 0; k < count; ++k) {
-    prefetch(launch.active[std::min(k + kPrefetchDistance, count - 1)]);
-    Active& active = launch.active[k];
-    if (active.parameter_pointer != nullptr) {
-      if (!fits(*active.parameter, active, launch.parameter_access)) return false;
-      void* pointer = data_of(*active.parameter, launch.parameter_access);
-      if (pointer != *active.parameter_pointer) return false;
-    }
-    active.parameter_storage = active.parameter->unsafe_storage().unsafeGetStorageImpl();
-    if (active.gradient_pointer != nullptr) {
-      const at::Tensor& gradient = gradient_of(*active.parameter);
-      if (!gradient.defined()) return false;
-      active.gradient = gradient.unsafeGetTensorImpl();
-      if (!fits(*active.gradient, active, launch.gradient_access)) return false;
-      active.gradient_storage = active.gradient->unsafe_storage().unsafeGetStorageImpl();
-      *active.gradient_pointer = data_of(*active.gradient, launch.gradient_access);
-    }
+    if (active.gradient == nullptr) continue;
+    const at::Tensor& gradient = active.parameter->grad();
+    if (!gradient.defined() || !fits(*gradient.unsafeGetTensorImpl(), active)) return false;
+    *active.gradient = data_of(*gradient.unsafeGetTensorImpl(), launch.writes_gradients);
+  }
+  for (const Place& place : launch.places) {
+    if (data_of(*place.tensor, place.written) != place.data) return false;
   }
   return true;
 }

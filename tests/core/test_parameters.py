@@ -8,7 +8,6 @@ from torch import nn
 
 from clext.core.parameters import allocate_state, trainable_parameters
 from clext.methods.parts.state import ParameterState
-from clext.ops.plan import ReferencePlan, has_kernels, make_plan
 
 
 def test_frozen_parameters_are_left_out():
@@ -101,57 +100,6 @@ def test_state_of_empty_and_0_dim_parameters():
     params = [torch.zeros(()), torch.zeros(0, 3), torch.zeros(2)]
     assert [entry.shape for entry in allocate_state(params)] == [entry.shape for entry in params]
     assert allocate_state([]) == []
-
-
-def test_plan_is_compiled_where_there_are_kernels(device):
-    parameter = nn.Parameter(torch.randn(3, device=device))
-    state = {key: allocate_state([parameter]) for key in ("anchor", "importance")}
-    assert has_kernels(parameter.device)
-    plan = make_plan(["weight"], [parameter], state)
-    assert not isinstance(plan, ReferencePlan)
-    state["importance"][0].fill_(2.0)
-    assert plan.quadratic_penalty().item() == pytest.approx(
-        2 * parameter.detach().square().sum().item(), rel=1e-6
-    )
-
-
-def test_plan_falls_back_to_plain_torch_elsewhere():
-    # "meta" stands for any device that has no kernels.
-    parameter = torch.zeros(3, device="meta")
-    assert not has_kernels(parameter.device)
-    state = {"anchor": [torch.zeros(3, device="meta")]}
-    assert isinstance(make_plan(["weight"], [parameter], state), ReferencePlan)
-
-
-def test_compiled_and_plain_plan_agree(device):
-    """The same steps through both plans leave the same state."""
-    keys = ("anchor", "importance", "path", "previous", "fisher", "task_score", "score")
-    keys = (*keys, "interval_start")
-    results = []
-    for kind in (make_plan, ReferencePlan):
-        torch.manual_seed(1)
-        params = [
-            nn.Parameter(torch.randn(4, 5, device=device)),
-            nn.Parameter(torch.randn(3).to(device)),
-        ]
-        state = {key: [torch.rand(p.shape).to(device) for p in params] for key in keys}
-        for parameter in params:
-            parameter.grad = torch.randn(parameter.shape).to(device)
-        plan = kind(["weight", "bias"], params, state)
-        values = [plan.add_quadratic_penalty_grad_(0.5), plan.quadratic_penalty()]
-        plan.accumulate_path_integral_(0.5)
-        plan.riemannian_walk_step_(0.5, 0.9)
-        plan.accumulate_riemannian_walk_score_(1e-3)
-        plan.consolidate_riemannian_walk_(0.5)
-        plan.consolidate_path_integral_(0.1)
-        estimate = [torch.rand(p.shape).to(device) for p in params]
-        plan.consolidate_importance_(estimate, 0.9)
-        values.append(plan.consolidate_all_anchors_(estimate, 0.9))
-        results.append(
-            [*values, *(p.grad for p in params), *(t for key in keys for t in state[key])]
-        )
-    for compiled, plain in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------ ParameterState

@@ -17,7 +17,9 @@ EXACT = (
     Entry((5,), torch.float64, "unaligned"),
 )
 
-every_op = pytest.mark.parametrize("op", OPS, ids=str)
+DISPATCHED = [op for op in OPS if not op.fused]
+
+every_op = pytest.mark.parametrize("op", DISPATCHED, ids=str)
 
 
 def penalty_lists(entries, device="cpu"):
@@ -148,7 +150,11 @@ def test_compiled_function_equals_eager(backend, fresh_compiler):
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op is not PENALTY], ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [op for op in OPS if op.name in ("riemannian_walk_step_", "consolidate_all_anchors_")],
+    ids=str,
+)
 def test_compiled_op_changes_the_same_tensors(op, fresh_compiler):
     arguments = sample(op, (Entry((3, 2)), Entry((4,))))
     eager, compiled = copy(arguments), copy(arguments)
@@ -157,10 +163,3 @@ def test_compiled_op_changes_the_same_tensors(op, fresh_compiler):
     by_position, by_name = op.split(compiled)
     returned = function(*by_position, **by_name)
     assert_same_bits(outputs_of(op, compiled, returned), expected)
-
-
-def test_a_mix_with_the_meta_device_is_refused():
-    with pytest.raises(
-        ValueError, match=r"quadratic_penalty: anchors\[0\] is on meta, expected cpu"
-    ):
-        ops.quadratic_penalty([torch.rand(2)], [torch.rand(2, device="meta")], [torch.rand(2)])

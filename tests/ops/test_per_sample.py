@@ -33,33 +33,31 @@ def one_by_one(features, grads, function):
 
 
 @every_module
-@every_function
-def test_autocast_changes_nothing(module, function, device):
+def test_autocast_changes_nothing(module, device):
     features, grads = normal(4, 1, 5, 6, device=device), normal(4, 1, 3, 6, device=device)
     features, grads = features.float(), 1e-5 * grads.float()
-    expected = module.per_sample_sum(features, grads, function=function)
+    expected = module.per_sample_sum(features, grads)
     with torch.autocast(device, dtype=torch.bfloat16):
-        assert torch.equal(module.per_sample_sum(features, grads, function=function), expected)
+        assert torch.equal(module.per_sample_sum(features, grads), expected)
 
 
 @every_module
 @every_function
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("inputs", "outputs", "rows"),
     [((5,), 3, (4,)), ((17,), 35, (6,)), ((2, 3, 3), 16, (2, 4, 5)), ((), 1, ()), ((9,), 10, ())],
     ids=str,
 )
-def test_sums_of_each_sample(module, function, dtype, inputs, outputs, rows, device):
+def test_sums_of_each_sample(module, function, inputs, outputs, rows, device):
     features = normal(6, 2, *inputs, *rows)
     grads = normal(6, 2, outputs, *rows, seed=1)
     expected = one_by_one(features, grads, function)
-    arguments = (features.to(device, dtype), grads.to(device, dtype))
-    got = module.per_sample_sum(*arguments, function=function)
-    assert got.dtype == dtype
-    assert got.device.type == device
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        arguments = (features.to(device, dtype), grads.to(device, dtype))
+        got = module.per_sample_sum(*arguments, function=function)
+        assert got.dtype == dtype
+        assert got.device.type == device
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @every_module
@@ -80,9 +78,8 @@ def test_windows_of_a_convolution_are_read_in_place(module, function, device):
     torch.testing.assert_close(got[0].T.reshape(weight.shape).cpu(), weight)
 
 
-@every_module
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0)], ids=str)
-def test_any_strides(module, order, device):
+def test_any_strides(order, device):
     features, grads = normal(3, 2, 5, 7), normal(3, 2, 19, 7, seed=1)
 
     def laid_out(tensor):
@@ -90,7 +87,7 @@ def test_any_strides(module, order, device):
         return moved.permute([order.index(d) for d in range(4)]).to(device)
 
     expected = one_by_one(features, grads, "square")
-    got = module.per_sample_sum(laid_out(features), laid_out(grads))
+    got = ops.per_sample_sum(laid_out(features), laid_out(grads))
     torch.testing.assert_close(got.cpu(), expected)
 
 
@@ -114,9 +111,8 @@ def test_a_sample_that_is_not_finite_shows(module, device):
     assert got[0, [0, 1, 3]].isfinite().all()
 
 
-@every_function
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_same_bits_on_any_number_of_threads(function, contiguous):
+def test_same_bits_on_any_number_of_threads(contiguous):
     features = normal(16, 2, 40, 30, dtype=torch.float32)
     grads = normal(16, 2, 50, 30, dtype=torch.float32, seed=1)
     if contiguous:  # entries next to each other
@@ -126,7 +122,7 @@ def test_same_bits_on_any_number_of_threads(function, contiguous):
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(ops.per_sample_sum(features, grads, function=function))
+            found.append(ops.per_sample_sum(features, grads))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(entry, found[0]) for entry in found)
@@ -166,38 +162,31 @@ BAD = {
     "half precision": (
         lambda: (normal(3, 1, 4, dtype=torch.float16), normal(3, 1, 6)),
         TypeError,
-        "features has dtype (torch.)?float16, expected float32 or float64",
+        "features has dtype float16, expected float32 or float64",
     ),
     "two dtypes": (
         lambda: (normal(3, 1, 4, dtype=F32), normal(3, 1, 6, dtype=F64)),
         TypeError,
-        r"features has dtype (torch.)?float32, expected (torch.)?float64 \(that of grads\)",
-    ),
-    "sparse": (
-        lambda: (normal(3, 1, 4), normal(3, 1, 6).to_sparse()),
-        TypeError,
-        "grads has layout torch.sparse_coo, expected a dense tensor",
+        r"features has dtype float32, expected float64 \(that of grads\)",
     ),
 }
 
 
-@every_module
-def test_an_unknown_function_is_named(module):
+def test_an_unknown_function_is_named():
     expected = "function is 'cube', expected 'square', 'absolute' or 'identity'"
     with pytest.raises(ValueError, match=expected):
-        module.per_sample_sum(normal(3, 1, 4), normal(3, 1, 6), function="cube")
+        ops.per_sample_sum(normal(3, 1, 4), normal(3, 1, 6), function="cube")
 
 
-@every_module
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_named(module, case):
+def test_bad_arguments_are_named(case):
     make, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
-        module.per_sample_sum(*make())
+        ops.per_sample_sum(*make())
 
 
 def test_a_mix_with_the_meta_device_is_refused():
     features, grads = normal(3, 1, 4), normal(3, 1, 6)
-    with pytest.raises(ValueError, match="features is on meta, expected cpu"):
+    with pytest.raises(ValueError, match="there are tensors on cpu and meta, expected one"):
         ops.per_sample_sum(features.to("meta"), grads)
     assert ops.per_sample_sum(features.to("meta"), grads.to("meta")).shape == (1, 4, 6)

@@ -11,10 +11,10 @@ import torch
 from helpers import Entry, assert_same_bits, tensors_of
 from plan_problem import Problem, Twin, run_step
 
+from clext.ops._extension import C
+from clext.ops.plan import ReferencePlan, has_kernels, make_plan
 
-@pytest.fixture(params=["compiled", "reference"])
-def implementation(request):
-    return request.param
+every_implementation = pytest.mark.parametrize("implementation", ["compiled", "reference"])
 
 
 # ----------------------------------------------------------------------------- what may happen
@@ -55,6 +55,13 @@ def parameters_get_new_memory(problem, step):
             theta.data = theta.data.clone() + 1
 
 
+def state_gets_new_memory(problem, step):
+    problem.backward()
+    if step == 2:
+        for key in ("path", "importance"):
+            problem.state[key][0].data = problem.state[key][0].data.clone()
+
+
 def frozen_later(problem, step):
     if step == 2:
         problem.params[0].requires_grad_(False)
@@ -79,12 +86,14 @@ EVENTS = (
     gradients_come_and_go,
     no_gradient_at_all,
     parameters_get_new_memory,
+    state_gets_new_memory,
     frozen_later,
     frozen_at_first,
     frozen_with_its_gradient,
 )
 
 
+@every_implementation
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 def test_steps_equal_the_ops(event, implementation, device):
     problem = Problem(implementation, device)
@@ -94,29 +103,7 @@ def test_steps_equal_the_ops(event, implementation, device):
         run_step(problem, twin)
 
 
-@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
-def test_both_plans_mean_the_same(event, device):
-    left, right = Problem("compiled", device), Problem("reference", device)
-    for step in range(3):
-        for problem in (left, right):
-            event(problem, step)
-            problem.plan.add_quadratic_penalty_grad_(0.5)
-            problem.optimize()
-            problem.plan.riemannian_walk_step_(0.9)
-            problem.plan.accumulate_riemannian_walk_score_(0.1)
-    estimate = [entry.clone() for entry in left.state["fisher"]]
-    for problem in (left, right):
-        problem.plan.consolidate_riemannian_walk_(0.5)
-        problem.plan.consolidate_path_integral_(0.1)
-        problem.plan.consolidate_importance_(estimate, 0.5)
-        problem.plan.consolidate_all_anchors_(estimate, 0.5)
-    expected = right.snapshot()
-    for name, tensor in left.snapshot().items():
-        low = tensor.dtype == torch.bfloat16
-        rtol, atol = (0.02, 0.02) if low else (1e-3, 1e-4)
-        torch.testing.assert_close(tensor, expected[name], rtol=rtol, atol=atol)
-
-
+@every_implementation
 def test_end_of_a_task_equals_the_ops(implementation, device):
     problem = Problem(implementation, device)
     module, params = Twin(problem, implementation).module, problem.params
@@ -139,54 +126,41 @@ def test_end_of_a_task_equals_the_ops(implementation, device):
     assert_same_bits(tensors_of(problem.state), tensors_of(state))
 
 
-# ----------------------------------------------------------------------------- gradients
+def test_a_plan_is_compiled_where_there_are_kernels(device):
+    problem = Problem("compiled", device)
+    assert has_kernels(problem.params[0].device)
+    plan = make_plan(problem.names, problem.params, problem.state)
+    assert isinstance(plan, C.ParameterPlan)
+    # "meta" stands for any device that has no kernels.
+    nowhere = [torch.zeros(3, device="meta")]
+    assert not has_kernels(nowhere[0].device)
+    assert isinstance(make_plan(["w"], nowhere, {"anchor": nowhere}), ReferencePlan)
 
 
-def test_missing_gradients_are_made_like_their_parameters(implementation, device):
-    problem = Problem(implementation, device)
-    problem.plan.add_quadratic_penalty_grad_(0.5)
-    for theta, anchor, omega in zip(
-        problem.params, problem.state["anchor"], problem.state["importance"], strict=True
-    ):
-        expected = (omega.double() * (theta.detach().double() - anchor)).to(theta.dtype)
-        assert theta.grad.stride() == theta.stride()
-        assert not theta.grad.requires_grad
-        torch.testing.assert_close(theta.grad, expected)
-
-
-def test_gradients_in_another_layout_are_refused(implementation, device):
-    problem = Problem(implementation, device, entries=(Entry((3, 2)), Entry((4, 5))))
-    for _ in range(3):
+def test_both_plans_mean_the_same(device):
+    results = []
+    for implementation in ("compiled", "reference"):
+        problem = Problem(implementation, device, entries=(Entry((4, 5)), Entry((3,))))
+        plan, estimate = problem.plan, problem.state["score"]
         problem.backward()
-        theta = problem.params[1]
-        theta.grad = theta.grad.t().contiguous().t()
-        with pytest.raises(
-            ValueError, match=r"grads\[1\] of parameter 'layer1.weight' has strides"
-        ):
-            problem.plan.add_quadratic_penalty_grad_(0.5)
+        values = [plan.add_quadratic_penalty_grad_(0.5), plan.quadratic_penalty()]
+        problem.optimize()
+        plan.accumulate_path_integral_()
+        plan.riemannian_walk_step_(0.9)
+        plan.accumulate_riemannian_walk_score_(0.1)
+        plan.consolidate_riemannian_walk_(0.5)
+        plan.consolidate_path_integral_(0.1)
+        plan.consolidate_importance_(estimate, 0.9)
+        values.append(plan.consolidate_all_anchors_(estimate, 0.9))
+        results.append([*values, *problem.snapshot().values()])
+    for compiled, plain in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_at_the_same_address_in_another_layout(implementation, device):
-    """Allocators hand out the same memory again; only the strides tell."""
-    problem = Problem(implementation, device, entries=(Entry((3, 2)),))
-    memory = torch.randn(6, device=device)
-    problem.params[0].grad = memory.view(3, 2)
-    problem.plan.add_quadratic_penalty_grad_(0.5)
-    problem.params[0].grad = memory.view(2, 3).t()
-    with pytest.raises(ValueError, match=r"grads\[0\] of parameter 'layer0.weight' has strides"):
-        problem.plan.add_quadratic_penalty_grad_(0.5)
+# ----------------------------------------------------------------------------- what the pull keeps
 
 
-def test_a_walk_without_a_pull_is_an_error(implementation, device):
-    problem = Problem(implementation, device)
-    problem.backward()
-    message = "nothing has been kept of this step, expected add_quadratic"
-    with pytest.raises(RuntimeError, match=message):
-        problem.plan.accumulate_path_integral_()
-    with pytest.raises(RuntimeError, match=message):
-        problem.plan.riemannian_walk_step_(0.9)
-
-
+@every_implementation
 def test_a_walk_follows_the_last_pull(implementation, device):
     """Gradients that are gone by then, and parameters frozen meanwhile, do not matter."""
     problem = Problem(implementation, device)
@@ -207,17 +181,45 @@ def test_a_walk_follows_the_last_pull(implementation, device):
         assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
 
 
-def test_without_lists_to_keep_it_the_pull_keeps_nothing(implementation, device):
-    keys = ("anchor", "importance", "path")
-    problem = Problem(implementation, device, keys=keys)
+@every_implementation
+def test_a_walk_without_a_pull_is_an_error(implementation, device):
+    problem = Problem(implementation, device)
     problem.backward()
+    for name, arguments in (("accumulate_path_integral_", ()), ("riemannian_walk_step_", (0.9,))):
+        message = f"^ParameterPlan.{name}: nothing has been kept of this step, expected add_quadra"
+        with pytest.raises(RuntimeError, match=message):
+            getattr(problem.plan, name)(*arguments)
+
+
+# ----------------------------------------------------------------------------- gradients
+
+
+@every_implementation
+def test_missing_gradients_are_made_like_their_parameters(implementation, device):
+    problem = Problem(implementation, device)
     problem.plan.add_quadratic_penalty_grad_(0.5)
-    with pytest.raises((RuntimeError, ValueError), match="accumulate_path_integral_: "):
-        problem.plan.accumulate_path_integral_()
+    for theta, anchor, omega in zip(
+        problem.params, problem.state["anchor"], problem.state["importance"], strict=True
+    ):
+        expected = (omega.double() * (theta.detach().double() - anchor)).to(theta.dtype)
+        assert theta.grad.stride() == theta.stride()
+        assert not theta.grad.requires_grad
+        torch.testing.assert_close(theta.grad, expected)
 
 
-def test_a_parameter_at_the_same_address_in_another_layout(implementation, device):
-    problem = Problem(implementation, device, entries=(Entry((3, 2)),))
+def test_a_gradient_at_the_same_address_in_another_layout(device):
+    """Allocators hand out the same memory again; only the strides tell."""
+    problem = Problem("compiled", device, entries=(Entry((3, 2)),))
+    memory = torch.randn(6, device=device)
+    problem.params[0].grad = memory.view(3, 2)
+    problem.plan.add_quadratic_penalty_grad_(0.5)
+    problem.params[0].grad = memory.view(2, 3).t()
+    with pytest.raises(ValueError, match=r"grads\[0\] of parameter 'layer0.weight' has strides"):
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+
+
+def test_a_parameter_at_the_same_address_in_another_layout(device):
+    problem = Problem("compiled", device, entries=(Entry((3, 2)),))
     problem.plan.quadratic_penalty()
     theta = problem.params[0]
     theta.data = theta.data.view(2, 3).t()
@@ -226,10 +228,10 @@ def test_a_parameter_at_the_same_address_in_another_layout(implementation, devic
     torch.testing.assert_close(problem.plan.quadratic_penalty(), expected)
 
 
-def test_a_gradient_with_other_strides_where_they_do_not_matter(implementation, device):
+def test_a_gradient_with_other_strides_where_they_do_not_matter(device):
     """A dimension of one element has a stride that nothing reads."""
-    problem = Problem(implementation, device, entries=(Entry((3, 1)), Entry((1, 4))))
-    twin = Twin(problem, implementation)
+    problem = Problem("compiled", device, entries=(Entry((3, 1)), Entry((1, 4))))
+    twin = Twin(problem, "compiled")
     for step in range(4):
         problem.backward()
         if step % 2:
@@ -238,10 +240,43 @@ def test_a_gradient_with_other_strides_where_they_do_not_matter(implementation, 
         run_step(problem, twin)
 
 
-def test_state_that_moves_to_shared_memory(implementation):
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("shape", [(), (3, 2)], ids=str)
+def test_gradients_that_are_lazy_negatives_have_their_sign(shape, calls_before, device):
+    """As autograd leaves some gradients of complex arithmetic: the memory holds the negative."""
+    problem = Problem("compiled", device, entries=(Entry(shape), Entry((4,))))
+    for step in range(calls_before + 2):
+        problem.backward()
+        if step >= calls_before:
+            problem.params[0].grad = torch._neg_view(-problem.params[0].grad)
+            assert problem.params[0].grad.is_neg()
+        twin = Twin(problem, "compiled")
+        value, grads = twin.pull(0.5)
+        assert torch.equal(problem.plan.add_quadratic_penalty_grad_(0.5), value)
+        for index, gradient in grads.items():
+            assert torch.equal(problem.params[index].grad, gradient)
+        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
+
+
+def test_a_graph_that_has_saved_a_gradient_is_told_that_it_changed(device):
+    """With create_graph=True; without a word the second derivative would be wrong."""
+    problem = Problem("compiled", device, entries=(Entry((3,)),))
+    for _ in range(2):
+        problem.backward()
+        weight = torch.ones(3, device=device, requires_grad=True)
+        loss = (problem.params[0].grad * weight).sum()
+        problem.plan.add_quadratic_penalty_grad_(0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def test_state_that_moves_to_shared_memory():
     """Its storage stays the same object and gets other memory."""
-    problem = Problem(implementation)
-    twin = Twin(problem, implementation)
+    problem = Problem("compiled")
+    twin = Twin(problem, "compiled")
     for step in range(4):
         problem.backward()
         if step == 2:
@@ -251,10 +286,10 @@ def test_state_that_moves_to_shared_memory(implementation):
         run_step(problem, twin)
 
 
-def test_a_lazy_clone_of_what_is_written_keeps_its_values(implementation, device):
+def test_a_lazy_clone_of_what_is_written_keeps_its_values(device):
     """Copy on write: the memory is shared until one of the two is written."""
-    problem = Problem(implementation, device, entries=(Entry((5, 3)), Entry((7,))))
-    twin = Twin(problem, implementation)
+    problem = Problem("compiled", device, entries=(Entry((5, 3)), Entry((7,))))
+    twin = Twin(problem, "compiled")
     for step in range(4):
         problem.backward() if step < 2 else None
         tensors = [problem.state["path"][0], problem.params[1].grad]
@@ -265,101 +300,8 @@ def test_a_lazy_clone_of_what_is_written_keeps_its_values(implementation, device
         assert [tensor.tolist() for tensor in tensors] != before
 
 
-@pytest.mark.parametrize("calls_before", [0, 2])
-def test_sparse_gradients_are_refused_by_name(calls_before, implementation, device):
-    problem = Problem(implementation, device, entries=(Entry((3,)), Entry((4, 2))))
-    for _ in range(calls_before):
-        problem.backward()
-        problem.plan.add_quadratic_penalty_grad_(0.5)
-        problem.plan.accumulate_path_integral_()
-    problem.backward(0)
-    problem.params[1].grad = problem.params[1].grad.to_sparse()
-    before = {key: [t.clone() for t in entries] for key, entries in problem.state.items()}
-    with pytest.raises(TypeError, match=r"parameter 'layer1.weight' has layout .*sparse=False"):
-        problem.plan.add_quadratic_penalty_grad_(0.5)
-    assert_same_bits(tensors_of(problem.state), tensors_of(before))
-
-
-def test_a_refused_call_leaves_no_gradient_behind(implementation, device):
-    problem = Problem(implementation, device, entries=(Entry((3, 2)), Entry((4, 5))))
-    ones = torch.ones(4, 5, device=device)
-    for strength, gradient, message in (
-        (0.5, ones.t().contiguous().t(), "strides"),
-        (-1, ones, "is -1"),
-    ):
-        problem.params[1].grad = gradient
-        with pytest.raises(ValueError, match=message):
-            problem.plan.add_quadratic_penalty_grad_(strength)
-        assert problem.params[0].grad is None
-        assert torch.equal(problem.params[1].grad, torch.ones_like(ones))
-
-
-def test_a_graph_that_has_saved_a_gradient_is_told_that_it_changed(implementation, device):
-    """With create_graph=True; without a word the second derivative would be wrong."""
-    problem = Problem(implementation, device, entries=(Entry((3,)),))
-    for _ in range(2):
-        problem.backward()
-        weight = torch.ones(3, device=device, requires_grad=True)
-        loss = (problem.params[0].grad * weight).sum()
-        problem.plan.add_quadratic_penalty_grad_(0.5)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-
-# ----------------------------------------------------------------------------- modes of torch
-
-
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
-)
-def test_nothing_is_recorded_for_autograd(mode, implementation, device):
-    problem, expected = Problem(implementation, device), Problem(implementation, device)
-    for each in (problem, expected):
-        each.backward()
-    with mode():
-        value = problem.plan.add_quadratic_penalty_grad_(0.5)
-        problem.plan.accumulate_path_integral_()
-        alone = problem.plan.quadratic_penalty()
-    expected.plan.add_quadratic_penalty_grad_(0.5)
-    expected.plan.accumulate_path_integral_()
-    assert not value.requires_grad
-    assert not alone.requires_grad
-    assert not any(theta.grad.requires_grad for theta in problem.params)
-    assert not any(tensor.requires_grad for tensor in tensors_of(problem.state).values())
-    assert_same_bits(problem.snapshot(), expected.snapshot())
-
-
-def lazily_negative(values):
-    """As autograd leaves some gradients of complex arithmetic: the memory holds the negative."""
-    gradient = torch._neg_view(-values)
-    assert gradient.is_neg()
-    return gradient
-
-
-@pytest.mark.parametrize("calls_before", [0, 2])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 2)], ids=str)
-def test_gradients_that_are_lazy_negatives_have_their_sign(
-    implementation, shape, calls_before, device
-):
-    problem = Problem(implementation, device, entries=(Entry(shape), Entry((4,))))
-    for step in range(calls_before + 2):
-        problem.backward()
-        if step >= calls_before:
-            problem.params[0].grad = lazily_negative(problem.params[0].grad)
-        twin = Twin(problem, implementation)
-        value, grads = twin.pull(0.5)
-        assert torch.equal(problem.plan.add_quadratic_penalty_grad_(0.5), value)
-        for index, gradient in grads.items():
-            assert torch.equal(problem.params[index].grad, gradient)
-        problem.params[0].grad = lazily_negative(problem.params[0].grad)
-        twin.walk(0.9)
-        problem.plan.accumulate_path_integral_()
-        problem.plan.riemannian_walk_step_(0.9)
-        assert_same_bits(tensors_of(problem.state), tensors_of(twin.state))
-
-
-def test_a_plan_keeps_its_tensors_alive(implementation, device):
-    problem = Problem(implementation, device)
+def test_a_plan_keeps_its_tensors_alive(device):
+    problem = Problem("compiled", device)
     expected = problem.plan.quadratic_penalty()
     plan = problem.plan
     del problem
@@ -393,3 +335,27 @@ def test_ten_thousand_calls_leak_no_memory():
     calls(10_000)
     # Losing one of the values, 0-dim tensors, at each call would already cost 4 MB.
     assert (resident_pages() - before) * 4096 < 2**21
+
+
+# ----------------------------------------------------------------------------- modes of torch
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.enable_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
+@every_implementation
+def test_nothing_is_recorded_for_autograd(mode, implementation, device):
+    problem, expected = Problem(implementation, device), Problem(implementation, device)
+    for each in (problem, expected):
+        each.backward()
+    with mode():
+        value = problem.plan.add_quadratic_penalty_grad_(0.5)
+        problem.plan.accumulate_path_integral_()
+        alone = problem.plan.quadratic_penalty()
+    expected.plan.add_quadratic_penalty_grad_(0.5)
+    expected.plan.accumulate_path_integral_()
+    assert not value.requires_grad
+    assert not alone.requires_grad
+    assert not any(theta.grad.requires_grad for theta in problem.params)
+    assert not any(tensor.requires_grad for tensor in tensors_of(problem.state).values())
+    assert_same_bits(problem.snapshot(), expected.snapshot())

@@ -8,24 +8,32 @@ from typing import Any
 import torch
 
 from clext import ops, reference
+from clext.ops._extension import C
 
 ROWS, SLICES = 3, 5
 
 Arguments = dict[str, Any]  # in schema order: lists of tensors, tensors and numbers
 
+# The lists that a step takes from a plan's state, and their keys there.
+STATE_KEYS = {
+    "momentum_buffers": "momentum_buffer",
+    "exp_avgs": "exp_avg",
+    "exp_avg_sqs": "exp_avg_sq",
+    "path": "path",
+    "fisher": "fisher",
+    "anchors": "anchor",
+    "importances": "importance",
+}
+
 
 @dataclass(frozen=True)
 class ListArg:
-    """A list of tensors. `kind`: parameter, state or rows. `access`: read, update or write.
-
-    `mutable`: the schema says that it may be written, though this entry's call does not.
-    """
+    """A list of tensors. `kind`: parameter, state or rows. `access`: read, update or write."""
 
     name: str
     kind: str
     access: str = "read"
     nonnegative: bool = False
-    mutable: bool = False
 
     @property
     def written(self) -> bool:
@@ -44,7 +52,6 @@ class Unused:
     """A list that is empty in this entry's calls."""
 
     name: str
-    mutable: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,8 @@ def params(access: str = "read") -> ListArg:
     return ListArg("params", "parameter", access)
 
 
-def grads(access: str = "read", mutable: bool = False) -> ListArg:
-    return ListArg("grads", "parameter", access, mutable=mutable)
+def grads(access: str = "read") -> ListArg:
+    return ListArg("grads", "parameter", access)
 
 
 def state(name: str, access: str = "read") -> ListArg:
@@ -138,7 +145,7 @@ class Op:
     variant: str = ""  # for an op with several entries
     returns: tuple[int, ...] = ()  # shape of the tensor that is returned, if one is
     returns_double: bool = False  # whatever the dtype of the lists
-    by_name: bool = False  # all but the lists are keyword arguments
+    fused: bool = False  # a step of an optimizer: by a plan, and all but the lists by name
 
     @property
     def lists(self) -> list[ListArg]:
@@ -160,7 +167,7 @@ class Op:
     @property
     def keywords(self) -> list[str]:
         """Names of the arguments that are passed by name."""
-        kinds = (Fixed, Scalar, TensorArg) if self.by_name else Fixed
+        kinds = (Fixed, Scalar, TensorArg) if self.fused else Fixed
         return [arg.name for arg in self.args if isinstance(arg, kinds)]
 
     def split(self, arguments: Arguments) -> tuple[list[Any], dict[str, Any]]:
@@ -170,11 +177,27 @@ class Op:
 
     def kernel(self, arguments: Arguments) -> Any:
         by_position, by_name = self.split(arguments)
+        if self.fused:
+            return self._by_plan(arguments, by_name)
         return getattr(ops, self.name)(*by_position, **by_name)
 
     def reference(self, arguments: Arguments) -> Any:
         by_position, by_name = self.split(arguments)
-        return getattr(reference, self.name)(*by_position, **by_name)
+        value = getattr(reference, self.name)(*by_position, **by_name)
+        return value if not self.fused or arguments["anchors"] else None
+
+    def _by_plan(self, lists: Arguments, options: Arguments) -> Any:
+        """The step of a plan over the lists of `arguments` themselves."""
+        for theta, grad in zip(lists["params"], lists["grads"], strict=True):
+            theta.grad = grad
+        names = [str(index) for index in range(len(lists["params"]))]
+        state = {key: lists[name] for name, key in STATE_KEYS.items() if lists.get(name)}
+        plan = C.ParameterPlan(names, lists["params"], state, lists["steps"])
+        try:
+            return getattr(plan, self.name)(**options)
+        finally:
+            for theta in lists["params"]:
+                theta.grad = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.variant}".strip()

@@ -7,7 +7,6 @@ from op_arguments import (
     Counts,
     Example,
     Fixed,
-    ListArg,
     Op,
     Scalar,
     TensorArg,
@@ -28,8 +27,8 @@ _LEVELS = {"plain": 0, "pull": 1, "path": 2, "walk": 3}
 def _protection(level: str) -> tuple[Arg, ...]:
     number = _LEVELS[level]
     return (
-        state("path", "update") if number >= 2 else Unused("path", mutable=True),
-        weights("fisher", "update") if number >= 3 else Unused("fisher", mutable=True),
+        state("path", "update") if number >= 2 else Unused("path"),
+        weights("fisher", "update") if number >= 3 else Unused("fisher"),
         state("anchors") if number >= 1 else Unused("anchors"),
         weights("importances") if number >= 1 else Unused("importances"),
     )
@@ -45,10 +44,6 @@ def _rest(proximal: bool, clear_grad: bool) -> tuple[Arg, ...]:
         Fixed("found_inf"),
         Fixed("clip"),
     )
-
-
-def _grads(clear_grad: bool) -> ListArg:
-    return grads("update" if clear_grad else "read", mutable=True)
 
 
 def _sgd(
@@ -68,9 +63,9 @@ def _sgd(
         "sgd_step_",
         (
             params("update"),
-            _grads(clear_grad),
-            state("momentum_buffers", "update") if momentum else Unused("momentum_buffers", True),
-            Counts("steps") if momentum else Unused("steps", True),
+            grads("update" if clear_grad else "read"),
+            state("momentum_buffers", "update") if momentum else Unused("momentum_buffers"),
+            Counts("steps") if momentum else Unused("steps"),
             *_protection(level),
             TensorArg("lr", (), 0.125),
             number if momentum else Fixed("momentum", 0.0),
@@ -82,7 +77,7 @@ def _sgd(
         ),
         examples,
         variant=f"{level} momentum" if momentum else level,
-        by_name=True,
+        fused=True,
     )
 
 
@@ -98,7 +93,7 @@ def _adam(
         "adam_step_",
         (
             params("update"),
-            _grads(clear_grad),
+            grads("update" if clear_grad else "read"),
             state("exp_avgs", "update"),
             weights("exp_avg_sqs", "update"),
             Counts("steps"),
@@ -114,7 +109,7 @@ def _adam(
         ),
         examples,
         variant=level,
-        by_name=True,
+        fused=True,
     )
 
 
@@ -131,7 +126,7 @@ STEPS = (
         "plain",
         Example(
             {"params": 3.0, "grads": 2.0, "lr": 0.5, "weight_decay": 1.0},
-            {"params": 0.5, "returns": 0.0},
+            {"params": 0.5},
         ),
     ),
     _sgd(
@@ -192,7 +187,6 @@ STEPS = (
                 "exp_avgs": 2.0,
                 "exp_avg_sqs": 4.0,
                 "steps": 5.0,
-                "returns": 0.0,
             },
         ),
         decoupled=True,

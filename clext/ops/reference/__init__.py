@@ -1,8 +1,8 @@
 """Every op in plain torch: the tests' oracle, the fallback for other devices, the bench baseline.
 
-The functions have the signatures of the ops in `clext.ops`. State (importance, anchor, path, ...)
-is float32, or float64 for float64 parameters; lower precisions are widened before any arithmetic,
-as the kernels do. Everything is checked before anything is written.
+The functions have the signatures of the ops in `clext.ops`, and none of their checks. State
+(importance, anchor, path, ...) is float32, or float64 for float64 parameters; lower precisions are
+widened before any arithmetic, as the kernels do.
 """
 
 from clext.ops.reference.importance import (

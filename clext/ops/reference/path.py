@@ -8,14 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clext.core.lists import (
-    Argument,
-    TensorList,
-    check_fraction,
-    check_lists,
-    check_scalar,
-    state,
-)
+from clext.core.lists import TensorList
 from clext.ops.reference.arithmetic import maximum, wide
 
 
@@ -29,13 +22,6 @@ def accumulate_path_integral_(
     alone there, both in the state dtype; `path` is the decrease of that loss (Zenke et al. 2017,
     equation 3). A parameter that stayed earns nothing, whatever its gradient.
     """
-    check_lists(
-        "accumulate_path_integral_",
-        Argument("params", params),
-        state("path", path, written=True),
-        state("starts", starts),
-        state("task_grads", task_grads),
-    )
     for gain, theta, start, task_grad in zip(path, params, starts, task_grads, strict=True):
         gain.sub_(path_change(task_grad, wide(theta) - start))
 
@@ -54,15 +40,6 @@ def riemannian_walk_step_(
     The gradient of a step that was skipped (not finite, where the parameter stayed) is not
     averaged in.
     """
-    check_fraction("riemannian_walk_step_", "decay", decay)
-    check_lists(
-        "riemannian_walk_step_",
-        Argument("params", params),
-        state("path", path, written=True),
-        state("fisher", fisher, written=True),
-        state("starts", starts),
-        state("task_grads", task_grads),
-    )
     for gain, average, theta, start, task_grad in zip(
         path, fisher, params, starts, task_grads, strict=True
     ):
@@ -85,15 +62,6 @@ def accumulate_riemannian_walk_score_(
     `step` is the way since `interval_start`; then path = 0 and interval_start = parameters.
     The loss decrease per distance in the KL divergence (Chaudhry et al. 2018, section 4.2).
     """
-    check_scalar("accumulate_riemannian_walk_score_", "eps", eps, positive=True)
-    check_lists(
-        "accumulate_riemannian_walk_score_",
-        Argument("params", params),
-        state("task_score", task_score, written=True),
-        state("path", path, written=True),
-        state("interval_start", interval_start, written=True),
-        state("fisher", fisher),
-    )
     for score, gain, start, average, theta in zip(
         task_score, path, interval_start, fisher, params, strict=True
     ):
@@ -119,14 +87,6 @@ def consolidate_path_integral_(
     negative path integral would turn the penalty into a reward. With `clamp_total` it may take away
     what tasks before have added: importance = max(0, importance + path / (step^2 + xi)).
     """
-    check_scalar("consolidate_path_integral_", "xi", xi, positive=True)
-    check_lists(
-        "consolidate_path_integral_",
-        Argument("params", params),
-        state("importances", importances, written=True),
-        state("anchors", anchors, written=True),
-        state("path", path, written=True),
-    )
     for omega, anchor, gain, theta in zip(importances, anchors, path, params, strict=True):
         step = wide(theta) - anchor
         share = (gain if clamp_total else gain.clamp(min=0)) / (step.square() + xi)
@@ -152,16 +112,6 @@ def consolidate_riemannian_walk_(
     `score` becomes (1 - mix) * score + mix * task_score, task_score 0, the anchor the parameter.
     The maxima are taken over all lists; a term whose maximum is 0 is 0, rather than 0 / 0.
     """
-    check_fraction("consolidate_riemannian_walk_", "mix", mix)
-    check_lists(
-        "consolidate_riemannian_walk_",
-        Argument("params", params),
-        state("importances", importances, written=True),
-        state("anchors", anchors, written=True),
-        state("score", score, written=True),
-        state("task_score", task_score, written=True),
-        state("fisher", fisher),
-    )
     for mean, new in zip(score, task_score, strict=True):
         mean.mul_(1 - mix).add_(new, alpha=mix)
         new.zero_()

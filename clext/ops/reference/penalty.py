@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clext.core.lists import Argument, TensorList, check_lists, check_scalar, state
+from clext.core.lists import TensorList
 from clext.ops.reference.arithmetic import total, wide
 
 
 def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
     """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`."""
-    check_lists(
-        "quadratic_penalty",
-        Argument("params", params),
-        state("anchors", anchors),
-        state("importances", importances),
-    )
     terms = [
         (omega * (theta.to(omega.dtype) - anchor).square()).sum()
         for theta, anchor, omega in zip(params, anchors, importances, strict=True)
@@ -29,17 +23,6 @@ def quadratic_penalty_backward(
     grad: Tensor, params: TensorList, anchors: TensorList, importances: TensorList
 ) -> list[Tensor]:
     """2 * grad * importance * (parameter - anchor), in the dtype of `params`."""
-    if grad.dim() != 0:
-        raise ValueError(
-            f"quadratic_penalty_backward: grad has shape {list(grad.shape)}, "
-            "expected a 0-dim tensor"
-        )
-    check_lists(
-        "quadratic_penalty_backward",
-        Argument("params", params),
-        state("anchors", anchors),
-        state("importances", importances),
-    )
     return [
         torch.empty_like(theta).copy_(2 * grad.to(omega.dtype) * omega * (wide(theta) - anchor))
         for theta, anchor, omega in zip(params, anchors, importances, strict=True)
@@ -55,14 +38,6 @@ def add_quadratic_penalty_grad_(
     strength: float,
 ) -> Tensor:
     """Add the gradient of strength * `quadratic_penalty` to `grads`; returns its value."""
-    check_scalar("add_quadratic_penalty_grad_", "strength", strength)
-    check_lists(
-        "add_quadratic_penalty_grad_",
-        Argument("params", params),
-        Argument("grads", grads, written=True),
-        state("anchors", anchors),
-        state("importances", importances),
-    )
     terms = []
     for grad, theta, anchor, omega in zip(grads, params, anchors, importances, strict=True):
         delta = wide(theta) - anchor

@@ -33,7 +33,7 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square")
     `grads`: [samples, groups, outputs, *rows]; both float32 or float64. Returns [groups, inputs,
     outputs]. Autocast changes nothing; on CUDA, `torch.set_float32_matmul_precision` does.
     """
-    groups, inputs, outputs = sums_shape(features, grads, function)
+    groups, inputs, outputs = sums_shape(features, grads)
     samples, rows = len(grads), math.prod(grads.shape[3:])
     sums = grads.new_zeros(groups, inputs, outputs)
     elements = groups * ((inputs + outputs) * rows + 2 * inputs * outputs)
@@ -48,45 +48,7 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square")
     return sums
 
 
-def sums_shape(features: Tensor, grads: Tensor, function: str) -> tuple[int, int, int]:
-    """Groups, inputs and outputs of what `per_sample_sum` returns.
-
-    ValueError or TypeError unless its arguments are as it needs them.
-    """
-    if function not in FUNCTIONS:
-        raise ValueError(
-            f"per_sample_sum: function is '{function}', expected 'square', 'absolute' or 'identity'"
-        )
-    if grads.dim() < 3:
-        raise ValueError(
-            f"per_sample_sum: grads has shape {list(grads.shape)}, expected [samples, groups, "
-            "outputs, *rows]"
-        )
-    for name, entry in {"features": features, "grads": grads}.items():
-        if entry.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"per_sample_sum: {name} has dtype {entry.dtype}, expected float32 or float64"
-            )
-        if entry.layout != torch.strided:
-            raise TypeError(
-                f"per_sample_sum: {name} has layout {entry.layout}, expected a dense tensor"
-            )
-    if features.dtype != grads.dtype:
-        raise TypeError(
-            f"per_sample_sum: features has dtype {features.dtype}, expected {grads.dtype} (that of "
-            "grads)"
-        )
-    if features.device != grads.device:
-        raise ValueError(
-            f"per_sample_sum: features is on {features.device}, expected {grads.device} (the "
-            "device of grads)"
-        )
-    shared, rows = grads.shape[:2], grads.shape[3:]
-    at = features.dim() - len(rows)
-    if at < 2 or features.shape[:2] != shared or features.shape[at:] != rows:
-        raise ValueError(
-            f"per_sample_sum: features has shape {list(features.shape)}, expected [samples, "
-            "groups, *inputs, *rows] with the samples, groups and rows of grads, which has shape "
-            f"{list(grads.shape)}"
-        )
+def sums_shape(features: Tensor, grads: Tensor) -> tuple[int, int, int]:
+    """Groups, inputs and outputs of what `per_sample_sum` returns."""
+    at = features.dim() - (grads.dim() - 3)
     return grads.shape[1], math.prod(features.shape[2:at]), grads.shape[2]
