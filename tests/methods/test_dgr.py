@@ -235,7 +235,10 @@ class Wrong(Blur):
 @pytest.mark.parametrize(
     ("generator", "message"),
     [
-        (Wrong(lambda n: torch.rand(n, 4)), r"sample\(2, ...\) .* \[2, 4\], expected \[2, 5\] like"),
+        (
+            Wrong(lambda n: torch.rand(n, 4)),
+            r"sample\(2, ...\) .* \[2, 4\], expected \[2, 5\] like",
+        ),
         (Wrong(lambda _: None), r"returned nothing, expected \[2, 5\]"),
         (Wrong(lambda n: torch.full((n, 5), torch.nan)), r"^dgr: sample\(...\) .* NaN or infinity"),
         (Wrong(loss=torch.zeros(2)), r"loss\(inputs\) .* returned .* \[2\], expected 0-dim"),
@@ -264,7 +267,10 @@ def test_a_generator_that_has_broken_is_refused_when_a_task_ends():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.rand(4, FEATURES) * 3 - 1, r"float32 between -.* expects numbers in \[0, 1\]; scale"),
+        (
+            torch.rand(4, FEATURES) * 3 - 1,
+            r"float32 between -.* expects numbers in \[0, 1\]; scale",
+        ),
         (torch.full((4, FEATURES), torch.nan), "between nan and nan"),
         (torch.ones(4, FEATURES).long(), "inputs are torch.int64"),
     ],
