@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from incremental_tasks import FEATURES, begin, make_examples, make_model, run_task
 from toy_training import assert_same_state
 
-from clext import METHODS, EWC, Replay
+from clext import EWC, METHODS, Replay
 from clext.methods import make_method
 
 every_method = pytest.mark.parametrize("name", [*METHODS, "ewc+replay", "gem+icarl"])
