@@ -22,8 +22,8 @@ import clext
 from clext.methods import make_method
 from clext.methods.learning import Examples
 from clext.optim import Adam
+from clext.training.graphs import make_steps
 from clext.training.models import mlp
-from clext.training.steps import make_steps
 from speed.timing import DEVICES, record
 
 TEMPERATURE = 2.0

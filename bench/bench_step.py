@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from clext.core.names import DEFAULT_METHODS
 from clext.data.datasets import Split
 from clext.methods import make_method
 from clext.optim import Adam
-from clext.training.compare import DEFAULT_METHODS
 from clext.training.evaluate import autocast
+from clext.training.graphs import make_steps
 from clext.training.models import mlp
-from clext.training.steps import make_steps
 from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
 BATCH = 128

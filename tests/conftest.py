@@ -29,6 +29,8 @@ if not _has_built_module(ROOT):
 def pytest_configure() -> None:
     try:
         import clext
+
+        clext.build_info()  # which loads the compiled module
     except ModuleNotFoundError as error:
         if error.name != "clext":
             raise

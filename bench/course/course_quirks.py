@@ -29,8 +29,8 @@ from clext.data.datasets import Batches, Dataset, Split, load_dataset
 from clext.data.scenarios import make_scenario
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
 from clext.training.evaluate import evaluate
+from clext.training.machine import resolve_device
 from clext.training.models import mlp
-from clext.training.settings import resolve_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 

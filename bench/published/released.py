@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.methods import GEM, SI, Method
+from clext.methods import GEM, SI
 from clext.methods.gem import solve_dual
+from clext.methods.quadratic import QuadraticPenalty
 
 
 class ReleasedSI(SI):
@@ -29,12 +30,12 @@ class ReleasedSI(SI):
 
     def _loss(self, *batch: Tensor) -> Tensor:
         inputs, labels = batch
-        of_all = self.outputs.logits(inputs, labels).softmax(1)
+        of_all = self.heads(inputs).softmax(1)
         of_label = of_all.gather(1, labels.unsqueeze(1))
         return -of_label.clamp(1e-7, 1 - 1e-7).log().mean()
 
 
-class RunningFisherEWC(Method):
+class RunningFisherEWC(QuadraticPenalty):
     """EWC in the released code of A-GEM (Chaudhry et al. 2019, arXiv:1812.00420).
 
     Its Fisher information is a moving average along the training, as in RWalk: every `interval`
@@ -43,26 +44,27 @@ class RunningFisherEWC(Method):
     """
 
     name: ClassVar[str] = "running_fisher_ewc"
-    state_names: ClassVar[tuple[str, ...]] = ("anchor", "importance", "squares", "running")
-    counter_names: tuple[str, ...] = ("tasks", "steps")
+    state_names: tuple[str, ...] = ("anchor", "importance", "squares", "running")
+    counter_names: tuple[str, ...] = ("tasks", "steps", "all_steps")
+    fused: tuple[str, ...] | None = None
 
     def __init__(
         self, model: nn.Module, *, strength: float | None = None, interval: int = 10
     ) -> None:
         super().__init__(model, strength=strength)
-        self.interval, self.steps = interval, 0
+        self.interval, self.all_steps = interval, 0
 
     @torch.no_grad()
-    def add_penalty_grad_(self) -> Tensor:
+    def add_penalty_grad_(self, scaler: object = None) -> Tensor:
         """As ever, after a look at the gradient of the task alone."""
         squares, running = self._state.lists["squares"], self._state.lists["running"]
         grads = [entry.grad for entry in self._state.params if entry.grad is not None]
         ops.accumulate_square_(squares, grads, 1 / self.interval)
-        self.steps += 1
-        if self.steps % self.interval == 0:
+        self.all_steps += 1
+        if self.all_steps % self.interval == 0:
             torch._foreach_lerp_(running, squares, 0.9)
             torch._foreach_zero_(squares)
-        return super().add_penalty_grad_()
+        return super().add_penalty_grad_(scaler)
 
     @torch.no_grad()
     def _end_task(self, dataloader: object) -> None:  # noqa: ARG002
@@ -90,6 +92,6 @@ class ReleasedGEM(GEM):
         past, products = gram[:-1, :-1], gram[:-1, -1]
         if not bool((products < 0).any()):
             return None
-        torch._foreach_zero_([p.grad for p in self._state.params if p.grad is not None])
+        torch._foreach_zero_([p.grad for p in self.model.parameters() if p.grad is not None])
         weights = solve_dual(past.cpu().numpy(), 0 * products.cpu().numpy(), self.margin)
         return torch.from_numpy(weights).to(gram.device)

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import DataError, Dataset, load_dataset
-from clext.data.scenario import as_it_is
 from clext.data.scenarios import make_scenario
-from clext.training.evaluate import Examiner
+from clext.data.task import identity
+from clext.training.evaluate import Evaluator
 from clext.training.loop import begin_task
-from clext.training.settings import resolve_device
+from clext.training.machine import resolve_device
 from clext.training.steps import TaskSteps
 from published.protocols import Protocol, Row, verdict, with_shuffled_classes
 from published.tables import PROTOCOLS
@@ -146,7 +146,7 @@ class Training:
             protocol.scenario, prepared, protocol.tasks, seeds.scenario, row.incremental
         ).to(device, torch.float32)
         if not protocol.first_is_permuted:
-            first = replace(self.scenario.tasks[0], transform=as_it_is)
+            first = replace(self.scenario.tasks[0], transform=identity)
             self.scenario = replace(self.scenario, tasks=[first, *self.scenario.tasks[1:]])
         with isolated_rng(seeds.model, device):
             model = protocol.model(prepared.features, self.scenario.num_outputs).to(device)
@@ -173,7 +173,7 @@ class Training:
                 steps.take(rows.to(steps.device))
         # Methods that predict by what they remember are tested with this task in the memory.
         method.consolidate(self.row.importance_data(method.model, own))
-        self.accuracies.append(Examiner(method, self.scenario).accuracies(k))
+        self.accuracies.append(Evaluator(method, self.scenario).accuracies(k))
 
     def save(self, file: Path) -> None:
         """Keep what a later run needs to go on; replaces the file once it is written."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,31 @@ def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-def run_eagerly() -> AbstractContextManager[Any]:
-    """Compiled models run eagerly inside: compiled code leaves out hooks that came after it."""
+_lock, _eager = threading.Lock(), ExitStack()
+_inside = 0
+
+
+@contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Compiled models run eagerly inside: compiled code leaves out hooks that came after it.
+
+    That is a setting of the process: the last of several threads puts it back.
+    """
+    global _inside
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing is compiled, and importing it takes seconds
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield  # nothing is compiled, and importing it takes seconds
+        return
+    with _lock:
+        if not _inside:
+            _eager.enter_context(torch.compiler.set_stance("force_eager"))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _eager.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,18 @@ def restored(seed: int, state: object) -> CpuGenerator:
     return random
 
 
+def linear(inputs: int, outputs: int, random: torch.Generator | None = None) -> nn.Linear:
+    """An `nn.Linear` whose weights `random` draws; those that its constructor draws with that seed.
+
+    By default they are drawn from torch's global generator, as there.
+    """
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=random)
+    bound = 1 / math.sqrt(inputs)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=random)
+    return layer
+
+
 @contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators of the CPU and of `device` inside, and restore them afterwards.
@@ -84,7 +97,9 @@ _before: dict[torch.device, list[list[Tensor]]] = {}
 @contextmanager
 def _isolated_generator(seed: int, device: torch.device) -> Iterator[None]:
     random = torch.random if device.type == "cpu" else torch.get_device_module(device.type)
-    manual_seed = torch.default_generator.manual_seed if device.type == "cpu" else random.manual_seed
+    manual_seed = (
+        torch.default_generator.manual_seed if device.type == "cpu" else random.manual_seed
+    )
     with _lock:
         states = _before.setdefault(device, [])
         own = [random.get_rng_state()]

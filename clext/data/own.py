@@ -31,12 +31,11 @@ def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
             raise ValueError(
                 f"{_OWNER}: task {number} must be a pair (training data, test data), got {got}"
             )
-        splits = []
-        for given, kind in zip(pair, ("training", "test"), strict=True):
-            what = f"{_OWNER}: task {number}, {kind} data"
-            splits.append(_read(given, what))
-            _check_like_first(splits[-1].inputs, (pairs or [splits])[0][0].inputs, what)
-        pairs.append((splits[0], splits[1]))
+        whats = [f"{_OWNER}: task {number}, {kind} data" for kind in ("training", "test")]
+        train, test = (_read(given, what) for given, what in zip(pair, whats, strict=True))
+        pairs.append((train, test))
+        for split, what in zip(pairs[-1], whats, strict=True):
+            _check_like_first(split.inputs, pairs[0][0].inputs, what)
     return _numbered(pairs, incremental)
 
 

@@ -108,9 +108,7 @@ def _of_all_classes(
     for title, change in inputs.items():
         start = 0 if incremental == "domain" else len(made) * classes
         moved = partial(_change, inputs=change, start=start)
-        made.append(
-            Task(title, range(start, start + classes), dataset.train, dataset.test, moved)
-        )
+        made.append(Task(title, range(start, start + classes), dataset.train, dataset.test, moved))
     return Scenario(name, incremental, made, dataset.describe())
 
 

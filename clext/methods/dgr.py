@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clext.core.batches import labelled
 from clext.core.checks import flag, integer, number, softening
 from clext.core.parameters import device_of
-from clext.core.seeding import Seeds, isolated_rng, restored
+from clext.core.seeding import Seeds, restored
 from clext.core.seeding import generator as cpu_generator
 from clext.methods.parts.teacher import (
     SCALES,
@@ -194,8 +194,7 @@ class DGR(Rehearsal):
     def _new_generator(self, shape: Sequence[int]) -> VAE:
         """Its weights are drawn on the CPU: the same on every device."""
         seed = Seeds.derive(self.seed).model  # apart from what is drawn in the steps
-        with isolated_rng(seed, torch.device("cpu")):
-            generator = VAE(shape, self.hidden, self.latent)
+        generator = VAE(shape, self.hidden, self.latent, cpu_generator(seed))
         parameter = next(self.model.parameters())
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         return generator.to(parameter.device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from clext.core.checks import flag, learning_rate, refuse, scalar
+from clext.core.checks import flag, refuse, scalar
 from clext.optim.base import FusedOptimizer
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ class Adam(FusedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         owner = type(self).__name__
-        refuse(owner, group, "amsgrad", "differentiable")
-        group["lr"] = learning_rate(owner, group["lr"])
+        super()._check_group(group)
+        refuse(owner, group, "amsgrad")
+        flag(owner, "decoupled_weight_decay", group["decoupled_weight_decay"])
+        group["eps"] = scalar(owner, "eps", group["eps"], minimum=0.0)
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise ValueError(f"{owner}: betas must be two numbers, got {betas!r}")
@@ -84,10 +86,6 @@ class Adam(FusedOptimizer):
         group["betas"] = tuple(
             scalar(owner, f"betas[{i}]", beta, **bounds) for i, beta in enumerate(betas)
         )
-        for option in ("eps", "weight_decay"):
-            group[option] = scalar(owner, option, group[option], minimum=0.0)
-        for option in ("maximize", "decoupled_weight_decay"):
-            flag(owner, option, group[option])
 
     def _run(self, plan: ReferencePlan, group: dict[str, Any], **shared: Any) -> Tensor | None:  # noqa: ANN401
         beta1, beta2 = group["betas"]

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unlike torch.compiler's
 from torch.optim import Optimizer
 
-from clext.core.checks import flag, number
+from clext.core.checks import flag, learning_rate, number, refuse, scalar
 from clext.core.lists import widest
 from clext.optim.plans import Group, Keys, Plans, fitted, refuse_capture
 from clext.optim.protector import Attachment, Protector
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from clext.ops.plan import ReferencePlan
 
@@ -35,8 +35,7 @@ class FusedOptimizer(Optimizer):
 
     They differ from torch.optim's in this: the averages of parameters in half precision are kept
     in float32. A parameter without gradient is left out of everything, as ever, and so of the pull
-    to the anchor. The state of a parameter is made with its first gradient; whoever replaces
-    entries of `state` by hand has to load_state_dict() a state_dict() for it to count.
+    to the anchor. Tensors put into `state` by hand do not count; `load_state_dict` takes them over.
 
     Args:
         params: as for any optimizer of torch.
@@ -82,8 +81,9 @@ class FusedOptimizer(Optimizer):
                 f"{None if method is None else method.name}"
             )
         if max_grad_norm is not None:
-            bounds = {"minimum": 0.0, "open_minimum": True}
-            max_grad_norm = number(owner, "max_grad_norm", max_grad_norm, **bounds)
+            max_grad_norm = number(
+                owner, "max_grad_norm", max_grad_norm, minimum=0.0, open_minimum=True
+            )
         self._method, self.max_grad_norm = method, max_grad_norm
         self.proximal = flag(owner, "proximal", proximal)
         self.clear_grad = flag(owner, "clear_grad", clear_grad)
@@ -107,7 +107,11 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Raise ValueError for an option out of range; numbers become floats."""
-        raise NotImplementedError
+        owner = type(self).__name__
+        refuse(owner, group, "differentiable")
+        group["lr"] = learning_rate(owner, group["lr"])
+        group["weight_decay"] = scalar(owner, "weight_decay", group["weight_decay"], minimum=0.0)
+        flag(owner, "maximize", group["maximize"])
 
     @classmethod
     def _keys_of(cls, group: Group) -> Keys:  # noqa: ARG003
@@ -183,7 +187,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             RuntimeError: the method is called around the step, or state is missing in a capture.
         """
-        if self._attachment is not None and self._method is not None:
+        if self._method is not None and self._protector is None:
             raise RuntimeError(
                 f"{type(self).__name__}.launch: the step of {self._method.name} is more than one "
                 "pass; call step()"
@@ -197,16 +201,15 @@ class FusedOptimizer(Optimizer):
             self._protector._after_step()
 
     def _launch(self) -> None:
-        method, numbers = self._protector, {"strength": 0.0, "decay": 0.0}
+        method, numbers, penalty = self._protector, {"strength": 0.0, "decay": 0.0}, None
         if method is not None:
             numbers = {"strength": method.strength, "decay": method.decay}
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         clip = None if self.max_grad_norm is None else self._clip(self.max_grad_norm, scale)
-        values = []
         for part in self._plans.current(method):
             lr = part.group["lr"]
             if isinstance(lr, Tensor):
-                lr = _on(part.device if lr.is_cuda else lr.device, lr)
+                lr = _on(lr.device if lr.is_cpu else part.device, lr)
             value = self._run(
                 part.plan,
                 part.group,
@@ -219,12 +222,12 @@ class FusedOptimizer(Optimizer):
                 clip=_on(part.device, clip),
             )
             if value is not None:
-                values.append(value)
+                penalty = value if penalty is None else penalty + value.to(penalty.device)
         if self.clear_grad and found_inf is not None:
             self.zero_grad(set_to_none=False)  # a skipped pass leaves them, infinite as they are
-        self._penalty = _total(values)
-        if method is not None and method.constant and self._penalty is not None:
-            self._penalty = self._penalty + method.strength * method.constant
+        if method is not None and method.constant and penalty is not None:
+            penalty = penalty + method.strength * method.constant
+        self._penalty = penalty
 
     @torch.no_grad()
     def _clip(self, max_norm: float, scale: Tensor | None) -> Tensor | None:
@@ -238,7 +241,7 @@ class FusedOptimizer(Optimizer):
         total = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
         if scale is not None:
             total = total / scale.to(total.device)
-        return (max_norm / (total + 1e-6)).clamp(max=1.0)
+        return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
     # ------------------------------------------------------------------ torch's habits
 
@@ -294,12 +297,10 @@ class FusedOptimizer(Optimizer):
                     raise ValueError(f"it has no option {option!r}, so it is of another optimizer")
             self._check_group(group)
             for entry, place in zip(group["params"], saved["params"], strict=True):
-                state = (
-                    {**self.state[entry], **given["state"][place]} if entry in self.state else {}
-                )
+                state = self.state.get(entry, {})
                 if any(state.get(key) is not None for key in self.state_keys):
-                    for key in self.state_keys:
-                        self.state[entry][key] = fitted(entry, key, state[key])
+                    found = {**state, **given["state"][place]}
+                    state.update({key: fitted(entry, key, found[key]) for key in self.state_keys})
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of their own: pickle would write all of their common memory for each.
@@ -326,10 +327,3 @@ def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
         return None
     # The CPU reads it at once.
     return value.reshape(()).to(device, non_blocking=device.type != "cpu")
-
-
-def _total(values: Sequence[Tensor]) -> Tensor | None:
-    """Their sum, on the device of the first."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return torch.stack([value.to(values[0].device) for value in values]).sum()

@@ -81,7 +81,8 @@ class Plans:
         joined = {entry for part in self._parts for entry in part.params}
         parts, waiting = [], []
         for number, group in enumerate(self._groups):
-            keys, buckets = self._keys_of(group), {}
+            keys = self._keys_of(group)
+            buckets: dict[tuple[torch.device, bool], list[int]] = {}
             for index, entry in enumerate(group["params"]):
                 if entry.grad is None and entry not in joined:
                     waiting.append(entry)
@@ -125,7 +126,7 @@ def _allocate(states: States, params: Sequence[Tensor], keys: Keys) -> None:
 
 @torch.no_grad()
 def fitted(parameter: Tensor, key: str, value: object) -> Tensor:
-    """A copy of a parameter's state, in its dtype and layout; ValueError for what is no such state."""
+    """A copy of what should be a parameter's state, in its dtype and layout, else ValueError."""
     dtype, device = state_dtype(parameter.dtype), parameter.device
     if key == "step":
         count = scalar("state", key, value, minimum=0.0)
@@ -138,5 +139,5 @@ def fitted(parameter: Tensor, key: str, value: object) -> Tensor:
 
 def refuse_capture(why: str) -> None:
     """RuntimeError while a CUDA graph is captured."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"clext.optim in the capture of a CUDA graph: {why}")

@@ -1,4 +1,4 @@
-"""The method as an optimizer sees it: what its pass works on, and what is called around the step."""
+"""The method as an optimizer sees it: the state in its pass, and the calls around the step."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ParameterState(Protocol):
 
 
 class Attachment(Protocol):
-    """What a method's own calls around a step leave behind."""
+    """What a method that is called around the step leaves behind."""
 
-    penalty: Tensor | None
+    penalty: Tensor | None  # before the last step
 
 
 @runtime_checkable
 class Protector(Protocol):
     """A method of clext, alone or combined.
 
-    With `fused`, its `_state` is a `ParameterState` that has these lists. `_follow_model` brings
-    that up to date with a model that has changed.
+    `fused` names the state that an optimizer's pass works on: lists of its `_state`, which follows
+    the model at `_follow_model`. If it is None, `attach` makes the calls around each step.
     """
 
     model: nn.Module
@@ -37,17 +37,13 @@ class Protector(Protocol):
     @property
     def name(self) -> str: ...  # noqa: D102
     @property
-    def fused(self) -> tuple[str, ...] | None:
-        """Names of the state that the pass works on; None: `attach` does what the method does."""
-
+    def fused(self) -> tuple[str, ...] | None: ...  # noqa: D102
     @property
     def strength(self) -> float: ...  # noqa: D102
     @property
     def constant(self) -> float: ...  # noqa: D102
     @property
-    def decay(self) -> float:
-        """Weight of the old average of squared gradients, for methods with a "fisher"."""
-
+    def decay(self) -> float: ...  # noqa: D102
     def attach(self, optimizer: Optimizer) -> Attachment: ...  # noqa: D102
     def _follow_model(self) -> None: ...
     def _after_step(self) -> None: ...

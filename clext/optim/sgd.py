@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-from clext.core.checks import flag, learning_rate, refuse, scalar
+from clext.core.checks import flag, scalar
 from clext.optim.base import FusedOptimizer
 
 if TYPE_CHECKING:
@@ -69,12 +69,9 @@ class SGD(FusedOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         owner = type(self).__name__
-        refuse(owner, group, "differentiable")
-        group["lr"] = learning_rate(owner, group["lr"])
-        for option in ("momentum", "weight_decay"):
-            group[option] = scalar(owner, option, group[option], minimum=0.0)
+        super()._check_group(group)
+        group["momentum"] = scalar(owner, "momentum", group["momentum"], minimum=0.0)
         group["dampening"] = scalar(owner, "dampening", group["dampening"])
-        flag(owner, "maximize", group["maximize"])
         if flag(owner, "nesterov", group["nesterov"]) and (
             group["momentum"] == 0 or group["dampening"] != 0
         ):

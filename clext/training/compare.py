@@ -21,7 +21,7 @@ from clext.training.loop import NonFiniteLossError, load_scenario, run
 from clext.training.machine import resolve_device
 from clext.training.result import PICTURE_NAME, Result
 from clext.training.settings import NAMES, Settings, shows_settings
-from clext.training.spec import MethodSpec, check_classes
+from clext.training.spec import MethodSpec
 from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ class Comparison:
         from clext.training.plots import plot_curves
 
         first = next(iter(self.results.values()))
-        title = first.title if len(self.results) > 1 else f"{next(iter(self.results))}: {first.title}"
+        title = (
+            first.title if len(self.results) > 1 else f"{next(iter(self.results))}: {first.title}"
+        )
         curves = {label: result.curve for label, result in self.results.items()}
         return plot_curves(curves, len(first.accuracy), first.config["epochs"], title, path)
 
@@ -179,7 +181,7 @@ def compare(
     with claimed_folder(out, "compare: out") as folder:
         scenario = load_scenario(taken)
         for spec in specs.values():
-            check_classes(spec.build(seeds, scenario), scenario)
+            spec.build(seeds, scenario).check_classes([task.classes for task in scenario.tasks])
     comparison = Comparison({})
     for label, spec in specs.items():
 
@@ -190,8 +192,9 @@ def compare(
         try:
             # Copied only now, so that no more than one model is held beside the given one; and with
             # it the modules among the options (a generator), which are trained too.
-            own = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
-            run(own.build(seeds, scenario), scenario, taken, save, draws=not own.makes_model)
+            copied = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
+            method = copied.build(seeds, scenario)
+            run(method, scenario, taken, save, draws=not spec.makes_model)
         except (NonFiniteLossError, ValueError) as error:
             if label not in comparison.results:
                 raise  # before anything was done

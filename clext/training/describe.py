@@ -56,7 +56,7 @@ def _describe(kind: type[Method]) -> str:
             "Options (--option NAME=VALUE; the default, or all values, the default first):",
             *(options or ["  none"]),
             "",
-            f"In its state after a task of {_EXAMPLES:,} examples like MNIST's, on the course's model:",
+            f"State of the course's model after a task of {_EXAMPLES:,} images like MNIST's:",
             *(memory or ["  nothing"]),
         ]
     )
@@ -65,7 +65,7 @@ def _describe(kind: type[Method]) -> str:
 def bytes_after_a_task(kind: type[Method]) -> dict[str, int]:
     """What a method has in its state dict after a task -> bytes."""
     random = generator(0)
-    method = kind(mlp(generator=random))
+    method = kind(mlp(random=random))
     examples = torch.rand(_EXAMPLES, 784, generator=random), torch.arange(_EXAMPLES) % 10
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step was taken

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode
-from clext.core.parameters import trainable_parameters
+from clext.core.parameters import device_of, trainable_parameters
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import Batches, Split, load_dataset
 from clext.data.scenario import Scenario
@@ -28,7 +28,7 @@ from clext.training.machine import describe_machine, resolve_device
 from clext.training.progress import Progress
 from clext.training.result import Result
 from clext.training.settings import Settings, shows_settings
-from clext.training.spec import MethodSpec, check_classes, check_forward, describe, input_dtype
+from clext.training.spec import MethodSpec, check_forward, describe, input_dtype
 from clext.training.storage import claimed_folder, keep
 from clext.training.timer import Timer
 
@@ -103,7 +103,7 @@ def train(
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
         out: folder for `result.json` (also written after each task) and the picture.
         progress: show a progress bar, or a line per epoch where stderr is no terminal.
-        **method_options: options of the method, such as `xi` of "si"; in a combination
+        **options: options of the method, such as `xi` of "si"; in a combination
             `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
     Returns:
@@ -124,7 +124,7 @@ def train(
         scenario = load_scenario(settings)
         if not spec.fits(made, scenario):
             made = spec.build(seeds, scenario)
-        check_classes(made, scenario)
+        made.check_classes([task.classes for task in scenario.tasks])
 
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)
@@ -164,7 +164,9 @@ def run(
         result = Result.empty(settings.tasks, config)
         try:
             with module_mode(method.model, training=True):
-                learn(method, scenario.to(device, input_dtype(method.model)), settings, result, save)
+                learn(
+                    method, scenario.to(device, input_dtype(method.model)), settings, result, save
+                )
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -180,7 +182,7 @@ def learn(
     method: Method, scenario: Scenario, settings: Settings, result: Result, save: Save
 ) -> None:
     """The loop itself, one task after the other; `result` is filled in as it goes."""
-    model, device = method.model, next(method.model.parameters()).device
+    model, device = method.model, device_of(method.model)
     shuffle = generator(result.config["seeds"]["shuffle"])
     timer = Timer(result.timings, device)
     evaluator = Evaluator(method, scenario, settings.precision)

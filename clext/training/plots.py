@@ -96,9 +96,7 @@ def plot_curves(
     return _saved(figure, path)
 
 
-def plot_matrix(
-    accuracy: Matrix, title: str, path: str | os.PathLike[str] | None = None
-) -> Figure:
+def plot_matrix(accuracy: Matrix, title: str, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw what is known of each task after each task, counted from 1; save it at `path`.
 
     Entries without an accuracy (tasks not seen yet) stay blank.

@@ -67,17 +67,10 @@ class MethodSpec:
 def perceptron(scenario: Scenario | None, seed: int) -> nn.Sequential:
     """The course's perceptron for the scenario's examples, or without one for MNIST's."""
     if scenario is None:
-        return mlp(generator=generator(seed))
+        return mlp(random=generator(seed))
     shape = scenario.input_shape
     model = mlp(math.prod(shape), scenario.num_outputs, generator(seed))
     return model if len(shape) == 1 else nn.Sequential(nn.Flatten(), *model)
-
-
-def check_classes(method: Method, scenario: Scenario) -> None:
-    """ValueError if the method cannot learn all tasks of the scenario."""
-    classes = [task.classes for task in scenario.tasks]
-    for part in method.parts:
-        part.check_classes(classes)
 
 
 def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:

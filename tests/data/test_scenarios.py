@@ -9,8 +9,10 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
 import clext
+from clext import Scenario
+from clext.core.names import INCREMENTAL, SCENARIOS
 from clext.data.datasets import Dataset, Split
-from clext.data.scenarios import INCREMENTAL, SCENARIOS, Scenario, make_scenario
+from clext.data.scenarios import make_scenario
 
 
 def dataset(features: int = 9) -> Dataset:
@@ -18,51 +20,36 @@ def dataset(features: int = 9) -> Dataset:
     return Dataset("toy", split, Split(split.inputs[:2] + 100, split.labels[:2]), 3, "a test")
 
 
-def test_each_task_shuffles_the_pixels_of_train_and_test_alike():
-    data = dataset()
-    for task in make_scenario("permuted", data, 3, seed=1).tasks:
-        train, test = task.train(), task.test()
-        assert train.inputs[:2].add(100).equal(test.inputs)
-        assert train.inputs.sort(dim=1).values.equal(data.train.inputs)
-        assert train.labels.equal(data.train.labels)
+class TestPermuted:
+    def test_each_task_shuffles_the_pixels_of_train_and_test_alike(self):
+        data, random = dataset(), torch.Generator().manual_seed(7)
+        seen = [data.train.inputs]
+        scenario = make_scenario("permuted", data, 3, seed=7)
+        for task in scenario.tasks:
+            train, test = task.train(), task.test()
+            expected = data.train.inputs[:, torch.randperm(9, generator=random)]  # on the CPU
+            assert train.inputs.equal(expected)
+            assert train.inputs[:2].add(100).equal(test.inputs)
+            assert train.labels.equal(data.train.labels)
+            assert not any(train.inputs.equal(other) for other in seen)  # the first one too
+            seen.append(train.inputs)
+        assert scenario.num_outputs == 3
+        assert [task.name for task in scenario.tasks[:2]] == ["permutation 1", "permutation 2"]
+
+    def test_another_seed_gives_other_tasks_and_more_tasks_the_same_first_ones(self):
+        def inputs(tasks: int, seed: int) -> list[torch.Tensor]:
+            scenario = make_scenario("permuted", dataset(64), tasks, seed)
+            return [task.train().inputs for task in scenario.tasks]
+
+        assert not inputs(1, seed=0)[0].equal(inputs(1, seed=1)[0])
+        assert all(a.equal(b) for a, b in zip(inputs(2, 0), inputs(5, 0), strict=False))
 
 
-def test_all_tasks_differ_and_the_first_is_permuted_too():
-    data = dataset()
-    seen = [data.train.inputs]
-    for task in make_scenario("permuted", data, 4, seed=0).tasks:
-        inputs = task.train().inputs
-        assert not any(inputs.equal(other) for other in seen)
-        seen.append(inputs)
-
-
-def test_the_permutations_are_those_of_a_cpu_generator_with_the_seed():
-    data, random = dataset(), torch.Generator().manual_seed(7)
-    for task in make_scenario("permuted", data, 2, seed=7).tasks:
-        expected = data.train.inputs[:, torch.randperm(9, generator=random)]
-        assert task.train().inputs.equal(expected)
-
-
-def test_another_seed_gives_other_tasks_and_more_tasks_the_same_first_ones():
-    data = dataset(64)
-
-    def inputs(tasks: int, seed: int) -> list[torch.Tensor]:
-        scenario = make_scenario("permuted", data, tasks, seed)
-        return [task.train().inputs for task in scenario.tasks]
-
-    assert not inputs(1, seed=0)[0].equal(inputs(1, seed=1)[0])
-    assert all(a.equal(b) for a, b in zip(inputs(2, 0), inputs(5, 0), strict=False))
-
-
-def test_outputs_and_names():
-    scenario = make_scenario("permuted", dataset(), 2, seed=0)
-    assert scenario.num_outputs == 3
-    assert [task.name for task in scenario.tasks] == ["permutation 1", "permutation 2"]
-
-
-def test_unknown_scenario_suggests_the_nearest():
+def test_unknown_names_suggest_the_nearest():
     with pytest.raises(ValueError, match=r"unknown scenario 'permutted'.*'permuted'"):
         make_scenario("permutted", dataset(), 2, seed=0)
+    with pytest.raises(ValueError, match=r"'incremental' of train: 'tasks'.*'task'"):
+        make_scenario("split", dataset(), 5, 0, "tasks")
 
 
 def ten_classes(examples: int = 40, side: int = 4) -> Dataset:
@@ -119,10 +106,6 @@ class TestIncremental:
         with pytest.raises(ValueError, match=r"cannot make .* of the 10 classes.*\[1, 2, 5, 10\]"):
             make_scenario("split", ten_classes(), tasks, 0)
 
-    def test_unknown_incremental_suggests_the_nearest(self):
-        with pytest.raises(ValueError, match=r"'incremental' of train: 'tasks'.*'task'"):
-            make_scenario("split", ten_classes(), 5, 0, "tasks")
-
 
 class TestRotated:
     def test_a_quarter_turn_counter_clockwise_moves_every_pixel(self):
@@ -162,22 +145,20 @@ def own_pair(*labels: int, shape: tuple[int, ...] = (3,)) -> tuple:
 
 
 class TestOwnDataSets:
-    def test_labels_become_outputs_task_by_task(self):
-        pairs = [own_pair(7, 3, 3), own_pair(20, 7, 9)]
-        tasks = Scenario.from_datasets(pairs, "task").tasks
-        assert [task.train().labels.tolist() for task in tasks] == [[1, 0, 0], [4, 2, 3]]
-        assert [task.outputs for task in tasks] == [range(2), range(2, 5)]
-
-    def test_a_class_that_comes_again_keeps_its_output(self):
-        pairs = [own_pair(7, 3, 3), own_pair(20, 7, 9)]
-        scenario = Scenario.from_datasets(pairs, "class")
-        assert [t.train().labels.tolist() for t in scenario.tasks] == [[1, 0, 0], [3, 1, 2]]
-        assert scenario.active(0, 1) == range(4)
-
-    def test_domain_labels_stay(self):
-        scenario = Scenario.from_datasets([own_pair(0, 4), own_pair(2, 1)])
-        assert [t.train().labels.tolist() for t in scenario.tasks] == [[0, 4], [2, 1]]
-        assert scenario.num_outputs == 5
+    @pytest.mark.parametrize(
+        ("incremental", "labels", "outputs"),
+        [
+            ("task", [[1, 0, 0], [4, 2, 3]], [range(2), range(2, 5)]),
+            ("class", [[1, 0, 0], [3, 1, 2]], [range(2), range(1, 4)]),  # 7 comes again
+            ("domain", [[7, 3, 3], [20, 7, 9]], [range(21), range(21)]),
+        ],
+    )
+    def test_labels_become_outputs(self, incremental, labels, outputs):
+        scenario = Scenario.from_datasets([own_pair(7, 3, 3), own_pair(20, 7, 9)], incremental)
+        assert [task.train().labels.tolist() for task in scenario.tasks] == labels
+        assert [task.outputs for task in scenario.tasks] == outputs
+        if incremental == "class":
+            assert scenario.active(0, 1) == range(4)
 
     def test_data_sets_of_torch_are_read_once_whatever_their_batches(self):
         inputs, labels = torch.rand(300, 2, 2), torch.arange(300).remainder(3)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
 import torch.nn.functional as F
 from naive_methods import CASES as METHOD_CASES
-from toy_training import CLASSES, make_model, make_task, train_steps
+from toy_training import CLASSES, make_model, make_task, train_steps, train_tasks
 
-from clext import EWC, METHODS, SCP, SI, Baseline, RWalk, optim
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
-    pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*was not called in this task:UserWarning"),
-]
+from clext import EWC, SI, Baseline, RWalk, optim
 
 OPTIMIZERS = {
     "sgd": ("SGD", {"lr": 0.05}),
@@ -27,21 +22,16 @@ OPTIMIZERS = {
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 SINGLE = {"rtol": 2e-3, "atol": 2e-4}
 
-every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-
-
-@pytest.fixture(params=METHOD_CASES)
-def case(request):
-    return METHOD_CASES[request.param]
-
-
-@pytest.fixture(params=METHODS)
-def kind(request):
-    return METHODS[request.param]
+# What the pass does for them: nothing; the pull, with a constant; the path, and the average too.
+# The last one is attached.
+every_way = pytest.mark.parametrize(
+    "case", ["baseline", "ewc all", "si", "rwalk", "rwalk released"], ids=str
+)
+every_pull = pytest.mark.parametrize("kind", [EWC, SI, RWalk], ids=lambda kind: kind.name)
 
 
 def make(case, device="cpu", dtype=torch.float64):
-    kind, _, strength, options = case
+    kind, _, strength, options = METHOD_CASES[case]
     model = make_model(dtype).to(device)
     return model, kind(model, strength=strength, **options)
 
@@ -57,22 +47,17 @@ def fused(model, method, optimizer="adam", params=None, **more):
 
 
 def fused_steps(model, optimizer, batches):
-    """Returns the penalties."""
-    penalties = []
     for x, y in batches:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-        penalties.append(optimizer.penalty.item())
-    return penalties
 
 
 def assert_same(one, other, method, expected, tolerance=EXACT):
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, **tolerance)
-    for view in ("importance", "anchor"):
-        for name, entry in getattr(method, view).items():
-            torch.testing.assert_close(entry, getattr(expected, view)[name], **tolerance)
+    states = [each.state_dict().get("state", {}) for each in (method, expected)]
+    torch.testing.assert_close(*states, **tolerance)
     for counter in method.counter_names:
         assert getattr(method, counter) == pytest.approx(getattr(expected, counter), rel=1e-6)
 
@@ -80,6 +65,7 @@ def assert_same(one, other, method, expected, tolerance=EXACT):
 # ----------------------------------------------------------------------------- same numbers
 
 
+@every_way
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "plan"),
     [
@@ -92,71 +78,51 @@ def assert_same(one, other, method, expected, tolerance=EXACT):
     ids=str,
 )
 def test_three_tasks(case, optimizer, dtype, device, plan):
+    """The way of tests/methods, which compares it with the slow, obvious form of each method."""
     (model, method), (other, expected) = make(case, device, dtype), make(case, device, dtype)
-    penalties = []
     for number in range(3):
         batches = make_task(number, dtype, device)
-        penalties = fused_steps(model, fused(model, method, optimizer), batches)
+        fused_steps(model, fused(model, method, optimizer), batches)
         train_steps(other, expected, apart(other, optimizer), batches)
+        assert method.steps == expected.steps or type(method) is Baseline
         method.consolidate(batches)
         expected.consolidate(batches)
     assert_same(model, other, method, expected, EXACT if dtype == torch.float64 else SINGLE)
-    assert (max(penalties) > 0) == (type(method) is not Baseline)
 
 
-def test_one_optimizer_for_all_tasks(case, device, plan):
+@every_way
+def test_one_optimizer_for_all_tasks_and_the_penalty_before_each_step(case, device, plan):
     (model, method), (other, expected) = make(case, device), make(case, device)
     mine, theirs = fused(model, method, clear_grad=True), apart(other)
+    assert mine.penalty.item() == 0
     for number in range(3):
-        batches = make_task(number, device=device)
-        fused_steps(model, mine, batches)
-        train_steps(other, expected, theirs, batches)
-        method.consolidate(batches)
-        expected.consolidate(batches)
-    assert_same(model, other, method, expected)
-
-
-def test_the_penalty_is_that_before_the_step(case, device, plan):
-    model, method = make(case, device)
-    optimizer = fused(model, method)
-    for number in range(2):
         batches = make_task(number, device=device)
         for batch in batches:
             before = method.penalty().item()
-            (value,) = fused_steps(model, optimizer, [batch])
-            assert value == pytest.approx(before, rel=1e-9)
+            method.steps = expected.steps
+            fused_steps(model, mine, [batch])
+            assert mine.penalty.item() == pytest.approx(before, rel=1e-9)
+            train_steps(other, expected, theirs, [batch])
         method.consolidate(batches)
-    assert optimizer.penalty.shape == ()
-    assert optimizer.penalty.device.type == device
+        expected.consolidate(batches)
+    assert_same(model, other, method, expected)
+    assert mine.penalty.shape == ()
+    assert mine.penalty.device.type == device
+    assert (mine.penalty.item() > 0) == (case != "baseline")
 
 
-def test_intervals_close_in_both_ways_alike(device):
-    """Within the task, with what is left of an interval at its end."""
-    case = (RWalk, None, 1.0, {"interval": 4})
-    (model, method), (other, expected) = make(case, device), make(case, device)
-    mine, theirs = fused(model, method), apart(other)
-    for step, batch in enumerate(make_task(0, device=device)):
-        fused_steps(model, mine, [batch])
-        train_steps(other, expected, theirs, [batch])
-        assert method.interval_steps == expected.interval_steps == (step + 1) % 4
-        for key in ("path", "fisher", "task_score", "interval_start"):
-            for name, entry in method._state.view(key).items():
-                torch.testing.assert_close(entry, expected._state.view(key)[name], **EXACT)
-
-
+@every_way
 def test_groups_and_parameters_that_the_method_does_not_know(case, device):
-    def params(model):
-        extra = torch.nn.Parameter(torch.full((3,), 2.0, device=device).double())
-        first, last = model[0].parameters(), model[2].parameters()
-        return [{"params": [*first, extra], "lr": 0.003}, {"params": last}], extra
-
     results = []
     for way in ("fused", "apart"):
         model, method = make(case, device)
-        groups, extra = params(model)
-        optimizer = (
-            fused(model, method, params=groups) if way == "fused" else apart(model, params=groups)
-        )
+        extra = torch.nn.Parameter(torch.full((3,), 2.0, device=device).double())
+        groups = [
+            {"params": [*model[0].parameters(), extra], "lr": 0.003},
+            {"params": model[2].parameters()},
+        ]
+        make_it = fused if way == "fused" else lambda model, _, params: apart(model, params=params)
+        optimizer = make_it(model, method, params=groups)
         for number in range(2):
             batches = make_task(number, device=device)
             for x, y in batches:
@@ -170,14 +136,17 @@ def test_groups_and_parameters_that_the_method_does_not_know(case, device):
             method.consolidate(batches)
         results.append((model, method, extra))
     (model, method, extra), (other, expected, its_extra) = results
+    method.steps = expected.steps
     assert_same(model, other, method, expected)
     torch.testing.assert_close(extra, its_extra, **EXACT)
 
 
-def test_a_head_that_grows_between_tasks(kind, device):
+@every_pull
+def test_a_head_that_grows_between_tasks_and_a_layer_that_is_unfrozen_in_one(kind, device):
     results = []
     for way in ("fused", "apart"):
         model = make_model().to(device)
+        model[0].requires_grad_(False)
         method = kind(model)
         for number in range(2):
             batches = [(x, y + 2 * number) for x, y in make_task(number, device=device)]
@@ -188,18 +157,25 @@ def test_a_head_that_grows_between_tasks(kind, device):
                     grown.bias.zero_()[:CLASSES] = model[2].bias
                 model[2] = grown
                 method.refresh_parameters()
-            if way == "fused":
-                fused_steps(model, fused(model, method), batches)
-            else:
-                train_steps(model, method, apart(model), batches)
+            optimizer = fused(model, method) if way == "fused" else apart(model)
+            for half in (batches[:4], batches[4:]):
+                if way == "fused":
+                    fused_steps(model, optimizer, half)
+                else:
+                    train_steps(model, method, optimizer, half)
+                if number == 1:
+                    model[0].requires_grad_(True)
+                    if way == "apart":  # the pass asks by itself where a gradient is the first
+                        method.refresh_parameters()
             method.consolidate(batches)
         results.append((model, method))
     (model, method), (other, expected) = results
     assert_same(model, other, method, expected)
-    if kind.state_names:
-        assert method.importance["2.weight"].shape[0] == CLASSES + 2
+    assert method.importance["2.weight"].shape[0] == CLASSES + 2
+    assert method.importance["0.weight"].any()
 
 
+@every_pull
 def test_half_precision(kind, device):
     """The path follows what is stored; everything stays finite, and something is important."""
     model = make_model(torch.bfloat16).to(device)
@@ -214,13 +190,14 @@ def test_half_precision(kind, device):
         assert bool(entry.any())
 
 
-def test_scaled_gradients(kind, device):
+@every_way
+def test_scaled_gradients(case, device):
     """The pull and the path are not scaled, and a skipped step leaves no trace."""
     results = []
     for scaled in (False, True):
-        model = make_model(torch.float32).to(device)
-        # Steps are counted on the host, those that are skipped too: one interval for the task.
-        method = kind(model, **({"interval": 1000} if kind is RWalk else {}))
+        model, method = make(case, device, torch.float32)
+        if hasattr(method, "interval"):
+            method.interval = 1000  # steps are counted on the host, those that are skipped too
         scaler = torch.amp.GradScaler(device, init_scale=2.0**12, enabled=scaled)
         for number in range(2):
             batches = make_task(number, torch.float32, device)
@@ -231,7 +208,6 @@ def test_scaled_gradients(kind, device):
                     model[0].bias.grad.fill_(torch.inf)
                     scaler.step(optimizer)
                     scaler.update(2.0**12)
-                    assert optimizer.penalty.item() == 0
                     optimizer.zero_grad()
                 scaler.scale(F.cross_entropy(model(x), y)).backward()
                 scaler.step(optimizer)
@@ -241,6 +217,54 @@ def test_scaled_gradients(kind, device):
         results.append((model, method))
     (model, method), (other, expected) = results
     assert_same(model, other, method, expected, SINGLE)
+
+
+@every_pull
+@pytest.mark.parametrize("before", ["fused", "apart"])
+def test_state_goes_from_one_way_to_the_other(kind, before, device):
+    """In the middle of a task, and in the same one."""
+
+    def train(model, method, optimizer, way, batches):
+        run = fused_steps if way == "fused" else lambda m, o, b: train_steps(m, method, o, b)
+        run(model, optimizer, batches)
+
+    model, other = make_model().to(device), make_model().to(device)
+    method, resumed, batches = kind(model), kind(other), make_task(1, device=device)
+    train_tasks(model, method, tasks=1)
+    optimizer = fused(model, method) if before == "fused" else apart(model)
+    train(model, method, optimizer, before, batches[:6])
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, optimizer, method)], buffer)
+    buffer.seek(0)
+    after = "apart" if before == "fused" else "fused"
+    its_optimizer = fused(other, resumed) if after == "fused" else apart(other)
+    states = torch.load(buffer, weights_only=True)
+    for part, state in zip((other, its_optimizer, resumed), states, strict=True):
+        part.load_state_dict(state)
+    train(model, method, optimizer, before, batches[6:])
+    train(other, resumed, its_optimizer, after, batches[6:])
+    method.consolidate(batches)
+    resumed.consolidate(batches)
+    assert_same(other, model, resumed, method)
+
+
+def test_importance_given_by_hand_holds_in_the_first_task_too(device):
+    """Of a task learned elsewhere, say."""
+    results = []
+    for way in ("apart", "fused"):
+        model = make_model().to(device)
+        method = EWC(model, strength=3.0)
+        method.importance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        if way == "apart":
+            train_steps(model, method, apart(model, "sgd"), make_task(0, device=device))
+        else:
+            fused_steps(model, fused(model, method, "sgd"), make_task(0, device=device))
+        results.append((model, method))
+    (model, method), (other, expected) = results
+    assert_same(model, other, method, expected)
+    free = make_model().to(device)
+    train_steps(free, Baseline(free), apart(free, "sgd"), make_task(0, device=device))
+    assert not torch.allclose(free[0].weight, model[0].weight, rtol=1e-3)
 
 
 # ----------------------------------------------------------------------------- proximal
@@ -264,18 +288,14 @@ def very_strong(optimizer, proximal, device, steps=60):
     return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
-def test_a_strength_of_1e10(optimizer, device, plan):
-    assert not very_strong(optimizer, False, device) < 1e6  # huge, or NaN
-    assert very_strong(optimizer, True, device) < 1e-4
+def test_a_strength_of_1e10(device, plan):
+    """Proximal steps stay at the anchor; Adam's would as well, by their size."""
+    assert not very_strong("sgd", False, device) < 1e6  # huge, or NaN
+    for optimizer in ("sgd", "momentum", "adam"):
+        assert very_strong(optimizer, True, device) < 1e-4
 
 
-def test_proximal_adam_stays_at_the_anchor(device, plan):
-    """The additive form ends here as well: it is the size of Adam's steps that saves it."""
-    assert very_strong("adam", True, device) < 1e-4
-
-
-@every_optimizer
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_proximal_is_the_step_and_then_the_average_with_the_anchor(optimizer, device, plan):
     model = make_model().to(device)
     method = EWC(model, strength=3.0)
@@ -295,62 +315,3 @@ def test_proximal_is_the_step_and_then_the_average_with_the_anchor(optimizer, de
         weight = 2 * OPTIMIZERS[optimizer][1]["lr"] * 3.0 * method.importance[name]
         expected = (theirs + weight * method.anchor[name]) / (1 + weight)
         torch.testing.assert_close(mine, expected, **EXACT)
-
-
-def test_proximal_path_counts_the_whole_movement(device):
-    model = make_model().to(device)
-    method = SI(model, strength=2.0)
-    optimizer = fused(model, method, "sgd", proximal=True)
-    for number in range(2):
-        fused_steps(model, optimizer, make_task(number, device=device))
-        if number == 0:
-            method.consolidate()
-    before = [p.detach().clone() for p in model.parameters()]
-    path = {name: entry.clone() for name, entry in method._state.view("path").items()}
-    x, y = make_task(2, device=device)[0]
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    for (name, parameter), old in zip(model.named_parameters(), before, strict=True):
-        expected = path[name] - parameter.grad * (parameter - old)
-        torch.testing.assert_close(method._state.view("path")[name], expected.detach(), **EXACT)
-
-
-def test_proximal_needs_a_method_that_pulls():
-    class Own(SCP):
-        def update(self):
-            pass
-
-    model = make_model()
-    for method in (None, Own(model)):
-        with pytest.raises(ValueError, match="proximal=True needs a method that pulls, got"):
-            optim.SGD(model.parameters(), method=method, proximal=True)
-
-
-@pytest.mark.parametrize("loaded", [False, True])
-@pytest.mark.parametrize("given", [EWC, SCP], ids=lambda kind: kind.name)
-def test_importance_given_by_hand_holds_in_the_first_task_too(given, loaded, device):
-    """Of a task learned elsewhere, say."""
-    ways = []
-    for way in ("apart", "fused"):
-        model = make_model().to(device)
-        method = given(model, strength=3.0)
-        for entry in method.importance.values():
-            entry.fill_(1.0)
-        if loaded:
-            state, method = method.state_dict(), given(model, strength=3.0)
-            method.load_state_dict(state)
-        optimizer = apart(model, "sgd") if way == "apart" else fused(model, method, "sgd")
-        for x, y in make_task(0, device=device):
-            F.cross_entropy(model(x), y).backward()
-            if way == "apart":
-                method.add_penalty_grad_()
-            optimizer.step()
-            if way == "apart":
-                method.update()
-            optimizer.zero_grad()
-        ways.append(model)
-    for one, other in zip(*(model.parameters() for model in ways), strict=True):
-        torch.testing.assert_close(one, other, **EXACT)
-    free = make_model().to(device)
-    train_steps(free, Baseline(free), apart(free, "sgd"), make_task(0, device=device))
-    assert not torch.allclose(free[0].weight, ways[1][0].weight, rtol=1e-3)

@@ -88,7 +88,7 @@ class Defined:
         for name, value in options.items():
             setattr(self.naive, {"fisher": "kind"}.get(name, name), value)
         # Only where the penalty's gradient is in `.grad` is it clipped with the task's.
-        self.clips_pull = way in ("apart", "scaled")
+        self.clips_pull = way in ("apart", "scaled") or (way == "fused" and options.get("variant"))
         # What is clipped before a method is told of it is the task's gradient to it.
         self.sees_clipped = way.startswith("attached")
         self.model = self.naive.model

@@ -74,6 +74,15 @@ def twins(device, dtype=torch.float64, count=2):
     return [model, *(copy.deepcopy(model) for _ in range(count - 1))]
 
 
+def make_pair(case, device, dtype=torch.float64, params=lambda model: model.parameters(), **more):
+    """Twin models, each with its optimizer, clext's first."""
+    *kinds, options = CASES[case]
+    return [
+        (model, kind(params(model), **(options | more)))
+        for kind, model in zip(kinds, twins(device, dtype), strict=True)
+    ]
+
+
 def batch(step, model):
     like = next(model.parameters())
     generator = torch.Generator().manual_seed(step)

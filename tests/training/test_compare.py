@@ -126,7 +126,7 @@ class TestCompare:
     )
     def test_bad_input_before_any_work(self, arguments, message, monkeypatch):
         monkeypatch.setattr(
-            "clext.training.compare.chosen_scenario", lambda *_args, **_kwargs: pytest.fail("work")
+            "clext.training.compare.load_scenario", lambda *_args, **_kwargs: pytest.fail("work")
         )
         with pytest.raises(ValueError, match=message):
             clext.compare(**{**QUICK, **arguments})

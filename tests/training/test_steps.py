@@ -10,8 +10,8 @@ from torch import nn
 import clext
 from clext.data.datasets import Split
 from clext.optim import Adam
-from clext.training import steps
-from clext.training.steps import GraphedSteps, TaskSteps
+from clext.training.graphs import WARM_UP_STEPS, GraphedSteps
+from clext.training.steps import Function, TaskSteps
 
 RECORDABLE = sorted(
     name for name, kind in clext.METHODS.items() if kind.fused_state is not None and kind.recordable
@@ -32,7 +32,7 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded, self.replayed = 0, 0
 
-    def __call__(self, function: steps.Function) -> steps.Function:
+    def __call__(self, function: Function) -> Function:
         self.recorded += 1
 
         def replay() -> None:
@@ -70,7 +70,7 @@ class TestRecordedSteps:
         for name, importance in ours.importance.items():
             assert importance.equal(theirs.importance[name])
         assert recorder.recorded == 2  # once a task
-        assert recorder.replayed == 2 * (EPOCHS * 9 - steps.WARM_UP_STEPS)
+        assert recorder.replayed == 2 * (EPOCHS * 9 - WARM_UP_STEPS)
 
     @pytest.mark.parametrize("device", ["cuda"], indirect=True)
     @pytest.mark.parametrize("method", RECORDABLE)
@@ -97,7 +97,7 @@ class TestRecordedSteps:
         assert recorder.replayed == 2
 
     def test_a_step_that_cannot_be_recorded_is_launched(self):
-        def refuse(_: steps.Function) -> steps.Function:
+        def refuse(_: Function) -> Function:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         with pytest.warns(UserWarning, match=r"recorded as a CUDA graph \(operation not permitted"):

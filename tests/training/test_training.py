@@ -1,8 +1,11 @@
 """The main job: the loop against a slow and obvious one, its seeds and its models."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -13,8 +16,8 @@ from quick_runs import QUICK, same, small, weights
 from torch import nn
 
 import clext
-from clext import training
-from clext.data.datasets import Split, load_dataset
+from clext.core.seeding import isolated_rng
+from clext.data.datasets import Dataset, Split, load_dataset
 
 
 class ObviousSI:
@@ -134,7 +137,7 @@ class TestLoop:
 
 
 class TestSeeds:
-    @pytest.mark.parametrize("method", ["baseline", "rwalk"])
+    @pytest.mark.parametrize("method", ["baseline", "rwalk", "dgr"])
     def test_same_seed_same_bits(self, method, device):
         a, b = small(), small()
         first = clext.train(method, model=a, seed=4, device=device, **QUICK)
@@ -159,10 +162,12 @@ class TestSeeds:
         torch.rand(5)
         assert same(first, run())
 
-    def test_the_global_random_state_is_left_as_it_was(self, device):
+    @pytest.mark.parametrize("model", [None, nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 10))])
+    def test_the_global_random_state_is_left_as_it_was(self, model, device):
         state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
         on_device = None if device == "cpu" else torch.cuda.get_rng_state()
-        clext.train("ewc", fisher="sample", device=device, **{**QUICK, "epochs": 1})
+        options = {**QUICK, "epochs": 1}
+        clext.train("ewc", fisher="sample", model=model, device=device, **options)
         assert torch.get_rng_state().equal(state)
         assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
         assert on_device is None or torch.cuda.get_rng_state().equal(on_device)
@@ -170,6 +175,70 @@ class TestSeeds:
     def test_a_methods_own_seed_comes_from_the_runs_seed(self):
         result = clext.train("ewc", model=small(), **QUICK)
         assert result.config["method_options"]["seed"] == result.config["seeds"]["method"]
+
+
+class TestThreads:
+    @pytest.mark.parametrize("given", [False, True])
+    def test_runs_at_the_same_time_give_the_bits_of_each_alone(self, given):
+        def run(method: str) -> list[float]:
+            model = copy.deepcopy(start) if given else None
+            return clext.train(method, model=model, **QUICK).curve
+
+        start, methods, together = small(), ("ewc", "si"), {}
+        alone = {method: run(method) for method in methods}
+        state = torch.get_rng_state()
+        threads = [
+            threading.Thread(target=lambda method=method: together.update({method: run(method)}))
+            for method in methods
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert together == alone
+        assert torch.get_rng_state().equal(state)
+        assert torch._dynamo.eval_frame._stance.stance == "default"
+
+    def test_whoever_leaves_last_restores_the_random_state(self):
+        state, device = torch.get_rng_state(), torch.device("cpu")
+        first, second = isolated_rng(1, device), isolated_rng(2, device)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not torch.get_rng_state().equal(state)
+        second.__exit__(None, None, None)
+        assert torch.get_rng_state().equal(state)
+
+
+class TestBuilding:
+    """The method is made once, on the model that is trained."""
+
+    @pytest.fixture
+    def built(self, monkeypatch) -> list[nn.Module]:
+        models: list[nn.Module] = []
+        make = clext.EWC.__init__
+
+        @functools.wraps(make)
+        def count(self, model: nn.Module, **options: object) -> None:
+            models.append(model)
+            make(self, model, **options)
+
+        monkeypatch.setattr(clext.EWC, "__init__", count)
+        return models
+
+    def test_on_a_given_model(self, built):
+        model = small()
+        clext.train("ewc", model=model, **{**QUICK, "epochs": 1})
+        assert len(built) == 1
+        assert built[0] is model
+
+    def test_on_the_courses_model(self, built, monkeypatch):
+        split = Split(torch.rand(20, 784), torch.arange(20) % 10)
+        data = Dataset("mnist", split, split, 10, "a test")
+        monkeypatch.setattr("clext.training.loop.load_dataset", lambda *_args, **_kwargs: data)
+        result = clext.train("ewc", tasks=1, epochs=1, progress=False)
+        assert len(built) == 1
+        assert result.config["model"] == "MLP 784-1024-512-256-10"
 
 
 class TestModel:
@@ -214,7 +283,7 @@ def test_real_mnist_is_learned(device, tmp_path, monkeypatch):
     assert (len(data.train.labels), len(data.test.labels)) == (60_000, 10_000)
     assert data.train.inputs.mean().item() == pytest.approx(0.1307, abs=1e-4)
     part = dataclasses.replace(data, train=Split(*(t[:10_000] for t in data.train)))
-    monkeypatch.setattr(training, "load_dataset", lambda *_args, **_kwargs: part)
+    monkeypatch.setattr("clext.training.loop.load_dataset", lambda *_args, **_kwargs: part)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = clext.train(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.core.batches import described
+from clext.core.seeding import linear
 
 
 class VAE(nn.Module):
@@ -25,19 +26,24 @@ class VAE(nn.Module):
         shape: of one input.
         hidden: widths of the encoder's layers, from the inputs on.
         latent: numbers in the code of one input.
+        random: draws the weights; by default torch's global generator.
     """
 
     def __init__(
-        self, shape: Sequence[int], hidden: Sequence[int] = (400, 400), latent: int = 100
+        self,
+        shape: Sequence[int],
+        hidden: Sequence[int] = (400, 400),
+        latent: int = 100,
+        random: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         numbers = math.prod(self.shape)
-        self.encoder = _layers((numbers, *hidden))
-        self.mean = nn.Linear(hidden[-1], latent)
-        self.log_variance = nn.Linear(hidden[-1], latent)
-        self.decoder = _layers((latent, *reversed(hidden)))
-        self.reconstruction = nn.Linear(hidden[0], numbers)
+        self.encoder = _layers((numbers, *hidden), random)
+        self.mean = linear(hidden[-1], latent, random)
+        self.log_variance = linear(hidden[-1], latent, random)
+        self.decoder = _layers((latent, *reversed(hidden)), random)
+        self.reconstruction = linear(hidden[0], numbers, random)
 
     def loss(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The negative evidence lower bound, mean over the batch (0-dim, at least float32).
@@ -71,10 +77,10 @@ class VAE(nn.Module):
         return logits
 
 
-def _layers(widths: Sequence[int]) -> nn.Sequential:
+def _layers(widths: Sequence[int], random: torch.Generator | None) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [linear(inputs, outputs, random), nn.ReLU()]
     return nn.Sequential(*layers)
 
 

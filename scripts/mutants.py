@@ -1,0 +1,152 @@
+"""Whether the tests notice a wrong sign: `python scripts/mutants.py [GROUP ...]`.
+
+A mutant is one change of one line of clext. Each is made in a copy of the installed package, and
+the tests of its group run on the copy up to the first failure. A mutant that none of them notices
+is printed as SURVIVED, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# [group] with folders of tests/, a file in clext/, then old text => new text.
+TABLE = """
+[step] ops methods optim training bench
+ops/reference/path.py
+    gain.sub_(path_change(task_grad, wide( => gain.add_(path_change(task_grad, wide(
+    score.add_(gain.clamp(min=0) / => score.add_(gain /
+ops/reference/penalty.py
+    wide(grad) + 2 * strength => wide(grad) + strength
+methods/rwalk.py
+    return 1.0 - self.alpha => return self.alpha
+    interval_steps >= self.interval => interval_steps > self.interval
+    / (self.task_steps + 1) => / (self.task_steps + 2)
+optim/adam.py
+    beta1, beta2 = group => beta2, beta1 = group
+training/steps.py
+    return loss + self.optimizer.penalty => return loss
+methods/agem.py
+    -product / square => product / square
+methods/gem.py
+    margin + largest * scale => largest * scale
+[bases] methods data training
+methods/quadratic.py
+    penalty = self.strength * => penalty = 2 * self.strength *
+methods/base.py
+    self.tasks + 1, 0 => self.tasks + 2, 0
+    self.strength = checked_strength(type(self), state => checked_strength(type(self), state
+methods/parts/state.py
+    moving = [entry.requires_grad or entry.grad is not None => moving = [True
+    {name: entry.clone() for => {name: entry for
+    same.get(id(parameter), by_name.get(name)) => by_name.get(name)
+methods/parts/heads.py
+    self.blocks[:ended] => self.blocks[: ended + 1]
+    return max((block.stop => return min((block.stop
+methods/rehearsal.py
+    1 / (self.tasks + 1) => 1 / (self.tasks + 2)
+methods/parts/teacher.py
+    temperature**2 => temperature
+[importance] importance methods bench
+importance/fisher.py
+    label : label + 1].sqrt() => label : label + 1]
+    <= uniform => >= uniform
+importance/mas.py
+    [2 * outputs] => [outputs]
+importance/scp.py
+    samples**2 => samples
+importance/batch_mean.py
+    cotangent / len(x) => cotangent
+importance/rules.py
+    (products - mean * sums) => (products + mean * sums)
+methods/ewc.py
+    seed=self.seed + self.tasks => seed=self.seed
+    self.gamma * self.constant + => self.constant +
+methods/si.py
+    self.clamp == "total" => self.clamp == "task"
+methods/mas.py
+    (sensitivity, self.gamma) => (sensitivity, 1.0)
+[metrics] training data
+training/metrics.py
+    accuracy[k, : k + 1].mean() => accuracy[k, :k].mean()
+    np.nanmax(accuracy[:last, :last], axis=0) => np.diagonal(accuracy)[:last]
+    (best - accuracy[last, :last]) => (accuracy[last, :last] - best)
+    np.diagonal(accuracy)[:last]) => np.diagonal(accuracy)[1 : last + 1])
+    (before - untrained)[1:] => before - untrained
+    np.diagonal(joint) - np.diagonal(accuracy) => np.diagonal(accuracy) - np.diagonal(joint)
+    accuracies[:task] => accuracies[: task + 1]
+    min(value, lowest.get(j, value)) => value
+training/evaluate.py
+    self._taken % self.every => (self._taken + 1) % self.every
+training/loop.py
+    before[k] = evaluator.accuracy(k, k) => before[k] = evaluator.accuracy(k, max(k - 1, 0))
+[scenarios] data training bench
+data/scenarios.py
+    random = generator(seed) => random = generator(0)
+    180 * k / tasks => 180 * (k + 1) / tasks
+    math.radians(degrees) => -math.radians(degrees)
+    - classes[0] + start => + start
+    len(made) * classes => (len(made) + 1) * classes
+data/scenario.py
+    max(task, seen) + 1 => task + 1
+data/own.py
+    range(max(everywhere) + 1) => range(max(everywhere) + 2)
+    if incremental == "task": => if False:
+training/loop.py
+    own.labels - active.start => own.labels
+core/seeding.py
+    np.random.SeedSequence(seed).generate_state(4, np.uint32) => [seed] * 4
+"""
+
+
+def mutants() -> Iterator[tuple[str, ...]]:
+    """Group, tests, file, old text and new text."""
+    group = tests = file = ""
+    for line in TABLE.strip().splitlines():
+        if line.startswith("["):
+            group, tests = line[1:].split("] ")
+        elif not line.startswith(" "):
+            file = line
+        else:
+            yield group, tests, file, *line.strip().split(" => ")
+
+
+def survives(package: Path, tests: str, file: str, old: str, new: str) -> bool:
+    room = f"tests/{file.partition('/')[0]}"  # its tests are the first
+    folders = sorted((f"tests/{name}" for name in tests.split()), key=lambda name: name != room)
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "clext"
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"clext/{file}: expected this text once: {old}"
+        (copy / file).write_text(text.replace(old, new))
+        # -P: the copy, and not what is in the current folder.
+        command = [sys.executable, "-P", "-m", "pytest", "-xqp", "no:cacheprovider", *folders]
+        environ = {**os.environ, "PYTHONPATH": place, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, check=False)
+    if done.returncode > 1:
+        raise SystemExit(f"pytest could not run:\n{done.stdout.decode()}")
+    return done.returncode == 0
+
+
+def main(groups: list[str]) -> None:
+    import clext
+
+    chosen = [mutant for mutant in mutants() if mutant[0] in groups or not groups]
+    alive = []
+    for _, tests, file, old, new in chosen:
+        alive.append(survives(Path(clext.__file__).parent, tests, file, old, new))
+        print(f"{'SURVIVED' if alive[-1] else 'caught  '} {file}: {old} => {new}", flush=True)
+    print(f"{alive.count(False)} of {len(chosen)} mutants were caught")
+    raise SystemExit(any(alive))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
