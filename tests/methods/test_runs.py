@@ -19,7 +19,7 @@ def test_digits_are_remembered_the_same_each_time(name, device):
     result = learn_all_digits(name, device)
     assert result.average_accuracy[-1] > AT_LEAST[name]
     assert learn_all_digits("baseline", device).average_accuracy[-1] < 0.3
-    assert learn_all_digits(name, device).accuracy.tolist() == result.accuracy.tolist()
+    assert learn_all_digits(name, device).curve == result.curve
 
 
 def remembered(method, incremental, epochs, **options):
@@ -39,11 +39,11 @@ def test_dgr_remembers_classes_that_are_gone():
 @pytest.mark.parametrize("name", ["gem", "agem"])
 @pytest.mark.parametrize("incremental", ["domain", "task", "class"])
 def test_projection_changes_the_later_tasks_alone(name, incremental):
-    options = {**QUICK, "scenario": "split", "incremental": incremental, "lr": 1e-2}
+    options = {**QUICK, "scenario": "split", "incremental": incremental, "lr": 1e-2, "epochs": 4}
     run = clext.train(name, per_task=16, model=small(), **options)
     alone = clext.train("baseline", model=small(), **options)
     assert run.config["strength"] is None
-    assert run.curve[:2] == alone.curve[:2]
+    assert run.curve[:4] == alone.curve[:4]
     assert run.curve != alone.curve
     assert name == "agem" or run.accuracy[1, 0] > alone.accuracy[1, 0]
 
