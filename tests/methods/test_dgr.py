@@ -27,7 +27,7 @@ from quick_runs import same, weights
 from torch import nn
 from toy_training import assert_same_state
 
-from clext import DGR, SI
+from clext import DGR
 from clext.methods.parts.vae import VAE
 
 SMALL = {"hidden": (8, 6), "latent": 3}
@@ -147,15 +147,6 @@ def test_the_generator_leaves_no_gradient_anywhere(device):
     assert inputs.grad is None
     for module in (method.model, method.generator, method._previous):
         assert all(parameter.grad is None for parameter in module.parameters())
-
-
-def test_a_regulariser_beside_it_knows_the_model_alone():
-    model = make_model()
-    method = SI(model).combine(DGR(model, **SMALL))
-    for number in range(2):
-        run_task(method, "class", number)
-    assert list(method.protector.importance) == [name for name, _ in model.named_parameters()]
-    assert any(bool(entry.any()) for entry in method.protector.importance.values())
 
 
 @pytest.mark.parametrize("distill", [False, True])

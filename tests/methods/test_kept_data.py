@@ -208,6 +208,7 @@ Y = torch.zeros(4).long()
         ([(X, Y + 2)], "labels reach from 2 to 2, expected 0 to 1"),
         ([(X, Y.double())], "labels y are torch.float64"),
         ([(X[:, :3], Y)], r"inputs are torch.float64 \[3\] each, .* \[5\]"),
+        ([(X.float(), Y)], r"inputs are torch.float32 \[5\] each, expected torch.float64"),
         ([(X, Y), (X / 0, Y)], "inputs hold NaN or infinity; leave"),
     ],
 )
