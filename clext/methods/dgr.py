@@ -24,13 +24,13 @@ from clext.methods.parts.teacher import (
 )
 from clext.methods.parts.vae import VAE, check_generator, check_inputs, generator_loss, sample_like
 from clext.methods.rehearsal import Rehearsal
+from clext.optim import Adam
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from clext.core.batches import Batches
     from clext.methods.base import Examples
-    from clext.optim import Adam
 
 
 class DGR(Rehearsal):
@@ -200,8 +200,6 @@ class DGR(Rehearsal):
         return generator.to(parameter.device, dtype)
 
     def _new_optimizer(self, generator: nn.Module) -> Adam:
-        from clext.optim import Adam  # which needs the base of this module
-
         trained = [entry for entry in generator.parameters() if entry.requires_grad]
         return Adam(trained, lr=self.generator_lr)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unlike torch.compiler's
@@ -303,9 +304,13 @@ class FusedOptimizer(Optimizer):
                     state.update({key: fitted(entry, key, found[key]) for key in self.state_keys})
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors of their own: pickle would write all of their common memory for each.
+        # As arrays: pickle would write all of their common memory for each tensor, and what is
+        # copied here would be gone before another process had it.
         state = {
-            parameter: {k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
+            parameter: {
+                key: value.numpy(force=True) if isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
             for parameter, entries in self.state.items()
         }
         names = ("_method", "proximal", "clear_grad", "max_grad_norm")
@@ -314,6 +319,10 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for parameter, entries in self.state.items():
+            for key, value in entries.items():
+                if isinstance(value, np.ndarray):  # a copy, not a loaded state dict
+                    entries[key] = fitted(parameter, key, torch.as_tensor(value))
         for group in self.param_groups:
             for option, value in self.defaults.items():
                 group.setdefault(option, value)

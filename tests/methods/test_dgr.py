@@ -27,7 +27,7 @@ from quick_runs import same, weights
 from torch import nn
 from toy_training import assert_same_state
 
-from clext import DGR, SI
+from clext import DGR
 from clext.methods.parts.vae import VAE
 
 SMALL = {"hidden": (8, 6), "latent": 3}
@@ -149,15 +149,6 @@ def test_the_generator_leaves_no_gradient_anywhere(device):
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_a_regulariser_beside_it_knows_the_model_alone():
-    model = make_model()
-    method = SI(model).combine(DGR(model, **SMALL))
-    for number in range(2):
-        run_task(method, "class", number)
-    assert list(method.protector.importance) == [name for name, _ in model.named_parameters()]
-    assert any(bool(entry.any()) for entry in method.protector.importance.values())
-
-
 @pytest.mark.parametrize("distill", [False, True])
 def test_bf16(distill, device):
     method = DGR(make_model(dtype=torch.float32, device=device), distill=distill, **SMALL)
@@ -235,7 +226,10 @@ class Wrong(Blur):
 @pytest.mark.parametrize(
     ("generator", "message"),
     [
-        (Wrong(lambda n: torch.rand(n, 4)), r"sample\(2, ...\) .* \[2, 4\], expected \[2, 5\] like"),
+        (
+            Wrong(lambda n: torch.rand(n, 4)),
+            r"sample\(2, ...\) .* \[2, 4\], expected \[2, 5\] like",
+        ),
         (Wrong(lambda _: None), r"returned nothing, expected \[2, 5\]"),
         (Wrong(lambda n: torch.full((n, 5), torch.nan)), r"^dgr: sample\(...\) .* NaN or infinity"),
         (Wrong(loss=torch.zeros(2)), r"loss\(inputs\) .* returned .* \[2\], expected 0-dim"),
@@ -264,7 +258,10 @@ def test_a_generator_that_has_broken_is_refused_when_a_task_ends():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (torch.rand(4, FEATURES) * 3 - 1, r"float32 between -.* expects numbers in \[0, 1\]; scale"),
+        (
+            torch.rand(4, FEATURES) * 3 - 1,
+            r"float32 between -.* expects numbers in \[0, 1\]; scale",
+        ),
         (torch.full((4, FEATURES), torch.nan), "between nan and nan"),
         (torch.ones(4, FEATURES).long(), "inputs are torch.int64"),
     ],

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
-from toy_training import CLASSES, FEATURES, assert_same_state, make_model, make_task, train_tasks
+from toy_training import CLASSES, FEATURES, make_model, make_task, train_tasks
 
 from clext import AGEM, GEM, optim
 from clext.methods.gem import projection_weights
@@ -329,30 +329,6 @@ def test_gradients_that_are_scaled_still_are_projected_alike(kind, options):
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, "needs the data of the task"),
-        (
-            [make_task(1)[0], (torch.zeros(2, 3).double(), torch.zeros(2, dtype=int))],
-            r"inputs are torch.float64 \[3\] each, expected .* in the memory",
-        ),
-        (
-            [make_task(1)[0], (torch.zeros(2, FEATURES), torch.zeros(2, dtype=int))],
-            "inputs are torch.float32",
-        ),
-    ],
-)
-def test_a_task_that_cannot_be_kept_is_refused_and_changes_nothing(kind, data, message):
-    method = kind(make_model())
-    train_tasks(method.model, method, tasks=1)
-    before = method.state_dict()
-    with pytest.raises(ValueError, match=message):
-        method.consolidate(data)
-    assert_same_state(method.state_dict(), before)
-
-
-@BOTH
 def test_in_bf16_and_with_an_optimizer_of_clext(kind, device):
     model = make_model(torch.bfloat16).to(device)
     method = kind(model, per_task=6)
@@ -373,14 +349,3 @@ def test_in_bf16_and_with_an_optimizer_of_clext(kind, device):
     conflicting_step(model, make_task(0, device=device))
     method.add_penalty_grad_()
     assert {rows.dtype for rows in method._rows} == {torch.float64}
-
-
-@BOTH
-def test_labels_are_kept_as_the_models_outputs(kind):
-    method = kind(nn.Linear(FEATURES, 4))
-    inputs, labels = torch.rand(8, FEATURES), torch.arange(8) % 2
-    for block in (range(2), range(2, 4)):
-        method.begin_task((inputs, labels), block=block, active=block)
-        method.add_penalty_grad_()
-        method.consolidate([(inputs, labels)])
-    assert [set(kept.tolist()) for _, kept in method._kept_tasks()] == [{0, 1}, {2, 3}]

@@ -194,7 +194,10 @@ def test_a_loop_without_begin_task():
 @both_norms
 @every_setting
 def test_the_nearest_mean_of_exemplars_decides(setting, norm, device):
-    method, inputs = ICaRL(make_model(setting, device=device), budget=9, norm=norm), INPUTS.to(device)
+    method, inputs = (
+        ICaRL(make_model(setting, device=device), budget=9, norm=norm),
+        INPUTS.to(device),
+    )
     run_tasks(method, setting)
     for number in range(TASKS) if setting == "task" else [2]:
         active = ranges(setting, number)[1]
@@ -316,7 +319,9 @@ def test_by_default_it_is_the_linear_layer_that_runs_last():
 
 
 def test_layers_that_give_no_features_are_refused():
-    with pytest.raises(ValueError, match="^icarl: the model has no layer 'tail'; .* of head, body$"):
+    with pytest.raises(
+        ValueError, match="^icarl: the model has no layer 'tail'; .* of head, body$"
+    ):
         ICaRL(Crossed(), features="tail")
     method = ICaRL(nn.Sequential(nn.Conv1d(1, 2, 5), nn.Flatten()).double())
     with pytest.raises(ValueError, match="'nn.Linear' gets NoneType for 4 examples, .* features="):

@@ -69,6 +69,8 @@ def test_examples_of_another_shape_are_refused_and_nothing_is_changed():
     method = Joint(make_model("domain"))
     run_task(method, "domain", 0)
     inputs, labels = make_examples("domain", 1)
-    with pytest.raises(ValueError, match=r"joint: inputs are .* \[3\] each, .* of the tasks before"):
+    with pytest.raises(
+        ValueError, match=r"joint: inputs are .* \[3\] each, .* of the tasks before"
+    ):
         method.begin_task((inputs[:, :3], labels))
     assert list(method._examples) == [0]

@@ -68,7 +68,9 @@ def test_trains_like_its_formula(setting, options, own_loop, device):
         examples = begin(method, setting, number)
         losses = train(method, examples[:2] if own_loop else examples)
         method.consolidate(batches_for(method, setting, number))
-    named = {name: getattr(method, name) for name in ("strength", "balance", "temperature", "scale")}
+    named = {
+        name: getattr(method, name) for name in ("strength", "balance", "temperature", "scale")
+    }
     expected = train_by_the_formula(obvious, setting, **named)
     torch.testing.assert_close(losses.cpu(), expected, rtol=1e-9, atol=1e-10)
     for mine, theirs in zip(model.parameters(), obvious.parameters(), strict=True):

@@ -85,7 +85,8 @@ def test_its_state_is_a_copy_and_is_of_that_model(model, inputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("0.weight", torch.nan), ("3.bias", -torch.inf), ("1.running_mean", torch.nan)]
+    ("name", "value"),
+    [("0.weight", torch.nan), ("3.bias", -torch.inf), ("1.running_mean", torch.nan)],
 )
 def test_a_broken_model_is_none(model, name, value):
     model.register_buffer("mask", torch.full((3,), -torch.inf))

@@ -14,7 +14,7 @@ from clext.training.graphs import WARM_UP_STEPS, GraphedSteps
 from clext.training.steps import Function, TaskSteps
 
 RECORDABLE = sorted(
-    name for name, kind in clext.METHODS.items() if kind.fused_state is not None and kind.recordable
+    name for name, kind in clext.METHODS.items() if kind.fused is not None and kind.capturable
 )
 EXAMPLES, BATCH, EPOCHS = 150, 16, 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -33,7 +33,8 @@ def checked_strength(kind: type[Method], given: object) -> float:
 
 def scale_of(scaler: object) -> float:
     """By what gradients are scaled: of a GradScaler, or a number; 1 for None."""
-    return 1.0 if scaler is None else float(getattr(scaler, "get_scale", lambda: scaler)())
+    scale: Any = scaler.get_scale() if hasattr(scaler, "get_scale") else scaler
+    return 1.0 if scale is None else float(scale)
 
 
 def described(method: Method) -> str:
