@@ -1,4 +1,4 @@
-"""A forward pass that remembers what goes into each layer with a rule, and where gradients go."""
+"""Capture of a forward pass: what goes into each layer with a rule, and where gradients arrive."""
 
 from __future__ import annotations
 
@@ -8,48 +8,83 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
 from clext.core.lists import widest
+from clext.importance.layout import WHOLE, Layout
 from clext.importance.rules import rule_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.autograd.graph import Node
+    from torch.utils.hooks import RemovableHandle
 
     from clext.importance.passes import Forward
-    from clext.importance.rule import LayerRule
+    from clext.importance.rule import LayerRule, Use
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
-    """One call of a layer in a forward pass. `places`: name of a parameter -> its index."""
+    """One call of a layer in a forward pass: its tensors as rows of samples, see rule.py.
+
+    `places`: name of a parameter -> its index. As long as nothing else is said, all rows are those
+    of one sample.
+    """
 
     rule: LayerRule
     places: dict[str, int]
     inputs: Tensor
     edge: GradientEdge
     output_shape: torch.Size
+    layout: Layout = WHOLE
+    samples: int = 1
+
+    @property
+    def leading(self) -> torch.Size:
+        """The sizes of the input's dimensions that count rows."""
+        return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
+
+    @property
+    def separable(self) -> bool:
+        """Whether a function of the gradient is the gradient of the functions."""
+        return self.rule.separable(self.leading.numel() // self.samples)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the rule calculates in: the state dtype of the layer's parameters."""
+        return widest(getattr(self.rule.layer, name) for name in self.places)
 
     @property
     def row_dims(self) -> tuple[int, int]:
         """How many of the last dimensions of input and output make up one row."""
         return self.rule.row_dims(self.inputs.dim())
 
-    @property
-    def leading(self) -> torch.Size:
-        """The sizes of the input's other dimensions: those that count rows."""
-        return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
+    def rows(self, g: Tensor) -> Tensor:
+        """The gradient by the output as [samples, rows, ...]."""
+        return self.layout.rows(g, self.row_dims[1], self.samples)
+
+    def features(self) -> Tensor:
+        """What the output gradient is multiplied with, [samples, rows, ...]."""
+        return self.rule.features(self._input_rows())
+
+    def parts(self, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and output gradients, for as many samples at a time as the rule wants."""
+        inputs = self._input_rows()
+        size = self.rule.samples_at_once(inputs)
+        for some, gradients in zip(inputs.split(size), g.split(size), strict=True):
+            yield self.rule.features(some), gradients
+
+    def use(self, name: str, rows: Tensor) -> Use:
+        """The parameter `name` in this call, for the output gradient `rows`."""
+        return self.rule, name, self.features(), rows
 
     def release(self) -> None:
         """Give the memory of the input back: from then on there is none."""
         del self.inputs
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the rule calculates in: the state dtype of the layer's parameters."""
-        return widest(getattr(self.rule.layer, name) for name in self.places)
+    def _input_rows(self) -> Tensor:
+        rows = self.layout.rows(self.inputs, self.row_dims[0], self.samples)
+        return rows.to(self.dtype) if rows.is_floating_point() else rows
 
 
 class Capture:
@@ -74,13 +109,10 @@ class Capture:
             rule = rule_for(module)
             own = module.named_parameters(recurse=False, remove_duplicate=False)
             places = {name: index[id(entry)] for name, entry in own if id(entry) in index}
-            if not places:
-                continue
-            known = rule is not None and accept(rule) and places.keys() <= {"weight", "bias"}
-            if rule is not None and known:
-                self._layers[module] = (rule, places)
-            else:
+            if rule is None or not accept(rule) or not places.keys() <= {"weight", "bias"}:
                 without_rule.update(places.values())
+            elif places:
+                self._layers[module] = (rule, places)
         self.without_rule = frozenset(without_rule)
 
     def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
@@ -153,13 +185,13 @@ def output_gradients(
 def stream_output_gradients(
     outputs: Tensor,
     calls: Sequence[Call],
-    ends: Sequence[int],
+    ends: Sequence[Call],
     cotangent: Tensor,
-    receive: Callable[[int, Tensor], None],
+    receive: Callable[[Call, Tensor], None],
     *,
     keep_graph: bool,
 ) -> None:
-    """Give `receive` the number of each call and the gradient by its output, once it is there.
+    """Give `receive` each call and the gradient by its output, once it is there.
 
     As `output_gradients`, but not all gradients are in memory at the same time. `ends`: see below.
     Without `keep_graph` what is on the way is given back as the backward pass goes.
@@ -172,33 +204,32 @@ def stream_output_gradients(
         if not this_pass:
             this_pass.append(torch._C._current_graph_task_id())
 
-    def hook(c: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def hook(call: Call) -> Callable[[tuple[Tensor | None, ...]], None]:
         def deliver(gradients: tuple[Tensor | None, ...]) -> None:
             # A hook of the model's own may go through the same nodes, in a pass inside this one.
-            g = gradients[calls[c].edge.output_nr]
+            g = gradients[call.edge.output_nr]
             if g is not None and torch._C._current_graph_task_id() in this_pass:
-                receive(c, _as_output(g, calls[c]))
+                receive(call, _as_output(g, call))
 
         return deliver
 
-    # On its way to the ends, the backward pass comes through all the others.
-    passed = sorted(set(range(len(calls))).difference(ends))
     assert outputs.grad_fn is not None
     handles = [outputs.grad_fn.register_prehook(begin)]
-    handles += [calls[c].edge.node.register_prehook(hook(c)) for c in passed]
+    # On its way to the ends, the backward pass comes through all the others.
+    passed = [call for call in calls if call not in ends]
+    handles += [call.edge.node.register_prehook(hook(call)) for call in passed]
     try:
-        last = [calls[c] for c in ends]
-        found, _ = output_gradients(outputs, last, cotangent, keep_graph=keep_graph)
+        found, _ = output_gradients(outputs, ends, cotangent, keep_graph=keep_graph)
     finally:
         for handle in handles:
             handle.remove()
-    for c, g in zip(ends, found, strict=True):
+    for call, g in zip(ends, found, strict=True):
         if g is not None:
-            receive(c, g)
+            receive(call, g)
 
 
-def ends_of(calls: Sequence[Call]) -> list[int]:
-    """The numbers of the calls from which the way back does not come to another call."""
+def ends_of(calls: Sequence[Call]) -> list[Call]:
+    """The calls from which the way back does not come to another call."""
     nodes = {call.edge.node for call in calls}
     leads_on: dict[Node, bool] = {}
     for call in calls:
@@ -215,7 +246,7 @@ def ends_of(calls: Sequence[Call]) -> list[int]:
                 waiting.extend(unknown)
             else:
                 leads_on[waiting.pop()] = False
-    return [c for c, call in enumerate(calls) if not leads_on[call.edge.node]]
+    return [call for call in calls if not leads_on[call.edge.node]]
 
 
 def _as_output(g: Tensor, call: Call) -> Tensor:

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clext.importance.capture import output_gradients
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.autograd.graph import Node
-
-    from clext.importance.capture import Call
-
-# All groups of samples but one are probed, by a backward pass each. Of two samples that changed
-# places, that shows the one whose group is probed, unless the other is in the same.
-_GROUPS = 3
 
 # Names of autograd's nodes for operations that move rows to where an index, or their values, say.
 _MOVING = re.compile(r"(Index(?!Fill)|Gather|Scatter|MaskedSelect|MaskedScatter|Sort|Topk|Take)")
@@ -49,46 +41,19 @@ class Layout:
         return tensor.reshape(shape)
 
 
-def _possible_layouts(leading: Sequence[int], samples: int) -> list[Layout]:
+WHOLE = Layout(0, True)  # of one sample, which everything belongs to
+
+
+def possible_layouts(leading: Sequence[int], samples: int) -> list[Layout]:
     """Those that the sizes of the leading dimensions allow."""
     if samples == 1:
-        return [Layout(0, True)]  # everything is the one sample's
+        return [WHOLE]
     return [
         Layout(dim, major)
         for dim, size in enumerate(leading)
         if size > 0 and size % samples == 0
         for major in ((True, False) if size > samples else (True,))
     ]
-
-
-def find_layouts(
-    outputs: Tensor, weights: Tensor, calls: Sequence[Call], samples: int
-) -> tuple[list[Layout | None], bool]:
-    """The layout of each call's rows, None where there is none, and whether other data has it too.
-
-    Where only some samples' outputs are differentiated, by `weights`, the rows of all others have
-    no gradient: not even one of rounding.
-    """
-    possible = [_possible_layouts(call.leading, samples) for call in calls]
-    draws = torch.Generator().manual_seed(0)
-    group = torch.randperm(samples, generator=draws).to(outputs.device) % _GROUPS
-    for k in range(_GROUPS - 1) if samples > 1 else ():
-        gradients, _ = output_gradients(outputs, calls, weights * (group == k).unsqueeze(1))
-        for c, g in enumerate(gradients):
-            if g is not None:
-                dims = calls[c].row_dims[1]
-                possible[c] = [
-                    entry
-                    for entry in possible[c]
-                    if not bool(entry.rows(g, dims, samples)[group != k].any())
-                ]
-    # What is zero fits everything, and so does an arrangement that two layouts describe. Of several
-    # rows of a sample in one dimension, the data may say which they are.
-    lasting = samples == 1 or all(
-        len(entries) <= 1 and all(call.leading[entry.dim] == samples for entry in entries)
-        for call, entries in zip(calls, possible, strict=True)
-    )
-    return [entries[0] if entries else None for entries in possible], lasting
 
 
 def may_reorder(outputs: Tensor, samples: int) -> bool:

@@ -12,12 +12,13 @@ from clext.importance.capture import Call, Capture, ends_of, stream_output_gradi
 from clext.importance.fallback import SingleSamples, warn_slow
 from clext.importance.passes import check_outputs, single_outputs
 from clext.importance.rule import add_joint_, identity
-from clext.importance.sample_gradients import NO_COVERAGE, Coverage, CoverageFinder, bind
+from clext.importance.sample_gradients import Coverage, CoverageFinder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from clext.importance.passes import Forward
+    from clext.importance.sample_gradients import Uses
 
     # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
@@ -53,7 +54,7 @@ class PerSampleSum:
         outputs, calls = self._capture.forward(x)
         outputs = check_outputs(self._owner, outputs, len(x))
         weights = cotangents(outputs.detach())
-        coverage = NO_COVERAGE
+        coverage = Coverage()
         if outputs.requires_grad:
             coverage = self._finder.find(x, outputs, calls, len(x))
         if coverage.mixed:
@@ -62,8 +63,9 @@ class PerSampleSum:
             weights = cotangents(torch.cat([entry.detach() for entry in singles]))
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
-        batch = _Batch(self.sums, calls, coverage, len(x), self._function)
-        del calls  # for `batch` to give their inputs back
+        uses = coverage.uses(calls, len(x))
+        batch = _Batch(self.sums, uses, self._function, frees_graph=len(x) > 1)
+        del calls, uses  # for `batch` to give their inputs back
         for weight, last in _up_to_last(weights):  # the first one refuses bad labels
             batch.add(outputs, weight, last=last)
             if coverage.singly:
@@ -72,79 +74,72 @@ class PerSampleSum:
 
 
 class _Batch:
-    """Adds to `sums` what the rules cover, for the cotangents of one forward pass."""
+    """Adds to `sums` what the rules cover, for the cotangents of one forward pass.
+
+    `frees_graph`: with the last cotangent, what the forward pass had kept is given back. Not where
+    there is one sample: all rows are taken for its own then, also those of something that the
+    model keeps for the passes to come.
+    """
 
     def __init__(
         self,
         sums: list[Tensor],
-        calls: Sequence[Call],
-        coverage: Coverage,
-        samples: int,
+        uses: Uses,
         function: Callable[[Tensor], Tensor],
+        *,
+        frees_graph: bool,
     ) -> None:
-        self._sums, self._function = sums, function
-        self._calls = bind(calls, coverage, samples)
+        self._sums, self._function, self._frees_graph = sums, function, frees_graph
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
         # they need no more of the cotangents than the sum of their function. `joint`: parameters of
         # several uses.
-        self._single: dict[int, dict[str, Tensor]] = {}
-        self._separable: dict[int, dict[str, Tensor]] = {}
-        self._joint: dict[int, list[tuple[int, str]]] = {}
-        self._totals: dict[int, Tensor] = {}
-        for i, places in coverage.uses.items():
-            c, name = places[0]
+        self._single: dict[Call, dict[str, Tensor]] = {}
+        self._separable: dict[Call, dict[str, Tensor]] = {}
+        self._joint: dict[int, list[tuple[Call, str]]] = {}
+        self._totals: dict[Call, Tensor] = {}
+        for i, places in uses.items():
+            call, name = places[0]
             if len(places) > 1:
                 self._joint[i] = places
             else:
-                kind = self._separable if self._calls[c].separable else self._single
-                kind.setdefault(c, {})[name] = sums[i]
-        self._shared = {c for places in self._joint.values() for c, _ in places}
-        self._ends = ends_of([entry.call for entry in self._calls.values()])
-        # Where there is one sample, all rows are taken for its own: also those of something that
-        # the model keeps for the passes to come.
-        self._frees_graph = samples > 1
+                kind = self._separable if call.separable else self._single
+                kind.setdefault(call, {})[name] = sums[i]
+        self._shared = {call for places in self._joint.values() for call, _ in places}
+        self._calls = list(dict.fromkeys(c for places in uses.values() for c, _ in places))
+        self._ends = ends_of(self._calls)
 
     def add(self, outputs: Tensor, cotangent: Tensor, *, last: bool) -> None:
-        """Add one cotangent's gradients, or keep for `finish` what is needed of them.
+        """Add one cotangent's gradients, or keep for `finish` what is needed of them."""
+        rows: dict[Call, Tensor] = {}  # of calls with other uses of a parameter
 
-        With the `last` one, what the forward pass had kept is given back, from the outputs on.
-        """
-        numbers = list(self._calls)
-        rows: dict[int, Tensor] = {}  # of calls with other uses of a parameter
-
-        def receive(k: int, g: Tensor) -> None:
-            c = numbers[k]
-            call = self._calls[c]
+        def receive(call: Call, g: Tensor) -> None:
             g = call.rows(g)
-            if c in self._shared:
-                rows[c] = g
-            if c in self._separable:
+            if call in self._shared:
+                rows[call] = g
+            if call in self._separable:
                 power = self._function(g)
-                self._totals[c] = self._totals[c].add_(power) if c in self._totals else power
-            if c in self._single:
+                total = self._totals.get(call)
+                self._totals[call] = power if total is None else total.add_(power)
+            if call in self._single:
                 for features, part in call.parts(g):
-                    call.call.rule.add_(self._single[c], features, part, self._function)
-            if last and c not in self._shared and c not in self._separable:
-                call.call.release()
+                    call.rule.add_(self._single[call], features, part, self._function)
+            if last and call not in self._shared and call not in self._separable:
+                call.release()
 
-        calls = [entry.call for entry in self._calls.values()]
         keep_graph = not (last and self._frees_graph)
         stream_output_gradients(
-            outputs, calls, self._ends, cotangent, receive, keep_graph=keep_graph
+            outputs, self._calls, self._ends, cotangent, receive, keep_graph=keep_graph
         )
         for i, places in self._joint.items():
-            uses = [self._calls[c].use(name, rows[c]) for c, name in places if c in rows]
+            uses = [call.use(name, rows[call]) for call, name in places if call in rows]
             if uses:
                 add_joint_(self._sums[i], uses, self._function)
-            for c, _ in places:
-                self._calls[c].release()
 
     def finish(self) -> None:
         """Add the separable parameters: the inputs are the same for every cotangent."""
-        for c, total in self._totals.items():
-            call = self._calls[c]
+        for call, total in self._totals.items():
             powers = self._function(call.features())
-            call.call.rule.add_(self._separable[c], powers, total, identity)
+            call.rule.add_(self._separable[call], powers, total, identity)
 
 
 def _up_to_last(entries: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

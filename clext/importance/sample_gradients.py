@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,15 +9,14 @@ import torch
 from torch import Tensor
 
 from clext.core.lists import state_dtype
-from clext.importance.capture import output_gradients
-from clext.importance.layout import Layout, find_layouts, may_reorder
+from clext.importance.capture import Call, output_gradients
+from clext.importance.layout import Layout, may_reorder, possible_layouts
 from clext.importance.rule import identity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-    from clext.importance.capture import Call, Capture
-    from clext.importance.rule import Use
+    from clext.importance.capture import Capture
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: above rounding
 # (TF32 on GPUs, and some of the layers of torch add up in half precision), below what a hidden use
@@ -33,80 +31,41 @@ _FLOOR = 0.01  # Terms below this share of the largest are compared as if they h
 _SAME_TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02}
 _GROUPS = 4  # in which the samples run once more
 
+# All groups of samples but one are probed, by a backward pass each. Of two samples that changed
+# places, that shows the one whose group is probed, unless the other is in the same.
+_PROBED_GROUPS = 3
+
 _FEW = 16  # samples whose features are copied at once
 
 
-class BoundCall:
-    """A call with the layout of its samples: its tensors as rows, see rule.py."""
-
-    def __init__(self, call: Call, layout: Layout, samples: int) -> None:
-        self.call = call
-        self._layout, self._samples = layout, samples
-        self._features: Tensor | None = None
-
-    @property
-    def separable(self) -> bool:
-        """Whether a function of the gradient is the gradient of the functions."""
-        return self.call.rule.separable(math.prod(self.call.leading) // self._samples)
-
-    def features(self) -> Tensor:
-        """What the output gradient is multiplied with, [samples, rows, ...]; see `release`."""
-        if self._features is None:
-            self._features = self.call.rule.features(self._inputs())
-        return self._features
-
-    def parts(self, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and output gradients, for as many samples at a time as the rule wants."""
-        inputs = self._inputs()
-        size = self.call.rule.samples_at_once(inputs)
-        for start in range(0, self._samples, size):
-            chunk = slice(start, start + size)
-            yield self.call.rule.features(inputs[chunk]), g[chunk]
-
-    def _inputs(self) -> Tensor:
-        """The layer's input, [samples, rows, ...]."""
-        rows = self._layout.rows(self.call.inputs, self.call.row_dims[0], self._samples)
-        return rows.to(self.call.dtype) if rows.is_floating_point() else rows
-
-    def release(self) -> None:
-        """Give the memory of the features back: they can be as large as the input again."""
-        self._features = None
-
-    def rows(self, g: Tensor) -> Tensor:
-        """The gradient by the call's output as [samples, rows, ...]."""
-        return self._layout.rows(g, self.call.row_dims[1], self._samples)
-
-    def use(self, name: str, rows: Tensor) -> Use:
-        """The parameter `name` in this call, for the output gradient `rows`."""
-        return self.call.rule, name, self.features(), rows
+# Of each parameter that the rules cover: its calls, and names in them.
+Uses = dict[int, list[tuple[Call, str]]]
 
 
 @dataclass(frozen=True)
 class Coverage:
     """What the rules cover of a pass.
 
-    `layouts`: of each call, None if its rows do not belong to samples. `uses`: of each parameter
-    that the rules cover, its calls (by number) and names in them. `singly`: the parameters that
-    they do not cover. `mixed`: the samples of a batch even change each other's outputs.
+    `layouts`: of each call, None if its rows do not belong to samples. `covered`: the parameters
+    whose gradients the rules give. `singly`: those that need torch.func. `mixed`: the samples of a
+    batch even change each other's outputs.
     """
 
-    layouts: Sequence[Layout | None]
-    uses: dict[int, list[tuple[int, str]]]
-    singly: frozenset[int]
+    layouts: Sequence[Layout | None] = ()
+    covered: frozenset[int] = frozenset()
+    singly: frozenset[int] = frozenset()
     mixed: bool = False
 
-
-NO_COVERAGE = Coverage((), {}, frozenset())
-
-
-def bind(calls: Sequence[Call], coverage: Coverage, samples: int) -> dict[int, BoundCall]:
-    """By number, the calls that give some parameter its gradient, with their layouts."""
-    needed = {c for places in coverage.uses.values() for c, _ in places}
-    return {
-        c: BoundCall(calls[c], layout, samples)
-        for c, layout in enumerate(coverage.layouts)
-        if layout is not None and c in needed
-    }
+    def uses(self, calls: Sequence[Call], samples: int) -> Uses:
+        """The uses of the parameters covered; from now on their calls tell rows by sample."""
+        found: Uses = {}
+        for call, layout in zip(calls, self.layouts, strict=False):
+            if layout is not None:
+                call.layout, call.samples = layout, samples
+                for name, i in call.places.items():
+                    if i in self.covered:
+                        found.setdefault(i, []).append((call, name))
+        return found
 
 
 class CoverageFinder:
@@ -136,7 +95,7 @@ class CoverageFinder:
         if kind in self._known and not reorders:
             return self._known[kind]
         if mixes(self._capture, x, outputs):
-            found, lasting = Coverage((), {}, frozenset(self._trainable), mixed=True), True
+            found, lasting = Coverage(singly=frozenset(self._trainable), mixed=True), True
         else:
             found, lasting = self._probe(outputs, calls, samples)
         if lasting and not reorders:
@@ -147,34 +106,61 @@ class CoverageFinder:
         """The coverage, and whether all passes of this kind have it."""
         draws = torch.Generator().manual_seed(0)  # a gradient must not vanish by chance
         weights = torch.randn(outputs.shape, generator=draws).to(outputs)
-        layouts, lasting = find_layouts(outputs, weights, calls, samples)
+        layouts, lasting = _find_layouts(outputs, weights, calls, samples)
         singly = set(self._capture.without_rule)
-        uses: dict[int, list[tuple[int, str]]] = {}
-        for c, call in enumerate(calls):
-            for name, i in call.places.items():
-                uses.setdefault(i, []).append((c, name))
-                if layouts[c] is None:
-                    singly.add(i)
+        for call, layout in zip(calls, layouts, strict=True):
+            singly.update(call.places.values() if layout is None else ())
+        covered = set(self._trainable) - singly
+        uses = Coverage(layouts, frozenset(covered)).uses(calls, samples)
         params = [self._params[i] for i in self._trainable]
         by_output, by_parameter = output_gradients(outputs, calls, weights, params)
-        bound = bind(calls, Coverage(layouts, uses, frozenset()), samples)
+        arrived = dict(zip(calls, by_output, strict=True))
         for i, gradient in zip(self._trainable, by_parameter, strict=True):
             if i in singly:
                 continue
             if gradient is None:
                 # The layer was called with another tensor in its place, or to no avail.
-                lasting = lasting and not uses.pop(i, [])
+                lasting = lasting and i not in uses
+                covered.remove(i)
                 continue
             gradient = gradient.to_dense()
             lasting = lasting and bool(gradient.any())
-            places = [(bound[c], name, by_output[c]) for c, name in uses.get(i, [])]
-            if not _explain(gradient, places):
+            if not _explain(gradient, [(c, name, arrived[c]) for c, name in uses.get(i, [])]):
                 singly.add(i)
-        uses = {i: places for i, places in uses.items() if i not in singly}
-        return Coverage(layouts, uses, frozenset(singly)), lasting
+        return Coverage(layouts, frozenset(covered - singly), frozenset(singly)), lasting
 
 
-def _explain(gradient: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]]) -> bool:
+def _find_layouts(
+    outputs: Tensor, weights: Tensor, calls: Sequence[Call], samples: int
+) -> tuple[list[Layout | None], bool]:
+    """The layout of each call's rows, None where there is none, and whether other data has it too.
+
+    Where only some samples' outputs are differentiated, by `weights`, the rows of all others have
+    no gradient: not even one of rounding.
+    """
+    possible = [possible_layouts(call.leading, samples) for call in calls]
+    draws = torch.Generator().manual_seed(0)
+    group = torch.randperm(samples, generator=draws).to(outputs.device) % _PROBED_GROUPS
+    for k in range(_PROBED_GROUPS - 1) if samples > 1 else ():
+        found, _ = output_gradients(outputs, calls, weights * (group == k).unsqueeze(1))
+        for c, (call, g) in enumerate(zip(calls, found, strict=True)):
+            if g is not None:
+                dims = call.row_dims[1]
+                possible[c] = [
+                    layout
+                    for layout in possible[c]
+                    if not bool(layout.rows(g, dims, samples)[group != k].any())
+                ]
+    # What is zero fits everything, and so does an arrangement that two layouts describe. Of several
+    # rows of a sample in one dimension, the data may say which they are.
+    lasting = samples == 1 or all(
+        len(layouts) <= 1 and all(call.leading[layout.dim] == samples for layout in layouts)
+        for call, layouts in zip(calls, possible, strict=True)
+    )
+    return [layouts[0] if layouts else None for layouts in possible], lasting
+
+
+def _explain(gradient: Tensor, places: Sequence[tuple[Call, str, Tensor | None]]) -> bool:
     """Whether the rules' gradient is autograd's."""
     total = torch.zeros_like(gradient, dtype=state_dtype(gradient.dtype))
     _add_gradient(total, places, absolute=False)
@@ -198,7 +184,7 @@ def _is_small(difference: Tensor, size: Tensor, tolerance: float) -> bool:
 
 
 def _add_gradient(
-    total: Tensor, places: Sequence[tuple[BoundCall, str, Tensor | None]], *, absolute: bool
+    total: Tensor, places: Sequence[tuple[Call, str, Tensor | None]], *, absolute: bool
 ) -> None:
     """Add the gradient by the rules, or the sum of its absolute terms."""
     for call, name, g in places:
@@ -210,7 +196,6 @@ def _add_gradient(
             few = slice(start, start + size)
             terms = (features[few].abs(), rows[few].abs()) if absolute else (features, rows)
             rule.add_({name: total}, *terms, identity)
-        call.release()
 
 
 def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:

@@ -20,19 +20,14 @@ from clext.importance.passes import (
     parameter_list,
     single_outputs,
 )
-from clext.importance.sample_gradients import (
-    NO_COVERAGE,
-    BoundCall,
-    Coverage,
-    CoverageFinder,
-    bind,
-)
+from clext.importance.sample_gradients import CoverageFinder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from clext.core.batches import Batches
     from clext.importance.passes import Forward
+    from clext.importance.sample_gradients import Uses
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20
@@ -88,9 +83,9 @@ def sliced_cramer_importance(
                 if coverage.mixed:
                     # f is the mean of what each sample gives by itself.
                     for sample in x.split(1):
-                        jacobian.add(single_outputs(owner, forward, sample), [], NO_COVERAGE)
+                        jacobian.add(single_outputs(owner, forward, sample), {})
                 else:
-                    jacobian.add(outputs, calls, coverage)
+                    jacobian.add(outputs, coverage.uses(calls, samples=1))
             samples += len(x)
         assert jacobian is not None  # read_inputs gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)
@@ -120,51 +115,35 @@ class _Jacobian:
                 self._directions = directions
         self._rows = [allocate_rows(entry, len(self._weights)) for entry in params]
 
-    def add(self, outputs: Tensor, calls: Sequence[Call], coverage: Coverage) -> None:
+    def add(self, outputs: Tensor, uses: Uses) -> None:
         """Add the samples of one batch.
 
         Where a rule can, the derivatives by a layer's outputs are taken alone, and turned into
         those by its parameters for many rows at once.
         """
-        ruled = bind(calls, coverage, samples=1)
-        others = [
-            i
-            for i, entry in enumerate(self._params)
-            if entry.requires_grad and i not in coverage.uses
-        ]
-        row_bytes = sum(call.call.output_shape.numel() * 8 for call in ruled.values())
+        calls = list(dict.fromkeys(call for places in uses.values() for call, _ in places))
+        others = [i for i, p in enumerate(self._params) if p.requires_grad and i not in uses]
+        row_bytes = sum(call.output_shape.numel() * 8 for call in calls)
         size = max(1, _CHUNK_BYTES // max(1, row_bytes))
         for start in range(0, len(self._weights), size):
             chunk = slice(start, start + size)
-            by_output: dict[int, list[Tensor]] = {c: [] for c in ruled}
+            by_output: dict[Call, list[Tensor]] = {}
             for k, weight in enumerate(self._weights[chunk].to(outputs.dtype), start):
                 found, direct = output_gradients(
-                    outputs,
-                    [call.call for call in ruled.values()],
-                    weight.expand_as(outputs),
-                    [self._params[i] for i in others],
+                    outputs, calls, weight.expand_as(outputs), [self._params[i] for i in others]
                 )
                 for i, gradient in zip(others, direct, strict=True):
                     if gradient is not None:
                         self._rows[i][k].add_(gradient.to_dense())
-                for (c, call), g in zip(ruled.items(), found, strict=True):
+                for call, g in zip(calls, found, strict=True):
                     if g is not None:
-                        by_output[c].append(call.rows(g).squeeze(0))
-            self._add_by_rule(chunk, ruled, by_output, coverage)
-
-    def _add_by_rule(
-        self,
-        chunk: slice,
-        ruled: Mapping[int, BoundCall],
-        by_output: Mapping[int, list[Tensor]],
-        coverage: Coverage,
-    ) -> None:
-        stacked = {c: torch.stack(rows) for c, rows in by_output.items() if rows}
-        for i, uses in coverage.uses.items():
-            for c, name in uses:
-                if c in stacked:
-                    features = ruled[c].features().squeeze(0)
-                    ruled[c].call.rule.add_rows_(self._rows[i][chunk], name, features, stacked[c])
+                        by_output.setdefault(call, []).append(call.rows(g).squeeze(0))
+            stacked = {call: torch.stack(rows) for call, rows in by_output.items()}
+            for i, places in uses.items():
+                for call, name in places:
+                    if call in stacked:
+                        features = call.features().squeeze(0)
+                        call.rule.add_rows_(self._rows[i][chunk], name, features, stacked[call])
 
     def squares(self) -> list[Tensor]:
         """The mean over directions of the squared derivative along each."""
