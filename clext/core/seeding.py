@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Seeds:
 class CpuGenerator(torch.Generator):
     """A generator whose draws are the same whatever device the run is on."""
 
-    def __reduce__(self) -> tuple[object, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # type: ignore[override]
         # No tensor made here: it would be gone before another process had it.
         return restored, (0, self.get_state().numpy())
 
