@@ -37,7 +37,7 @@ class Seeds:
 class CpuGenerator(torch.Generator):
     """A generator whose draws are the same whatever device the run is on."""
 
-    def __reduce__(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         # No tensor made here: it would be gone before another process had it.
         return restored, (0, self.get_state().numpy())
 
