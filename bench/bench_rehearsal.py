@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import clext
 from clext.methods import make_method
-from clext.methods.learning import Examples
+from clext.methods.base import Examples
 from clext.optim import Adam
 from clext.training.graphs import make_steps
 from clext.training.models import mlp
@@ -62,7 +62,7 @@ class LwFByHand(clext.Baseline):
 class DGRByHand(clext.Baseline):
     """DGR's loss and its generator's step in a second task with one head."""
 
-    recordable = False
+    capturable = False
 
     def __init__(self, method: clext.DGR) -> None:
         super().__init__(copy.deepcopy(method.model))
@@ -87,7 +87,7 @@ class DGRByHand(clext.Baseline):
 class Launched(clext.Baseline):
     """Plain training whose steps are launched by the host, as those of replay are."""
 
-    recordable = False
+    capturable = False
 
 
 def after_one_task(name: str, examples: Examples, precision: str) -> Any:
