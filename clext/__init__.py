@@ -11,92 +11,64 @@ optimizer = clext.optim.Adam(model.parameters(), lr=1e-3, method=reg)
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clext._version import __version__
+from clext._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from clext import course, data, importance, methods, ops, optim, reference
-    from clext.data.idx import DataError
-    from clext.data.scenario import Scenario
-    from clext.methods import (
-        AGEM,
-        DGR,
-        EWC,
-        GEM,
-        MAS,
-        METHODS,
-        SCP,
-        SI,
-        Baseline,
-        Combined,
-        ICaRL,
-        Joint,
-        LwF,
-        Method,
-        Replay,
-        RWalk,
-    )
-    from clext.ops._extension import build_info
-    from clext.training.compare import Comparison, compare
-    from clext.training.loop import NonFiniteLossError, train
-    from clext.training.result import Result
+    from clext import course as course
+    from clext import data as data
+    from clext import importance as importance
+    from clext import methods as methods
+    from clext import ops as ops
+    from clext import optim as optim
+    from clext import reference as reference
+    from clext.data.idx import DataError as DataError
+    from clext.data.scenario import Scenario as Scenario
+    from clext.methods import AGEM as AGEM
+    from clext.methods import DGR as DGR
+    from clext.methods import EWC as EWC
+    from clext.methods import GEM as GEM
+    from clext.methods import MAS as MAS
+    from clext.methods import METHODS as METHODS
+    from clext.methods import SCP as SCP
+    from clext.methods import SI as SI
+    from clext.methods import Baseline as Baseline
+    from clext.methods import Combined as Combined
+    from clext.methods import ICaRL as ICaRL
+    from clext.methods import Joint as Joint
+    from clext.methods import LwF as LwF
+    from clext.methods import Method as Method
+    from clext.methods import Replay as Replay
+    from clext.methods import RWalk as RWalk
+    from clext.ops._extension import build_info as build_info
+    from clext.training.compare import Comparison as Comparison
+    from clext.training.compare import compare as compare
+    from clext.training.loop import NonFiniteLossError as NonFiniteLossError
+    from clext.training.loop import train as train
+    from clext.training.result import Result as Result
 
-__all__ = [
-    "AGEM",
-    "DGR",
-    "EWC",
-    "GEM",
-    "MAS",
-    "METHODS",
-    "SCP",
-    "SI",
-    "Baseline",
-    "Combined",
-    "Comparison",
-    "DataError",
-    "ICaRL",
-    "Joint",
-    "LwF",
-    "Method",
-    "NonFiniteLossError",
-    "RWalk",
-    "Replay",
-    "Result",
-    "Scenario",
-    "__version__",
-    "build_info",
-    "compare",
-    "course",
-    "data",
-    "importance",
-    "methods",
-    "ops",
-    "optim",
-    "reference",
-    "train",
-]
-
-# Where the names are that are not from clext.methods: imported when they are first used, so that
-# the command line starts without torch.
-_PACKAGES = {"course", "data", "importance", "methods", "ops", "optim", "reference"}
-_MODULES = {
-    "Comparison": "training.compare",
-    "DataError": "data.idx",
-    "NonFiniteLossError": "training.loop",
-    "Result": "training.result",
-    "Scenario": "data.scenario",
-    "build_info": "ops._extension",
-    "compare": "training.compare",
-    "train": "training.loop",
+# Imported when they are first used, so that the command line starts without torch.
+_PACKAGES = ("course", "data", "importance", "methods", "ops", "optim", "reference")
+_NAMES = {
+    "methods": "AGEM DGR EWC GEM MAS METHODS SCP SI Baseline Combined ICaRL Joint LwF Method "
+    "Replay RWalk",
+    "data.idx": "DataError",
+    "data.scenario": "Scenario",
+    "ops._extension": "build_info",
+    "training.compare": "Comparison compare",
+    "training.loop": "NonFiniteLossError train",
+    "training.result": "Result",
 }
+_PLACES = {name: place for place, names in _NAMES.items() for name in names.split()}
+__all__ = ["__version__", *_PACKAGES, *_PLACES]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    if name not in __all__:
-        raise AttributeError(f"module 'clext' has no attribute {name!r}")
     if name in _PACKAGES:
         return importlib.import_module(f"clext.{name}")
-    module = importlib.import_module(f"clext.{_MODULES.get(name, 'methods')}")
-    globals()[name] = value = getattr(module, name)
+    if name not in _PLACES:
+        raise AttributeError(f"module 'clext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"clext.{_PLACES[name]}"), name)
+    globals()[name] = value
     return value
 
 

@@ -211,13 +211,18 @@ def compare(
 @click.option("--method", help="Say what this method is, its options and what it keeps in memory.")
 def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
-    if method is not None:
-        with _one_line_errors():
+    with _one_line_errors():
+        if method is None:
+            _print_everything(data_dir)
+        else:
             part_names(method)
+
             from clext.training.describe import describe_method
 
             click.echo(describe_method(method))
-        return
+
+
+def _print_everything(data_dir: str | None) -> None:
     import torch
 
     import clext
@@ -279,7 +284,7 @@ def _one_line_errors() -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             _stop("Interrupted.", error, _INTERRUPTED)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _stop(f"Error: {error}", error, _WRONG_INPUT)
         except RuntimeError as error:
             from torch import OutOfMemoryError

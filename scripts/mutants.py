@@ -83,10 +83,9 @@ training/metrics.py
     np.diagonal(joint) - np.diagonal(accuracy) => np.diagonal(accuracy) - np.diagonal(joint)
     accuracies[:task] => accuracies[: task + 1]
     min(value, lowest.get(j, value)) => value
-training/evaluate.py
-    self._taken % self.every => (self._taken + 1) % self.every
 training/loop.py
-    before[k] = evaluator.accuracy(k, k) => before[k] = evaluator.accuracy(k, max(k - 1, 0))
+    step % every => (step + 1) % every
+    before[k] = self.evaluator.accuracy(k, k) => before[k] = self.evaluator.accuracy(k, max(k - 1, 0))
 [scenarios] data training bench
 data/scenarios.py
     random = generator(seed) => random = generator(0)

@@ -1,6 +1,6 @@
 """The scenarios that are made of one data set: permuted, rotated, split.
 
-A new one is a function like these, and its name in `clext.core.names`.
+A new one is a function like these in `_MAKERS`, and its name in `clext.core.names`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def make_scenario(
     """The scenario called `name` over `dataset`.
 
     Args:
-        name: one of `SCENARIOS`.
+        name: one of `clext.core.names.SCENARIOS`.
         dataset: its examples are flattened, [N, features].
         tasks: number of tasks.
         seed: of what is drawn (permutations).
@@ -36,10 +36,10 @@ def make_scenario(
     Raises:
         ValueError: an unknown name, or tasks that the data set cannot be made into.
     """
-    if name not in SCENARIOS:
-        raise unknown_name("scenario", name, SCENARIOS)
+    if name not in _MAKERS:
+        raise unknown_name("scenario", name, _MAKERS)
     choice("train", "incremental", incremental, names.INCREMENTAL)
-    return SCENARIOS[name](dataset, tasks, seed, incremental)
+    return _MAKERS[name](dataset, tasks, seed, incremental)
 
 
 def permuted(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:
@@ -93,7 +93,7 @@ def split(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario
     return Scenario("split", incremental, made, dataset.describe())
 
 
-SCENARIOS = dict(zip(names.SCENARIOS, (permuted, rotated, split), strict=True))
+_MAKERS = dict(zip(names.SCENARIOS, (permuted, rotated, split), strict=True))
 
 
 def _of_all_classes(

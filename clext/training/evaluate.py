@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,6 @@ from clext.data.datasets import Batches, Split
 if TYPE_CHECKING:
     from clext.data.scenario import Scenario
     from clext.methods import Method
-    from clext.training.metrics import Step
-    from clext.training.timer import Timer
 
 # Large enough that a batch keeps every core busy, small enough for any model's activations.
 EVALUATION_BATCH = 1000
@@ -58,34 +56,3 @@ class Evaluator:
     def accuracies(self, seen: int) -> list[float]:
         """On each of the tasks 0..seen."""
         return [self.accuracy(task, seen) for task in range(seen + 1)]
-
-
-@dataclass
-class AccuracyLog:
-    """The accuracies on the tasks seen, within a task: every so many steps.
-
-    Attributes:
-        evaluator: takes the accuracies.
-        timer: counts their time apart.
-        every: steps between two of them; None for never.
-        entries: what was found.
-    """
-
-    evaluator: Evaluator
-    timer: Timer
-    every: int | None
-    entries: list[Step]
-    _task: int = field(default=0, init=False)
-    _taken: int = field(default=0, init=False)
-
-    def begin_task(self, task: int) -> None:
-        """The coming steps are those of `task`."""
-        self._task, self._taken = task, 0
-
-    def step(self) -> None:
-        """A step was taken."""
-        self._taken += 1
-        if self.every is not None and self._taken % self.every == 0:
-            with self.timer.measure("evaluation"):
-                accuracies = self.evaluator.accuracies(self._task)
-            self.entries.append({"task": self._task, "step": self._taken, "accuracy": accuracies})

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode
-from clext.core.parameters import device_of, trainable_parameters
+from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import Batches, Split, load_dataset
 from clext.data.scenario import Scenario
@@ -22,7 +23,7 @@ from clext.data.scenarios import make_scenario
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.optim import Adam
-from clext.training.evaluate import AccuracyLog, Evaluator
+from clext.training.evaluate import Evaluator
 from clext.training.graphs import make_steps
 from clext.training.machine import describe_machine, resolve_device
 from clext.training.progress import Progress
@@ -73,7 +74,8 @@ def train(
     """Learn a sequence of tasks with one method; by default five permutations of MNIST.
 
     Every task gets a new Adam. After every epoch the accuracy on all tasks seen is taken. The same
-    seed gives the same bits on the same machine; the global random state is left as it was.
+    seed gives the same bits on the same machine, and the global random state is left as it was;
+    also in several threads at once, but for models that draw from it (dropout).
 
     Args:
         method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
@@ -162,11 +164,10 @@ def run(
             **describe_machine(device),
         }
         result = Result.empty(settings.tasks, config)
+        scenario = scenario.to(device, input_dtype(method.model))
         try:
             with module_mode(method.model, training=True):
-                learn(
-                    method, scenario.to(device, input_dtype(method.model)), settings, result, save
-                )
+                Training(method, scenario, settings, result, device).learn(save)
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -178,55 +179,78 @@ def run(
     return result
 
 
-def learn(
-    method: Method, scenario: Scenario, settings: Settings, result: Result, save: Save
-) -> None:
-    """The loop itself, one task after the other; `result` is filled in as it goes."""
-    model, device = method.model, device_of(method.model)
-    shuffle = generator(result.config["seeds"]["shuffle"])
-    timer = Timer(result.timings, device)
-    evaluator = Evaluator(method, scenario, settings.precision)
-    log = AccuracyLog(evaluator, timer, settings.evaluate_every, result.steps)
-    with timer.measure("evaluation"):
-        result.untrained[:] = [evaluator.accuracy(k, k) for k in range(len(scenario.tasks))]
-    with Progress(method.name, settings.tasks, settings.epochs, show=settings.progress) as bar:
+class Training:
+    """The loop itself: one task after the other; `result` is filled in as it goes."""
+
+    def __init__(
+        self,
+        method: Method,
+        scenario: Scenario,
+        settings: Settings,
+        result: Result,
+        device: torch.device,
+    ) -> None:
+        self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
+        self.shuffle = generator(Seeds.derive(settings.seed).shuffle)
+        self.timer = Timer(result.timings, device)
+        self.evaluator = Evaluator(method, scenario, settings.precision)
+        self.bar = Progress(method.name, settings.tasks, settings.epochs, show=settings.progress)
+
+    def learn(self, save: Save) -> None:
+        """Learn all tasks."""
+        tasks = range(len(self.scenario.tasks))
+        with self.timer.measure("evaluation"):
+            self.result.untrained[:] = [self.evaluator.accuracy(k, k) for k in tasks]
+        with self.bar:
+            for k in tasks:
+                self.learn_task(k)
+                keep(lambda: save(self.result))
+
+    def learn_task(self, k: int) -> None:
+        """Learn task k and end it; test all tasks so far after every epoch."""
+        method, settings, timer, result = self.method, self.settings, self.timer, self.result
+        with timer.measure("evaluation"):
+            result.before[k] = self.evaluator.accuracy(k, k)
+        with timer.measure("training"):
+            own, examples = begin_task(method, self.scenario, k)
+            parameters = trainable_parameters(method.model).values()
+            optimizer = Adam(parameters, lr=settings.lr, method=method)
+            steps = make_steps(method, optimizer, examples, settings.batch_size, settings.precision)
+        self.bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
+        step_done = self.step_counter(k)
+        for epoch in range(settings.epochs):
+            self.bar.epoch_start(k, epoch)
+            with timer.measure("training"):
+                order = torch.randperm(len(examples[0]), generator=self.shuffle).to(steps.device)
+                with explained(len(order), k, settings.batch_size):
+                    losses = steps.run_epoch(order, step_done)
+                step = first_non_finite(losses, method.model)
+            if step is not None:
+                raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
+            if epoch == settings.epochs - 1:
+                # Before the last look at the task: a method may predict by what it remembers.
+                self.bar.task_end(k)
+                with timer.measure("consolidation"):
+                    method.consolidate(Batches(own, settings.batch_size))
+            with timer.measure("evaluation"):
+                accuracies = self.evaluator.accuracies(k)
+            result.curve.append(fmean(accuracies))
+            self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
+        result.accuracy[k, : k + 1] = accuracies
+
+    def step_counter(self, k: int) -> Callable[[], None]:
+        """What is called after each step of task k: the accuracies are due every so often."""
+        every, taken = self.settings.evaluate_every, count(1)
 
         def step_done() -> None:
-            bar.step()
-            log.step()
+            self.bar.step()
+            step = next(taken)
+            if every is not None and step % every == 0:
+                with self.timer.measure("evaluation"):
+                    accuracies = self.evaluator.accuracies(k)
+                self.result.steps.append({"task": k, "step": step, "accuracy": accuracies})
 
-        for k in range(len(scenario.tasks)):
-            with timer.measure("evaluation"):
-                result.before[k] = evaluator.accuracy(k, k)
-            with timer.measure("training"):
-                own, examples = begin_task(method, scenario, k)
-                parameters = trainable_parameters(model).values()
-                optimizer = Adam(parameters, lr=settings.lr, method=method)
-                steps = make_steps(
-                    method, optimizer, examples, settings.batch_size, settings.precision
-                )
-            bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
-            log.begin_task(k)
-            for epoch in range(settings.epochs):
-                bar.epoch_start(k, epoch)
-                with timer.measure("training"):
-                    order = torch.randperm(len(examples[0]), generator=shuffle).to(device)
-                    with explained(len(order), k, settings.batch_size):
-                        losses = steps.run_epoch(order, step_done)
-                    step = first_non_finite(losses, model)
-                if step is not None:
-                    raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
-                if epoch == settings.epochs - 1:
-                    # Before the last look at the task: a method may predict by what it remembers.
-                    bar.task_end(k)
-                    with timer.measure("consolidation"):
-                        method.consolidate(Batches(own, settings.batch_size))
-                with timer.measure("evaluation"):
-                    accuracies = evaluator.accuracies(k)
-                result.curve.append(fmean(accuracies))
-                bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
-            result.accuracy[k, : k + 1] = accuracies
-            keep(lambda: save(result))
+        return step_done
 
 
 def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:

@@ -139,25 +139,24 @@ class Result:
                 f"intransigence: expected a joint run of {len(self.accuracy)} tasks, got one of "
                 f"{len(joint.accuracy)}"
             )
-        theirs = joint._learned()
-        for what, ours in self._learned().items():
-            if theirs[what] != ours:
+        for (what, ours), (_, theirs) in zip(self._learned(), joint._learned(), strict=True):
+            if theirs != ours:
                 raise ValueError(
                     f"intransigence: expected a joint run with {what} {ours!r}, got {what} "
-                    f"{theirs[what]!r}; both must have learned the same tasks"
+                    f"{theirs!r}; both must have learned the same tasks"
                 )
         return metrics.intransigence(self.accuracy, joint.accuracy)
 
-    def _learned(self) -> dict[str, object]:
+    def _learned(self) -> list[tuple[str, object]]:
         """What a run was about, as far as that is recorded."""
         data = self.config.get("data", {})
-        return {
-            "scenario": self.config.get("scenario"),
-            "incremental": self.config.get("incremental", "domain"),
-            "data set": self.data_name,
-            "training examples": data.get("train"),
-            "test examples": data.get("test"),
-        }
+        return [
+            ("scenario", self.config.get("scenario")),
+            ("incremental", self.config.get("incremental", "domain")),
+            ("data set", self.data_name),
+            ("training examples", data.get("train")),
+            ("test examples", data.get("test")),
+        ]
 
     @property
     def label(self) -> str:
@@ -223,16 +222,12 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON values; the summary is written for readers and ignored by `load`."""
+        summary = (
+            *("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
+            *("learning_accuracy", "worst_accuracy", "seconds"),
+        )
         return {
-            "summary": {
-                "average_accuracy": self.average_accuracy,
-                "forgetting": self.forgetting,
-                "backward_transfer": self.backward_transfer,
-                "forward_transfer": self.forward_transfer,
-                "learning_accuracy": self.learning_accuracy,
-                "worst_accuracy": self.worst_accuracy,
-                "seconds": self.seconds,
-            },
+            "summary": {name: getattr(self, name) for name in summary},
             "stopped": self.stopped,
             "timings": self.timings,
             "accuracy": self.accuracy.tolist(),
@@ -251,25 +246,23 @@ class Result:
         """
         try:
             config = dict(content["config"])
-            tasks = int(config["tasks"])
+            needed = {name: config[name] for name in ("tasks", "method", "epochs")}
+            tasks = int(needed["tasks"])
             unknown = [None] * tasks
-            result = cls(
+            return cls(
                 _accuracies("accuracy", content["accuracy"], (tasks, tasks)),
-                _accuracies("curve", content["curve"], missing=False).tolist(),
+                _accuracies("curve", content["curve"], (len(content["curve"]),)).tolist(),
                 config,
                 _accuracies("before", content.get("before", unknown), (tasks,)),
                 _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
-                [_checked_step(step, tasks) for step in content.get("steps", [])],
+                [_step(entry, tasks) for entry in content.get("steps", [])],
                 dict(content["timings"]),
                 content["stopped"],
             )
-            if not {"method", "epochs"} <= result.config.keys():
-                raise ValueError("config lacks the method or the epochs")
         except KeyError as error:
             raise ValueError(f"{origin}: not a complete result: {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{origin}: not a valid result: {error}") from error
-        return result
 
     def __repr__(self) -> str:
         return str(self)
@@ -344,37 +337,22 @@ class Result:
         return f"{scenario[:1].upper()}{scenario[1:]} {data}{self.setting}"
 
 
-def _accuracies(
-    name: str,
-    values: Any,  # noqa: ANN401  (as it was read)
-    shape: tuple[int, ...] | None = None,
-    *,
-    missing: bool = True,
-) -> NDArray[np.float64]:
-    """`values` as accuracies, NaN where they are missing and may be; ValueError if they are not."""
+def _accuracies(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:  # noqa: ANN401
+    """`values` as accuracies, NaN where they are missing; ValueError if they are not such."""
     array = np.array(values, dtype=np.float64)
-    shape = (len(values),) if shape is None else shape
     if array.shape != shape:
         raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
-    fits = ((array >= 0) & (array <= 1)) | (np.isnan(array) & missing)
-    if not fits.all():
-        raise ValueError(f"{name} holds {array[~fits].flat[0]:g}, expected accuracies in [0, 1]")
+    wrong = (array < 0) | (array > 1)
+    if wrong.any():
+        raise ValueError(f"{name} holds {array[wrong][0]:g}, expected accuracies in [0, 1]")
     return array
 
 
-def _checked_step(entry: Any, tasks: int) -> metrics.Step:  # noqa: ANN401  (as it was read)
+def _step(entry: Any, tasks: int) -> metrics.Step:  # noqa: ANN401  (as it was read)
     """An entry of `steps`; ValueError if it is none."""
-    if (
-        not isinstance(entry, dict)
-        or entry.keys() != {"task", "step", "accuracy"}
-        or type(entry["task"]) is not int
-        or type(entry["step"]) is not int
-        or not 0 <= entry["task"] < tasks
-        or entry["step"] < 1
-    ):
+    if not isinstance(entry, dict) or entry.get("task") not in range(tasks):
         raise ValueError(
             f"steps holds {entry!r}, expected a task below {tasks}, its step and accuracies"
         )
-    shape = (entry["task"] + 1,)
-    accuracy = _accuracies("accuracy of a step", entry["accuracy"], shape, missing=False)
-    return {"task": entry["task"], "step": entry["step"], "accuracy": accuracy.tolist()}
+    accuracy = _accuracies("accuracy of a step", entry["accuracy"], (entry["task"] + 1,))
+    return {"task": entry["task"], "step": int(entry["step"]), "accuracy": accuracy.tolist()}

@@ -35,13 +35,10 @@ class TestTrain:
         assert clext.Result.load(tmp_path / "runs" / "si").complete
 
     def test_never_replaces_an_earlier_result_unasked(self, tmp_path):
-        for _ in range(3):
-            run("train", "--method", "baseline", *QUICK)
-        assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
-            "baseline",
-            "baseline-2",
-            "baseline-3",
-        ]
+        (tmp_path / "runs" / "baseline").mkdir(parents=True)
+        run("train", "--method", "baseline", *QUICK)
+        names = [path.name for path in (tmp_path / "runs").iterdir()]
+        assert sorted(names) == ["baseline", "baseline-2"]
 
     def test_options_reach_the_method(self):
         outcome = run(
@@ -194,7 +191,6 @@ def test_help_shows_examples_and_every_choice(command):
 
 
 def test_python_m_clext_is_the_same_command():
-    run = subprocess.run(
-        [sys.executable, "-m", "clext", "--version"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "clext", "--version"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout == f"clext, version {clext.__version__}\n"

@@ -63,13 +63,18 @@ def test_a_missing_compiled_module_is_one_sentence_at_first_use():
 import sys
 sys.modules["clext._build"] = None
 import clext
+from clext.cli import main
 try:
     clext.SI
 except ImportError as error:
     print(error)
+main(["info"])
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "has no compiled module; run `pip install .`" in run.stdout
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    for said in (run.stdout, run.stderr):
+        assert "has no compiled module; run `pip install .`" in said
+        assert said.count("\n") == 1
 
 
 class TestNames:

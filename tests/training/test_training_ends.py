@@ -27,16 +27,14 @@ BAD_INPUT = [
     ({"dataset": "minst"}, "unknown dataset 'minst'.*'mnist'"),
     ({"scenario": "permutted"}, "unknown scenario 'permutted'.*'permuted'"),
     ({"scenario": ["permuted"]}, r"scenario is a list, expected a name \(permuted, .*from_data"),
-    *(
-        ({name: value}, f"{name} must be an integer >= 1, got {value!r}")
-        for name in ("tasks", "epochs", "batch_size")
-        for value in (0, -1, 1.5, True, "5")
-    ),
+    ({"tasks": 0}, "tasks must be an integer >= 1, got 0"),
+    ({"epochs": 1.5}, "epochs must be an integer >= 1, got 1.5"),
+    ({"batch_size": True}, "batch_size must be an integer >= 1, got True"),
+    ({"evaluate_every": "5"}, "evaluate_every must be an integer >= 1, got '5'"),
     ({"seed": -1}, "seed must be an integer >= 0, got -1"),
-    *(({"lr": value}, "lr must be a finite number > 0") for value in (0, -1, math.nan, math.inf)),
-    *(({"strength": value}, "strength must be") for value in (-1.0, math.nan, math.inf)),
+    *(({"lr": value}, "lr must be a finite number > 0") for value in (0, math.nan)),
+    ({"strength": -1.0}, "strength must be"),
     ({"device": "cuda:99"}, "device 'cuda:99' is not available here .* leave device out"),
-    ({"device": "gpu"}, "device 'gpu' is not available here"),
     ({"device": "meta"}, "device 'meta' is not available here"),
     ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
     ({"model": nn.ReLU()}, "model has no trainable parameter"),
