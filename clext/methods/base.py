@@ -162,7 +162,7 @@ class Method:
 
     def combine(self, learner: Method) -> Method:
         """`clext.Combined(self, learner)`: this method's pull with the loss of another."""
-        return self._combined(self, learner)
+        return type(self)._combined(self, learner)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything that training needs to go on, but the options: plain dicts."""

@@ -66,9 +66,9 @@ class Combined(Method):
 
     # What an optimizer's pass asks for is the protector's.
     _state = property(lambda self: self.protector._state)
-    decay = property(lambda self: self.protector.decay)  # type: ignore[assignment]
-    constant = property(lambda self: self.protector.constant)  # type: ignore[assignment]
-    tasks = property(lambda self: self.protector.tasks)  # type: ignore[assignment]
+    decay = property(lambda self: self.protector.decay)
+    constant = property(lambda self: self.protector.constant)
+    tasks = property(lambda self: self.protector.tasks)
 
     @property
     def strength(self) -> float:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class SI(QuadraticPenalty):
     """Importance: what a parameter contributed to the fall of the loss, per distance travelled.
 
-    Along the task, path -= g * (parameter - parameter before the step), g the gradient of the task's
-    loss alone, without the penalty and before any clipping. At its end
+    Along the task, path -= g * (parameter - parameter before the step), with g the gradient of the
+    task's loss alone, without the penalty and before any clipping. At its end
 
         importance += max(0, path) / (distance^2 + xi),  path = 0,
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from changing_models import Tied, frozen, grow, run_task, twins
 from condition_loops import WAYS, Defined, Trained, assert_agree
-from naive_methods import CASES
 from torch import nn
 from toy_training import CLASSES, FEATURES, make_task
 

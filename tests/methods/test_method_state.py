@@ -228,7 +228,7 @@ def _states_in(queue, methods):
 
 
 def test_methods_go_to_a_spawned_process():
-    """With their models: the memory of a list of state goes as a whole, and lives until it is there."""
+    """With their models: the memory of a list goes as a whole, and lives until it is there."""
     methods = [kind(make_model()) for kind in METHODS.values()]
     for method in methods:
         train_tasks(method.model, method, tasks=1)

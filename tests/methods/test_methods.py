@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from naive_methods import CASES
 from torch import nn
 from toy_training import (

@@ -64,5 +64,5 @@ class Attachment:
             self.penalty = self._method.add_penalty_grad_(getattr(optimizer, "grad_scale", None))
         return self.penalty
 
-    def _after(self, _optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def _after(self, *_step: object) -> None:
         self._method.update()

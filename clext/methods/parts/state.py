@@ -137,8 +137,8 @@ class ParameterState:
         """Take over what `old` knows; returns the names of parameters that are not here any more.
 
         A parameter that has only got another name (its layer was wrapped, or another one put before
-        it) is itself; one in the place of another, by its name, takes over the other's. Where it has
-        grown (a head with more classes) the leading part keeps its state and the rest starts anew.
+        it) is itself; one in the place of another, by its name, takes over the other's. Where it
+        has grown (a head with more classes) the leading part keeps its state, the rest starts anew.
 
         Raises:
             ValueError: a parameter has shrunk, or has another number of dimensions.
