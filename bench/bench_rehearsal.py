@@ -71,13 +71,15 @@ class DGRByHand(clext.Baseline):
         self._generator: Any = copy.deepcopy(method.generator)
         self._previous: Any = copy.deepcopy(method.generator).eval()
         self._optimizer = Adam(self._generator.parameters(), lr=method.generator_lr)
+        self._random = torch.Generator().manual_seed(0)
 
     def _loss(self, *batch: Tensor) -> Tensor:
         inputs, labels = batch
         with torch.no_grad():
-            replayed = self._previous.sample(len(inputs))
+            replayed = self._previous.sample(len(inputs), self._random)
             classes = self._teacher(replayed).argmax(dim=1)
-        (0.5 * self._generator.loss(inputs) + 0.5 * self._generator.loss(replayed)).backward()
+        losses = [self._generator.loss(x, self._random) for x in (inputs, replayed)]
+        (0.5 * losses[0] + 0.5 * losses[1]).backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         current = functional.cross_entropy(self.model(inputs), labels)
