@@ -47,12 +47,9 @@ class Method:
     what can fail is computed first, then assigned.
 
     Args:
-        model: its trainable parameters are meant; frozen ones are not touched.
+        model: its trainable parameters are meant; frozen ones are not touched. ValueError if there
+            are none, or one that no state can be kept for.
         strength: weight of what keeps the past, >= 0; may be changed at any time.
-
-    Raises:
-        ValueError: an option is out of range, or the model has no trainable parameter, or one that
-            no state can be kept for.
     """
 
     name: ClassVar[str]
@@ -94,8 +91,7 @@ class Method:
             active: the outputs that compete: the task's own (a head for each task), or all seen (a
                 growing head); `heads(x)` returns these, labels count from the first. None: all.
 
-        Raises:
-            ValueError: that does not fit the model or the method; nothing is changed.
+        ValueError if that does not fit the model or the method; nothing is changed.
         """
         before = self.heads.state_dict()
         try:

@@ -103,24 +103,17 @@ class QuadraticPenalty(Method):
         """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
 
         `begin_task` and `consolidate` do so, but a loop without `begin_task` has to call this
-        before its first step with other parameters. State goes by name (less the prefixes of
-        wrappers), of a parameter that has grown to its leading part; new parameters and rows start
-        without importance, anchored where they are. What is no longer in the model is forgotten,
-        with a warning where a task has ended.
-
-        Raises:
-            ValueError: a parameter has shrunk or has another number of dimensions, or no state can
-                be kept for it; nothing is changed.
+        before its first step with other parameters. Of one that has grown the leading part keeps
+        its state; new parameters and rows start without importance, anchored where they are. What
+        is no longer in the model is forgotten, with a warning where a task has ended. ValueError:
+        a parameter has shrunk or has another number of dimensions; nothing is changed.
         """
         named = self._parameters_now(self._state)
         if self._state.fits(named):
             return
         check_parameters(named, type(self.model).__name__)
         state = ParameterState(named, self.state_names)
-        try:
-            lost = state.adopt(self._state)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
+        lost = state.adopt(self._state, self.name)
         self._state = state
         self._step.end()
         if lost and self.tasks > 0:

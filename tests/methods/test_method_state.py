@@ -221,21 +221,3 @@ def test_a_copy_in_mid_step_knows_of_no_step():
     with pytest.raises(RuntimeError, match="saw no step"):
         twin.update()
     method.update()
-
-
-def _states_in(queue, methods):
-    queue.put([method.state_dict()["counters"] for method in methods])
-
-
-def test_methods_go_to_a_spawned_process():
-    """With their models: the memory of a list goes as a whole, and lives until it is there."""
-    methods = [kind(make_model()) for kind in METHODS.values()]
-    for method in methods:
-        train_tasks(method.model, method, tasks=1)
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_states_in, args=(queue, methods))
-    process.start()
-    assert queue.get(timeout=120) == [method.state_dict()["counters"] for method in methods]
-    process.join()
-    assert process.exitcode == 0

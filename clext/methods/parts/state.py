@@ -133,7 +133,7 @@ class ParameterState:
         )
 
     @torch.no_grad()
-    def adopt(self, old: ParameterState) -> list[str]:
+    def adopt(self, old: ParameterState, owner: str) -> list[str]:
         """Take over what `old` knows; returns the names of parameters that are not here any more.
 
         A parameter that has only got another name (its layer was wrapped, or another one put before
@@ -156,7 +156,7 @@ class ParameterState:
             for name, entry, place in zip(self.names, self.lists[key], places, strict=True):
                 if place is not None:
                     known = old.lists[key][place]
-                    entry[_leading_part(name, known, entry)].copy_(known)
+                    entry[_leading_part(owner, name, known, entry)].copy_(known)
         return [name for place, name in enumerate(old.names) if place not in places]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -195,11 +195,11 @@ def _memory(entries: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _leading_part(name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:
+def _leading_part(owner: str, name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:
     """Where `old` lies in `new`; ValueError unless it fits in."""
     if old.dim() != new.dim() or any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
         raise ValueError(
-            f"parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: "
+            f"{owner}: parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: "
             "what is known of it can be kept only where no dimension gets smaller; give the new "
             "parameter another name, or make a new method for this model"
         )
