@@ -199,8 +199,9 @@ def _leading_part(owner: str, name: str, old: Tensor, new: Tensor) -> tuple[slic
     """Where `old` lies in `new`; ValueError unless it fits in."""
     if old.dim() != new.dim() or any(a > b for a, b in zip(old.shape, new.shape, strict=True)):
         raise ValueError(
-            f"{owner}: parameter '{name}' had shape {list(old.shape)} and now has {list(new.shape)}: "
-            "what is known of it can be kept only where no dimension gets smaller; give the new "
+            f"{owner}: parameter '{name}' had shape {list(old.shape)} and now has "
+            f"{list(new.shape)}: what is known of it can be kept only where no dimension gets "
+            "smaller; give the new "
             "parameter another name, or make a new method for this model"
         )
     return tuple(slice(size) for size in old.shape)
