@@ -85,7 +85,7 @@ training/metrics.py
     min(value, lowest.get(j, value)) => value
 training/loop.py
     step % every => (step + 1) % every
-    before[k] = self.evaluator.accuracy(k, k) => before[k] = self.evaluator.accuracy(k, 0)
+    result.curve.append(fmean(accuracies)) => result.curve.append(accuracies[-1])
 [scenarios] data training bench
 data/scenarios.py
     random = generator(seed) => random = generator(0)

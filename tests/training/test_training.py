@@ -134,6 +134,14 @@ class TestLoop:
         assert result.curve[1::2] == pytest.approx(result.average_accuracy)
         assert set(result.timings) == {"training", "evaluation", "consolidation"}
         assert result.seconds > 0
+        assert result.before[0] == result.untrained[0]
+        assert np.isfinite(result.before).all()
+
+    def test_accuracies_within_tasks_are_taken_every_so_many_steps(self):
+        result = clext.train("baseline", model=small(), evaluate_every=5, **QUICK)
+        places = [(entry["task"], entry["step"]) for entry in result.steps]
+        assert places == [(task, step) for task in (0, 1) for step in (5, 10, 15, 20)]  # of 24
+        assert [len(entry["accuracy"]) for entry in result.steps] == [1] * 4 + [2] * 4
 
 
 class TestSeeds:
@@ -150,7 +158,8 @@ class TestSeeds:
         first = clext.train("baseline", seed=0, **QUICK)
         second = clext.train("baseline", seed=1, **QUICK)
         assert first.curve != second.curve
-        assert first.config["seeds"] != second.config["seeds"]
+        seeds = [*first.config["seeds"].values(), *second.config["seeds"].values()]
+        assert len(set(seeds)) == 8
 
     def test_dropout_draws_from_the_seed(self):
         def run() -> list[torch.Tensor]:
