@@ -107,15 +107,15 @@ def test_state_of_empty_and_0_dim_parameters():
 
 def test_state_that_begins_at_the_parameters_does_not_alias_them():
     model = nn.Linear(2, 3)
-    state = ParameterState(trainable_parameters(model), ("anchor", "previous", "path"))
+    state = ParameterState(trainable_parameters(model), ("anchor", "interval_start", "path"))
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1.0)
     assert torch.equal(state.view("anchor")["weight"], before)
-    assert torch.equal(state.view("previous")["weight"], before)
+    assert torch.equal(state.view("interval_start")["weight"], before)
     assert state.view("path")["weight"].eq(0).all()
-    state.restart("previous")
-    assert torch.equal(state.view("previous")["weight"], model.weight)
+    state.restart("interval_start")
+    assert torch.equal(state.view("interval_start")["weight"], model.weight)
 
 
 def test_state_knows_whether_it_still_fits():

@@ -141,7 +141,7 @@ void compare_with_cpu(const Op& op, const std::vector<int64_t>& sizes, int64_t s
 
 template <class Op, class... T>
 void compare_in_types(const Op& op) {
-  for (const int64_t shift : {0, 1, 4}) (compare_with_cpu<Op, T>(op, kSizes, shift), ...);
+  for (const int64_t shift : {0, 1}) (compare_with_cpu<Op, T>(op, kSizes, shift), ...);
   (compare_with_cpu<Op, T>(op, {}, 0), ...);
   (compare_with_cpu<Op, T>(op, {0, 0}, 0), ...);
 }
@@ -245,7 +245,7 @@ void compare_step(Op op) {
   op.weight_decay = 0.1;
   op.strength = 0.7;
   op.decay = 0.9;
-  compare(op);
+  compare_in_types<Op, float, double, BFloat16>(op);
   op.clear = true;
   op.grad_scale = &scale;
   op.found_inf = &fine;

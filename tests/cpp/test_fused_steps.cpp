@@ -1,10 +1,8 @@
 // The fused optimizer steps of csrc/math against their formulas, written out in double, for every
-// protection and option; and what the CPU driver does for them: coefficients of each tensor,
-// gradients that are cleared, launches that are skipped.
+// protection and all combinations of options.
 #include <limits>
 
 #include "check.h"
-#include "launch.h"
 #include "math/adam.h"
 #include "math/sgd.h"
 
@@ -191,19 +189,6 @@ void all_protections() {
   all_steps<Protection::Walk, A>();
 }
 
-// A step that bfloat16 rounds away has not moved the parameter, and earns no credit.
-void path_counts_what_is_stored() {
-  SgdStep<Protection::Path, false> op{{options_of(0)}};
-  prepare(op);
-  Element<float> e{1, 0.01f, 0, 0, 0, 0, 0, 0};
-  apply<Protection::Path, BFloat16>(op, e);
-  check(e.param == 1 && e.path == 0, "too small a step for bfloat16");
-  e = {1, 2, 0, 0, 0, 0, 0, 0};
-  apply<Protection::Path, BFloat16>(op, e);
-  check(e.param == 0.8984375f, "0.9, rounded to bfloat16");
-  check_near(e.path, 2 * (1 - 0.8984375), 1e-6, "the movement after rounding");
-}
-
 // The proximal step is a weighted mean, however large the importance.
 void proximal_is_stable() {
   StepOptions o = options_of(8);
@@ -215,88 +200,11 @@ void proximal_is_stable() {
   check_near(e.param, -2, 1e-6, "an important parameter goes to its anchor");
 }
 
-void device_scalars() {
-  const float narrow = 0.25f;
-  const double wide = 0.1;
-  check(DeviceScalar{&narrow, false, 9}.read() == 0.25, "float on the device");
-  check(DeviceScalar{&wide, true, 9}.read() == 0.1, "double on the device");
-  check(DeviceScalar{nullptr, false, 9}.read() == 9, "a number of the host");
-}
-
-// One tensor per size, in memory of its own; list 0 is the parameters, 1 the gradients.
-struct Launch {
-  std::vector<int64_t> sizes = {1, 0, 1023, 1024, kCpuChunkSize + 5};
-  std::vector<std::vector<std::vector<float>>> lists;
-  TensorLists launch{StorageType::Float32, 0, sizes, {}, {}, {}};
-
-  explicit Launch(int list_count) {
-    launch.list_count = list_count;
-    lists.resize(static_cast<size_t>(list_count));
-    for (auto& list : lists) {
-      for (const int64_t size : sizes) {
-        list.emplace_back(static_cast<size_t>(size < 2 ? 2 : size), 0.5f);
-        launch.pointers.push_back(list.back().data());
-      }
-    }
-    launch.chunks = make_chunks(sizes, kCpuChunkSize);
-  }
-};
-
-void driver_gives_each_tensor_its_coefficients() {
-  Launch l(4);
-  for (size_t t = 0; t < l.sizes.size(); ++t) l.lists[3][t] = {0, static_cast<float>(t)};
-  StepOptions o;
-  o.lr.value = 1;
-  apply_cpu(l.launch, SgdStep<Protection::None, true>{{o}, 0.9, false}, nullptr, 2);
-  for (size_t t = 0; t < l.sizes.size(); ++t) {
-    for (int64_t i = 0; i < l.sizes[t]; ++i) {
-      const float gain = static_cast<float>(t);
-      check(l.lists[2][t][static_cast<size_t>(i)] == gain * 0.5f, "the tensor's own gain");
-      check(l.lists[0][t][static_cast<size_t>(i)] == 0.5f - gain * 0.5f, "and its own step");
-    }
-  }
-}
-
-template <Protection P>
-void driver_clears_and_skips() {
-  const float fine = 0, found = 1;
-  for (const bool clear : {false, true}) {
-    for (const float* found_inf : {static_cast<const float*>(nullptr), &fine, &found}) {
-      Launch l(SgdStep<P, false>::lists::count);
-      StepOptions o;
-      o.lr.value = 1;
-      o.clear = clear;
-      o.strength = 1;
-      o.found_inf = found_inf;
-      std::vector<double> partials(l.launch.chunks.size(), -1);
-      apply_cpu(l.launch, SgdStep<P, false>{{o}}, partials.data(), 2);
-      const bool skipped = found_inf == &found;
-      for (size_t t = 0; t < l.sizes.size(); ++t) {
-        const auto size = static_cast<size_t>(l.sizes[t]);
-        for (size_t i = 0; i < l.lists[1][t].size(); ++i) {
-          const bool cleared = clear && !skipped && i < size;
-          check(l.lists[1][t][i] == (cleared ? 0.0f : 0.5f), "the gradient is cleared or kept");
-          const bool stepped = !skipped && i < size;
-          check(l.lists[0][t][i] == (stepped ? 0.0f : 0.5f), "the parameter moves or stays");
-        }
-      }
-      for (const double partial : partials) {
-        check(partial == (P == Protection::None ? -1 : 0), "no distance, no penalty");
-      }
-    }
-  }
-}
-
 }  // namespace
 
 int main() {
   all_protections<float>();
   all_protections<double>();
-  path_counts_what_is_stored();
   proximal_is_stable();
-  device_scalars();
-  driver_gives_each_tensor_its_coefficients();
-  driver_clears_and_skips<Protection::None>();
-  driver_clears_and_skips<Protection::Pull>();
   return report("fused_steps");
 }
