@@ -205,9 +205,9 @@ def check_examples(owner: str, examples: object, classes: range | None = None) -
     if len(tensors) < 2 or len(tensors[0]) != len(tensors[1]) or len(tensors[0]) == 0:
         got = ", ".join(map(described, pair)) or described(examples)
         raise ValueError(
-            f"{owner}: examples for begin_task are {got}, expected a pair of tensors, the inputs "
-            "[N, ...] and labels [N] of the whole task; of a loader: "
-            "tuple(map(torch.cat, zip(*loader)))"
+            f"{owner}: examples are {got}, expected a pair of tensors, the inputs [N, ...] and "
+            "labels [N] of the whole task, N > 0; make one of arrays by torch.as_tensor, of a "
+            "loader by tuple(map(torch.cat, zip(*loader)))"
         )
     if classes is not None:
         class_labels(owner, tensors[1], len(tensors[0]), classes)

@@ -95,21 +95,14 @@ def _read(path: Path, kind: str, dimensions: int) -> NDArray[np.uint8]:
             f"{path}: not an IDX {kind} file: expected 0x{magic.hex()} at its start, found {found}"
         )
     header = 4 + 4 * dimensions
-    if len(content) < header:
-        raise DataError(
-            f"{path}: truncated: expected a header of {header} bytes, found {len(content)}; "
-            "delete it and get it again"
-        )
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4))
     expected = header + math.prod(shape)
-    if len(content) != expected:
-        problem = "truncated" if len(content) < expected else "too long"
+    if len(content) != expected or not shape[0]:
+        problem = "too long" if len(content) > expected else "truncated"
         raise DataError(
             f"{path}: {problem}: its header says {shape[0]:,} {kind}s, so {expected:,} bytes, "
             f"found {len(content):,}; delete it and get it again"
         )
-    if shape[0] == 0:
-        raise DataError(f"{path}: expected at least one {kind}, found none")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from clext.core.batches import check_alike, check_examples, class_labels, described
 from clext.data.datasets import Split
 from clext.data.task import Task
 
 _OWNER = "Scenario.from_datasets"
 _READ_AT_ONCE = 256
+_LIKE_FIRST = "of the first task; images become alike by torch.nn.functional.interpolate"
 
 
 def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
@@ -22,34 +24,21 @@ def own_tasks(datasets: Iterable[Any], incremental: str) -> list[Task]:
     if not isinstance(datasets, Iterable) or isinstance(datasets, Tensor | str):
         raise ValueError(
             f"{_OWNER}: datasets must be a list with a pair (training data, test data) for each "
-            f"task, got {type(datasets).__name__}"
+            f"task, got {described(datasets)}"
         )
     pairs: list[tuple[Split, Split]] = []
     for number, pair in enumerate(datasets, start=1):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
             raise ValueError(
-                f"{_OWNER}: task {number} must be a pair (training data, test data), got {got}"
+                f"{_OWNER}: task {number} must be a pair (training data, test data), got "
+                f"{described(pair)}"
             )
         whats = [f"{_OWNER}: task {number}, {kind} data" for kind in ("training", "test")]
         train, test = (_read(given, what) for given, what in zip(pair, whats, strict=True))
         pairs.append((train, test))
         for split, what in zip(pairs[-1], whats, strict=True):
-            _check_like_first(split.inputs, pairs[0][0].inputs, what)
+            check_alike(what, split.inputs, pairs[0][0].inputs, _LIKE_FIRST)
     return _numbered(pairs, incremental)
-
-
-def _check_like_first(inputs: Tensor, first: Tensor, what: str) -> None:
-    if inputs.shape[1:] != first.shape[1:]:
-        raise ValueError(
-            f"{what}: examples have shape {list(inputs.shape[1:])}, expected "
-            f"{list(first.shape[1:])} as in the first task; bring them to one shape, images by "
-            "torch.nn.functional.interpolate"
-        )
-    if inputs.dtype != first.dtype:
-        raise ValueError(
-            f"{what}: inputs are {inputs.dtype}, expected {first.dtype} as in the first task"
-        )
 
 
 def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
@@ -94,55 +83,20 @@ def _placed(split: Split, classes: list[int], outputs: list[int]) -> Split:
     return Split(split.inputs, torch.tensor(outputs, device=split.labels.device)[at])
 
 
-def _read(given: object, what: str) -> Split:
-    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], Tensor):
-        inputs, labels = given
-    elif isinstance(given, TorchDataset):
-        inputs, labels = _read_dataset(given, what)
-    else:
-        got = type(given).__name__
-        if isinstance(given, tuple | list) and len(given) == 2:
-            got = f"{type(given[0]).__name__} as inputs; make tensors of arrays by torch.as_tensor"
-        raise ValueError(
-            f"{what} must be a pair of tensors (inputs, labels) or a torch.utils.data.Dataset, got "
-            f"{got}"
-        )
-    try:
-        labels = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{what}: labels are no tensor of integers, and cannot be made one"
-        ) from None
-    for part, entry in (("inputs", inputs), ("labels", labels)):
-        if entry.layout != torch.strided or entry.is_meta:
-            kind = "on the meta device" if entry.is_meta else str(entry.layout)
-            raise ValueError(f"{what}: {part} are {kind}, expected a dense tensor with values")
-    if inputs.dim() == 0:
-        raise ValueError(f"{what}: inputs are a 0-dim tensor, expected one row for each example")
-    if labels.dim() != 1 or len(labels) != len(inputs):
-        raise ValueError(
-            f"{what}: labels have shape {list(labels.shape)}, expected [{len(inputs)}], one for "
-            "each example"
-        )
-    if not len(labels):
-        raise ValueError(f"{what} has no examples")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{what}: labels are {labels.dtype}, expected integers")
-    if inputs.is_complex():
-        raise ValueError(f"{what}: inputs are {inputs.dtype}, expected real numbers")
+def _read(given: Any, what: str) -> Split:  # noqa: ANN401  (whatever a user has)
+    examples = _read_dataset(given, what) if isinstance(given, TorchDataset) else given
+    check_examples(what, examples)
+    inputs, labels = examples
+    labels = class_labels(what, labels, len(inputs))
     if inputs.dtype == torch.uint8:
         raise ValueError(f"{what}: inputs are uint8; pass .float() / 255")
-    if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
+    if not bool(inputs.isfinite().all()):
         raise ValueError(f"{what}: inputs hold NaN or infinity")
-    return Split(inputs.detach(), labels.detach().to(torch.int64))
+    return Split(inputs.detach(), labels.detach())
 
 
 def _read_dataset(dataset: TorchDataset[Any], what: str) -> tuple[Tensor, Tensor]:
     """All examples of a data set as two tensors."""
-    if not isinstance(dataset, Sized):
-        raise ValueError(f"{what} has no length; expected a data set of examples by number")
-    if not len(dataset):
-        raise ValueError(f"{what} has no examples")
     # Of its own: a loader draws a number from torch's generator even if it does not shuffle.
     random = torch.Generator().manual_seed(0)
     try:
@@ -157,5 +111,7 @@ def _read_dataset(dataset: TorchDataset[Any], what: str) -> tuple[Tensor, Tensor
             "must be of one shape, and if they are images pass the data set transform="
             "torchvision.transforms.ToTensor()"
         ) from error
+    if not batches:
+        raise ValueError(f"{what} has no examples")
     inputs, labels = zip(*batches, strict=True)
     return torch.cat(inputs), torch.cat(labels)

@@ -98,7 +98,8 @@ class Method:
             self._follow_model()
             self.heads.begin_task(block, active, ended=self.tasks)
             if examples is not None:
-                check_examples(self.name, examples, self.heads.classes if block else None)
+                allowed = self.heads.classes if block else None
+                check_examples(f"{self.name}: begin_task", examples, allowed)
             return self._begin_task(examples)
         except BaseException:
             self.heads.load_state_dict(before)

@@ -175,7 +175,7 @@ def test_examples_of_a_task():
     with pytest.raises(ValueError, match="labels reach from 0 to 0, expected 2 to 3"):
         check_examples("joint", (X, Y), range(2, 4))
     for wrong in (None, X, [(X, Y)], {"x": X, "y": Y}, (X, Y[:1]), (X[:0], Y[:0]), (X, Y, Y)):
-        with pytest.raises(ValueError, match="^joint: examples for begin_task are .* a pair of te"):
+        with pytest.raises(ValueError, match="^joint: examples are .* a pair of te"):
             check_examples("joint", wrong)
 
 

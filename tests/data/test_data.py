@@ -144,12 +144,16 @@ class TestBrokenFiles:
         [
             ("train images", images(12)[:-1], r"truncated: .*12 images.* 9,424 bytes, found 9,423"),
             ("train images", images(12) + b"\0", "too long"),
-            ("train images", b"\x00\x00\x08\x03\x00", "truncated: expected a header of 16 bytes"),
+            (
+                "train images",
+                b"\x00\x00\x08\x03\x00",
+                "truncated: .* 0 images, so 16 bytes, found 5",
+            ),
             ("train images", b"", "expected 0x00000803 at its start, found an empty file"),
             ("train images", b"<html>404</html>", "not an IDX image file: .* found 0x3c68746d"),
             ("train images", labels(bytes(12)), "found 0x00000801"),
             ("train images", images(12, side=32), "expected images of 28 x 28, found 32 x 32"),
-            ("test images", images(0), "expected at least one image, found none"),
+            ("test images", images(0), "truncated: its header says 0 images"),
             ("train labels", labels(bytes(11)), "expected 12 labels, one an image, found 11"),
             ("test labels", labels(bytes((0, 1, 2, 3, 10))), "expected labels 0 to 9, found 10"),
             ("train labels", images(12), "not an IDX label file"),

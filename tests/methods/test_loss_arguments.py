@@ -60,7 +60,7 @@ def test_examples_that_are_no_task_are_refused(name):
     x, y = make_examples("domain", 0)
     before = copy.deepcopy(method.state_dict())
     for wrong in ([(x, y)], {"x": x, "y": y}, (x, y[:-1]), (x[:0], y[:0]), (x, y, y), x):
-        with pytest.raises(ValueError, match="^.*: examples for begin_task are .* pair of tensors"):
+        with pytest.raises(ValueError, match="^.*: begin_task: examples are .* pair of tensors"):
             method.begin_task(wrong)
     assert_same_state(method.state_dict(), before)
 
