@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from clext.methods.base import Examples, Method
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from clext.core.batches import Batches
+
+
+def _delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
+    """The attribute or method `name` of the method that is `part` here."""
+    return property(
+        lambda self: getattr(getattr(self, part), name),
+        lambda self, value: setattr(getattr(self, part), name, value),
+    )
 
 
 class Combined(Method):
@@ -64,51 +70,27 @@ class Combined(Method):
     def _weighed(self) -> Method:
         return self.protector if self.protector.has_strength else self.learner
 
-    # What an optimizer's pass asks for is the protector's.
-    _state = property(lambda self: self.protector._state)
-    decay = property(lambda self: self.protector.decay)
-    constant = property(lambda self: self.protector.constant)
-    tasks = property(lambda self: self.protector.tasks)
-
-    @property
-    def strength(self) -> float:
-        """That of the protector, or of the learner if the former has none."""
-        return self._weighed.strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        self._weighed.strength = value
-
-    @property
-    def steps(self) -> int:
-        """Steps of this task that the protector had a part in."""
-        return self.protector.steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self.protector.steps = value
-
-    def penalty(self) -> Tensor:
-        """The penalty of the protector."""
-        return self.protector.penalty()
-
-    def add_penalty_grad_(self, scaler: object = None) -> Tensor:
-        """That of the protector."""
-        return self.protector.add_penalty_grad_(scaler)
+    # The pull, and what an optimizer's pass asks for, is the protector's; the loss the learner's.
+    strength = _delegated("_weighed", "strength")
+    steps = _delegated("protector", "steps")
+    tasks = _delegated("protector", "tasks")
+    decay = _delegated("protector", "decay")
+    constant = _delegated("protector", "constant")
+    _state = _delegated("protector", "_state")
+    penalty = _delegated("protector", "penalty")
+    add_penalty_grad_ = _delegated("protector", "add_penalty_grad_")
+    loss = _delegated("learner", "loss")
+    _predict = _delegated("learner", "_predict")
 
     def update(self) -> None:
         """Both look at the step."""
         for part in self.parts:
             part.update()
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        """The loss of the learner."""
-        return self.learner.loss(*batch)
-
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
-            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
+            dataloader = list(dataloader)  # it is read twice
         before = self.protector.state_dict()
         self.protector.consolidate(dataloader)
         try:
@@ -133,9 +115,6 @@ class Combined(Method):
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         return self.learner._begin_task(self.protector._begin_task(examples))
 
-    def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
-        return self.learner._predict(inputs, active)
-
     def _after_step(self) -> None:
         for part in self.parts:
             part._after_step()
@@ -153,10 +132,3 @@ class Combined(Method):
 
 
 Method._combined = Combined
-
-
-def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
-    """A batch with copies of its tensors: a loader may use them again for the next one."""
-    if isinstance(batch, tuple | list):
-        return [_copied(entry) for entry in batch]
-    return batch.clone() if isinstance(batch, Tensor) else batch
