@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -237,36 +238,21 @@ def spread(
     Least squares for a fixed order (pool adjacent violators): groups that collide are set around
     their mean. All lie `within` the lowest and the highest place given, if there is room for them.
     """
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    groups: list[list[int]] = []
-    for index in order:
-        groups.append([index])
-        while len(groups) > 1 and _top(groups[-2], places, gap) > _bottom(groups[-1], places, gap):
+    order = np.argsort(places, kind="stable")
+    gaps = gap * np.arange(len(places))
+    # Less its gap each, places need only be in order.
+    groups: list[list[float]] = []
+    for wanted in (np.asarray(places)[order] - gaps).tolist():
+        groups.append([wanted])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
             groups[-2:] = [groups[-2] + groups[-1]]
-    moved = [0.0] * len(places)
-    for group in groups:
-        for rank, index in enumerate(group):
-            moved[index] = _centre(group, places) + (rank - (len(group) - 1) / 2) * gap
-    low, high = within
-    room = high - (len(places) - 1) * gap
-    if room < low:
-        return moved
-    # Of places `gap` apart, those that bounds leave are the nearest ones again.
-    for rank, index in enumerate(order):
-        moved[index] = rank * gap + min(max(moved[index] - rank * gap, low), room)
-    return moved
-
-
-def _centre(group: Sequence[int], places: Sequence[float]) -> float:
-    return sum(places[index] for index in group) / len(group)
-
-
-def _top(group: Sequence[int], places: Sequence[float], gap: float) -> float:
-    return _centre(group, places) + len(group) / 2 * gap
-
-
-def _bottom(group: Sequence[int], places: Sequence[float], gap: float) -> float:
-    return _centre(group, places) - len(group) / 2 * gap
+    moved = np.array([fmean(group) for group in groups for _ in group])
+    low, high = within[0], within[1] - gap * (len(places) - 1)
+    if low <= high:
+        moved = moved.clip(low, high)
+    spread_out = np.empty(len(places))
+    spread_out[order] = moved + gaps
+    return list(spread_out.tolist())
 
 
 def _label_tasks(axes: Axes, tasks: int) -> None:
