@@ -69,10 +69,8 @@ class Comparison:
         """Draw average accuracy against epoch, a line per method; save it at `path` if given."""
         from clext.training.plots import plot_curves
 
-        first = next(iter(self.results.values()))
-        title = (
-            first.title if len(self.results) > 1 else f"{next(iter(self.results))}: {first.title}"
-        )
+        label, first = next(iter(self.results.items()))
+        title = first.title if len(self.results) > 1 else f"{label}: {first.title}"
         curves = {label: result.curve for label, result in self.results.items()}
         return plot_curves(curves, len(first.accuracy), first.config["epochs"], title, path)
 
@@ -152,9 +150,9 @@ def compare(
     stopped with a warning and keeps what it did; the others go on.
 
     Args:
-        methods: names in `clext.METHODS`, or two of them to combine ("ewc+replay", or a list of the
-            two in the list); by default the six that only protect: baseline, ewc, mas, si, rwalk,
-            scp.
+        methods: names in `clext.METHODS`, as a list or "ewc, si", or two of them to combine
+            ("ewc+replay", or a list of the two in the list); by default the six that only protect:
+            baseline, ewc, mas, si, rwalk, scp.
         options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
             `{"ewc+replay": {"replay.strength": 3.0}}`.
         model: by default the course's perceptron; each method trains a copy of a given one.
@@ -211,11 +209,6 @@ def _specs(
 ) -> dict[str, MethodSpec]:
     """Each method by its label; ValueError for what is none, or options of none."""
     parts = _parts_by_label(methods)
-    if not isinstance(options, Mapping):
-        raise ValueError(
-            "compare: options must be a dict from a method's name to its options, such as "
-            f"{{'ewc': {{'strength': 100.0}}}}, got {options!r}"
-        )
     for label, given in options.items():
         if label not in parts:
             raise unknown_name("method in options", label, parts)
@@ -236,33 +229,25 @@ def _parts_by_label(
 ) -> dict[str, list[str]]:
     """The names in each entry of `methods`; ValueError for what has none."""
     if isinstance(methods, str):
-        if "," in methods:
-            raise ValueError(
-                f"compare: expected a list of names, got {methods!r}; write "
-                f"{[name.strip() for name in methods.split(',')]}"
-            )
-        methods = [methods]
-    if methods is not None and not isinstance(methods, Iterable):
-        raise ValueError(
-            f"compare: methods must be a list of names, such as ['ewc', 'si'], got {methods!r}"
-        )
-    given = DEFAULT_METHODS if methods is None else methods
-    if not given:
-        raise ValueError(
-            f"compare: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
-        )
+        methods = methods.split(",")
+    elif not isinstance(methods, Iterable):
+        methods = DEFAULT_METHODS if methods is None else [methods]
     parts: dict[str, list[str]] = {}
-    for entry in given:
+    for entry in methods:
         if not isinstance(entry, str | Sequence):
             raise ValueError(
-                f"compare: methods must be names of clext.METHODS, got {type(entry).__name__}; "
+                f"compare: methods must be a list of names, such as ['ewc', 'si'], got {entry!r}; "
                 "pass the settings of a method in options"
             )
         names = part_names(entry)
-        label = entry if isinstance(entry, str) else "+".join(names)
+        label = entry.strip() if isinstance(entry, str) else "+".join(names)
         if label in parts:
             raise ValueError(f"compare: method {label!r} is given twice; name each method once")
         parts[label] = names
+    if not parts:
+        raise ValueError(
+            f"compare: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
+        )
     return parts
 
 

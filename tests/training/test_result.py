@@ -63,10 +63,8 @@ class TestNumbers:
         joint = result("joint")  # by its longer name 0.02 worse on every task
         joint.config["seed"] = 7  # one joint run can serve runs of several seeds
         assert result().intransigence(joint) == pytest.approx([-0.02] * 3)
-        with pytest.raises(ValueError, match="expected a joint run of 3 tasks, got one of 2"):
+        with pytest.raises(ValueError, match="expected a joint run with tasks 3, got tasks 2"):
             result().intransigence(result("joint", tasks=2))
-        with pytest.raises(TypeError, match="^intransigence: joint must be a Result, .* got str"):
-            result().intransigence("joint")
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -241,12 +239,7 @@ class TestFiles:
         [
             ("accuracy", [[1.0], [1.0, 2.0]], "not a valid result"),
             ("accuracy", [[1.0]], r"shape \[1, 1\], not \[3, 3\]"),
-            ("accuracy", [[1.5, None, None], [1, 1, None], [1, 1, 1]], "accuracy holds 1.5"),
-            ("curve", [80.0], r"curve holds 80, expected accuracies in \[0, 1\]"),
             ("untrained", 0.1, r"untrained has shape \[\], not \[3\]"),
-            ("steps", [3], "steps holds 3, expected a task below 3"),
-            ("steps", [{"task": 3, "step": 1, "accuracy": [0.1] * 4}], "a task below 3"),
-            ("steps", [{"task": 1, "step": 1, "accuracy": [0.1]}], r"shape \[1\], not \[2\]"),
             ("config", {"tasks": 3}, "'method' is missing"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
