@@ -32,10 +32,7 @@ class Adam(FusedOptimizer):
         foreach, capturable, fused: taken for compatibility; the step is fused and can be captured.
         decoupled_weight_decay: beside the gradient (AdamW) rather than through it.
         shared: `method`, such as `clext.SI(model)`, `proximal`, `clear_grad` and `max_grad_norm`:
-            see `FusedOptimizer`.
-
-    Raises:
-        ValueError: an option is out of range, or the method knows none of the parameters.
+            see `FusedOptimizer`, also for errors.
     """
 
     state_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")

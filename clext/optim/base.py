@@ -151,14 +151,8 @@ class FusedOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step all parameters that have a gradient, and do what the method does at a step.
 
-        Args:
-            closure: evaluates the model again and returns the loss.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            RuntimeError: in the capture of a CUDA graph with a method: capture `launch` then.
+        Returns the loss of the `closure`, which evaluates the model again. RuntimeError in the
+        capture of a CUDA graph with a method: capture `launch` then.
         """
         loss = None
         if closure is not None:
@@ -183,10 +177,8 @@ class FusedOptimizer(Optimizer):
 
         Take a step before, so that there is state. All numbers that are not tensors, the method's
         strength among them, are in a graph what they were at the capture; capture again after
-        `method.consolidate`.
-
-        Raises:
-            RuntimeError: the method is called around the step, or state is missing in a capture.
+        `method.consolidate`. RuntimeError if the method is called around the step, or state is
+        missing in a capture.
         """
         if self._method is not None and self._protector is None:
             raise RuntimeError(
@@ -268,9 +260,7 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state of this class, or of its namesake in torch.optim.
 
-        Raises:
-            ValueError: it is of another class, does not fit the param groups, or has an option or
-                state out of range; nothing is changed.
+        ValueError if it does not fit or has something out of range; nothing is changed.
         """
         before = {"state": self.state, "param_groups": self.param_groups}  # torch makes new ones
         given: list[dict[str, Any]] = []

@@ -38,17 +38,11 @@ class Part(NamedTuple):
 class Plans:
     """Up to two plans per group and device; a parameter joins, for good, with its first gradient.
 
-    Args:
-        groups: the optimizer's param groups.
-        states: its state of each parameter; a parameter that joins gets what it lacks.
-        keys_of: names of the state of a group's parameters.
+    Then it gets what it lacks in the optimizer's `states`, of which `keys_of` a group has names.
     """
 
     def __init__(
-        self,
-        groups: Sequence[Group],
-        states: States,
-        keys_of: Callable[[Group], Keys],
+        self, groups: Sequence[Group], states: States, keys_of: Callable[[Group], Keys]
     ) -> None:
         self._groups, self._states, self._keys_of = groups, states, keys_of
         self._parts: list[Part] = []

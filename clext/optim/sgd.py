@@ -30,10 +30,7 @@ class SGD(FusedOptimizer):
         foreach, fused: taken for compatibility; the step is always fused.
         differentiable: must be False.
         shared: `method`, such as `clext.SI(model)`, `proximal`, `clear_grad` and `max_grad_norm`:
-            see `FusedOptimizer`.
-
-    Raises:
-        ValueError: an option is out of range, or the method knows none of the parameters.
+            see `FusedOptimizer`, also for errors.
     """
 
     state_keys: ClassVar[tuple[str, ...]] = ("step", "momentum_buffer")
