@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import OPS, Entry, assert_same_bits, copy, lay_out, outputs_of, sample, tensors_of
 from op_arguments import STATE_KEYS
+from op_registry import OPS
+from op_samples import Entry, assert_same_bits, copy, lay_out, outputs_of, sample, tensors_of
 
 from clext.ops._extension import C
 from clext.ops.plan import ReferencePlan
