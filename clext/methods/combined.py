@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from clext.methods.base import Examples, Method
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class Combined(Method):
     def consolidate(self, dataloader: Batches | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
-            dataloader = list(dataloader)  # it is read twice
+            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
         before = self.protector.state_dict()
         self.protector.consolidate(dataloader)
         try:
@@ -132,3 +134,10 @@ class Combined(Method):
 
 
 Method._combined = Combined
+
+
+def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
+    """A batch with copies of its tensors: a loader may use them again for the next one."""
+    if isinstance(batch, tuple | list):
+        return [_copied(entry) for entry in batch]
+    return batch.clone() if isinstance(batch, Tensor) else batch
