@@ -130,15 +130,6 @@ def test_samples_of_any_iterable_are_counted(data):
     assert_same_state(method.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [(None, "got nothing"), (3, "got int"), ([], "is empty"), ([(1,)], "batch 0 is tuple")],
-)
-def test_sums_describe_bad_data_as_means_do(data, message):
-    with pytest.raises(ValueError, match=message):
-        EWC(make_model(), weighting="sum").consolidate(data)
-
-
 # ------------------------------------------------------------------ MAS, SCP
 
 
@@ -150,28 +141,6 @@ def test_mas_without_memory_keeps_the_latest_task(device):
     expected.consolidate(make_task(1, device=device))
     for name, entry in expected.importance.items():
         torch.testing.assert_close(method.importance[name], entry, **EXACT)
-
-
-def test_sampled_directions_converge_to_all_of_them_at_the_monte_carlo_rate(device):
-    """The error falls with the root of their number."""
-    model = make_model().to(device)
-    params, batches = list(model.parameters()), make_task(0, device=device)
-
-    def importance(slices, seed=0):
-        estimate = sliced_cramer_importance(model, params, batches, slices=slices, seed=seed)
-        return torch.cat([entry.flatten() for entry in estimate])
-
-    exact = importance("exact")
-    numbers = [2**power for power in range(4, 13)]
-    logs = []
-    for number in numbers:
-        errors = [(importance(number, seed) - exact).norm() / exact.norm() for seed in range(32)]
-        logs.append(torch.stack(errors).square().mean().sqrt().log().item())
-    slope = torch.linalg.lstsq(
-        torch.tensor([[math.log(number), 1.0] for number in numbers]), torch.tensor([logs]).T
-    ).solution[0]
-    assert -0.6 <= slope.item() <= -0.4
-    assert logs[0] > math.log(0.01)
 
 
 def test_scp_takes_the_sampled_estimate(device):
