@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import multiprocessing
 import pickle
 
 import pytest
@@ -114,8 +113,7 @@ def go_on(methods, models, queue):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [torch.multiprocessing, multiprocessing])
-def test_methods_go_to_a_spawned_process_and_go_on_there(module):
+def test_methods_go_to_a_spawned_process_and_go_on_there():
     """All in one, as a process takes seconds to start: alone and with their models."""
     names = [*METHODS, *(name for name in OPTIONS if "+" in name)]
     methods = [make_method(name, make_model(), **OPTIONS.get(name, {})) for name in names]
@@ -125,7 +123,7 @@ def test_methods_go_to_a_spawned_process_and_go_on_there(module):
         part = torch.cat([inputs, inputs])[: len(inputs)], labels  # as joint and iCaRL keep it
         method.begin_task(part, block=range(2, 4), active=range(4))
     twins = copy.deepcopy(methods)  # what is sent shares its memory with what comes
-    context = module.get_context("spawn")
+    context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     models = [method.model if place % 2 else None for place, method in enumerate(methods)]
     process = context.Process(target=go_on, args=(methods, models, queue))
