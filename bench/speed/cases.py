@@ -333,10 +333,7 @@ def consolidate_all_anchors(t: Lists) -> Contestants:
             a.add_(weight * (p - a))
         return constant
 
-    return {
-        "loop": loop,
-        "clext": partial(t.plan().consolidate_all_anchors_, estimate, GAMMA),
-    }
+    return {"loop": loop, "clext": partial(t.plan().consolidate_all_anchors_, estimate, GAMMA)}
 
 
 def consolidate_path_integral(t: Lists) -> Contestants:
@@ -377,10 +374,7 @@ def consolidate_riemannian_walk(t: Lists) -> Contestants:
             o.copy_(f / max_f + s / max_s)
             a.copy_(p)
 
-    return {
-        "loop": loop,
-        "clext": partial(t.plan().consolidate_riemannian_walk_, 0.5),
-    }
+    return {"loop": loop, "clext": partial(t.plan().consolidate_riemannian_walk_, 0.5)}
 
 
 def _max(tensors: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How important each parameter is for the data of a task: Fisher, MAS and SCP estimates.
+"""Importance of parameters for the data of a task: Fisher, MAS and SCP estimates.
 
 Each estimate leaves the model as it was, gradients, buffers, training flags and random state
 included, and is the same however the data is split into batches (but for the "batch" kinds).

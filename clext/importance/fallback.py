@@ -1,4 +1,4 @@
-"""Gradients of single samples by torch.func, for what no layer rule explains."""
+"""Gradients of single samples by torch.func, for what no layer rule covers."""
 
 from __future__ import annotations
 

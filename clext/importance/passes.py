@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clext.core.batches import Batches as Batches  # for those who still look for it here
 from clext.core.modes import buffers_kept, module_mode, run_eagerly
 from clext.core.seeding import isolated_rng
 

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from clext.core.parameters import allocate_state
 from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
+from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
 from clext.importance.passes import check_outputs, single_outputs
 from clext.importance.rule import add_joint_, identity
-from clext.importance.sample_gradients import Coverage, CoverageFinder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
-    from clext.importance.sample_gradients import Uses
 
     # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
@@ -122,7 +122,8 @@ class _Batch:
                 self._totals[call] = power if total is None else total.add_(power)
             if call in self._single:
                 for features, part in call.parts(g):
-                    call.rule.add_(self._single[call], features, part, self._function)
+                    for name, acc in self._single[call].items():
+                        call.rule.add_(acc, name, features, part, self._function)
             if last and call not in self._shared and call not in self._separable:
                 call.release()
 
@@ -139,7 +140,8 @@ class _Batch:
         """Add the separable parameters: the inputs are the same for every cotangent."""
         for call, total in self._totals.items():
             powers = self._function(call.features())
-            call.rule.add_(self._separable[call], powers, total, identity)
+            for name, acc in self._separable[call].items():
+                call.rule.add_(acc, name, powers, total, identity)
 
 
 def _up_to_last(entries: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:

@@ -1,4 +1,4 @@
-"""What the rule of a layer has to say, and sums over samples by what it says.
+"""Layer rule: a layer's gradients of single samples, and sums over samples of functions of them.
 
 A rule sees a call of its layer as rows: `features` [samples, rows, ...], what the output gradient
 is multiplied with to give the parameter gradient, and that gradient, `g` [samples, rows, ...]. Each
@@ -15,7 +15,7 @@ from torch import Tensor
 from clext import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     # Of each entry of a gradient: itself, its square or its absolute value.
     Function = Callable[[Tensor], Tensor]
@@ -83,17 +83,8 @@ class LayerRule:
         """
         return False
 
-    def add_(
-        self, accs: Mapping[str, Tensor], features: Tensor, g: Tensor, function: Function
-    ) -> None:
-        """Add the sum over samples of function(gradient) by each parameter to its `accs`."""
-        for name, acc in accs.items():
-            self.add_to_(acc, name, features, g, function)
-
-    def add_to_(
-        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
-    ) -> None:
-        """`add_` for one parameter."""
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
+        """Add the sum over samples of function(gradient) by the parameter `name` to `acc`."""
         add_joint_(acc, [(self, name, features, g)], function)
 
     # Whether `add_rows_` is there.

@@ -1,6 +1,6 @@
-"""One rule per layer type: what its input and output gradient say about each single sample.
+"""Layer rules, one for each type: gradients of single samples from input and output gradient.
 
-What they have in common is in layer_rule.py. A new layer needs a class like those below and an
+What they have in common is in rule.py. A new layer needs a class like those below and an
 entry in RULES.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clext.importance.rule import LayerRule, add_products_, at_once, identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from clext.importance.rule import Function
 
@@ -32,9 +32,7 @@ class _Linear(LayerRule):
     def separable(self, rows: int) -> bool:
         return rows == 1
 
-    def add_to_(
-        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
-    ) -> None:
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         if function is identity:  # rows may as well be samples
             features, g = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (features, g))
         # With one row a sample, sum_n f(g_n a_n^T) = f(G)^T f(A): one matrix product.
@@ -44,7 +42,7 @@ class _Linear(LayerRule):
         elif separable:
             acc.addmm_(function(g).squeeze(1).T, function(features).squeeze(1))
         elif name == "bias":
-            super().add_to_(acc, name, features, g, function)
+            super().add_(acc, name, features, g, function)
         else:
             inputs, outputs = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (features, g))
             add_products_(acc, inputs, outputs, function)
@@ -124,11 +122,9 @@ class _Conv(LayerRule):
         product = torch.bmm(windows, by_channel.transpose(1, 2))
         return product.transpose(1, 2).reshape(len(g), *weight.shape)
 
-    def add_to_(
-        self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function
-    ) -> None:
+    def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         if name == "bias":
-            super().add_to_(acc, name, features, g, function)
+            super().add_(acc, name, features, g, function)
         else:
             # [samples, groups, channels of the group, rows, *outputs]
             by_group = g.unflatten(2, (self.layer.groups, -1)).movedim(1, 3)
@@ -161,7 +157,7 @@ class _Embedding(LayerRule):
         flat = g.new_zeros(len(g) * tokens, width)
         return flat.index_copy_(0, keys, sums).view(len(g), tokens, width)
 
-    def add_to_(
+    def add_(
         self,
         acc: Tensor,
         name: str,  # noqa: ARG002
@@ -235,26 +231,8 @@ class _BatchNorm(_Norm):
         return self.layer.running_mean is not None and not self.layer.training
 
     def normalised(self, inputs: Tensor) -> Tensor:
-        return inputs  # mean and variance are constants, taken care of in the sums
-
-    def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
-        sums = super().gradient("bias", features, g)
-        return sums if name == "bias" else self.by_weight(features, g, sums)
-
-    def by_weight(self, features: Tensor, g: Tensor, sums: Tensor) -> Tensor:
-        """The gradient by the weight, from `sums`, that by the bias."""
-        mean: Tensor = self.layer.running_mean.to(g)
-        variance: Tensor = self.layer.running_var.to(g) + self.layer.eps
-        products = super().gradient("weight", features, g)
-        return (products - mean * sums) * variance.rsqrt()
-
-    def add_(
-        self, accs: Mapping[str, Tensor], features: Tensor, g: Tensor, function: Function
-    ) -> None:
-        sums = self.gradient("bias", features, g)  # once for both
-        for name, acc in accs.items():
-            gradient = sums if name == "bias" else self.by_weight(features, g, sums)
-            acc.add_(function(gradient).sum(0))
+        mean, variance = self.layer.running_mean.to(inputs), self.layer.running_var.to(inputs)
+        return F.batch_norm(inputs, mean, variance, eps=self.layer.eps)
 
 
 class _InstanceNorm(_BatchNorm):
@@ -269,11 +247,6 @@ class _InstanceNorm(_BatchNorm):
         if self.layer.running_mean is not None:
             return super().normalised(inputs)
         return F.instance_norm(inputs, eps=self.layer.eps)
-
-    def by_weight(self, features: Tensor, g: Tensor, sums: Tensor) -> Tensor:
-        if self.layer.running_mean is not None:
-            return super().by_weight(features, g, sums)
-        return _Norm.gradient(self, "weight", features, g)
 
 
 class _GroupNorm(_Norm):

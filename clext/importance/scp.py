@@ -13,6 +13,7 @@ from clext.core.checks import integer
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
 from clext.importance.capture import Call, Capture, output_gradients
+from clext.importance.coverage import CoverageFinder
 from clext.importance.passes import (
     averaged,
     check_outputs,
@@ -20,14 +21,13 @@ from clext.importance.passes import (
     parameter_list,
     single_outputs,
 )
-from clext.importance.sample_gradients import CoverageFinder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
-    from clext.importance.sample_gradients import Uses
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20

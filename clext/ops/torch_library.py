@@ -150,11 +150,7 @@ def _refuse_gradients(op: str, anchors: TensorList, importances: TensorList) -> 
 
 def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     count = len(tensors) // 3
-    return (
-        list(tensors[:count]),
-        list(tensors[count : 2 * count]),
-        list(tensors[2 * count :]),
-    )
+    return (list(tensors[:count]), list(tensors[count : 2 * count]), list(tensors[2 * count :]))
 
 
 _register()

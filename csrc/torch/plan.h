@@ -98,9 +98,10 @@ class ParameterPlan {
     size_t dim;
   };
 
-  // The same of an entry of the state.
+  // An entry of the state and the memory that it is in; another place there is not noticed.
   struct Place {
     const at::TensorImpl* tensor;
+    const c10::StorageImpl* storage;
     const void* data;
     bool written;
   };

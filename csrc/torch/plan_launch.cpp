@@ -21,13 +21,16 @@ const ListKind* gradient_list(const std::vector<ListKind>& lists) {
   return nullptr;
 }
 
+// Memory that is shared until it is written (copy on write) gets another address when it is.
+inline void* memory_of(c10::StorageImpl& storage, bool written) {
+  return written ? storage.mutable_data() : const_cast<void*>(storage.data());
+}
+
 // As const_data_ptr() or mutable_data_ptr() of a strided tensor.
 inline void* data_of(const at::TensorImpl& tensor, bool written) {
-  if (!tensor.has_storage()) return nullptr;
-  c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
-  void* data = written ? storage->mutable_data() : const_cast<void*>(storage->data());
+  void* memory = memory_of(*tensor.unsafe_storage().unsafeGetStorageImpl(), written);
   if (tensor.numel() == 0) return nullptr;
-  return static_cast<char*>(data) +
+  return static_cast<char*>(memory) +
          tensor.storage_offset() * static_cast<int64_t>(tensor.dtype().itemsize());
 }
 
@@ -136,7 +139,8 @@ void ParameterPlan::remember(Launch& launch, const std::vector<ListArgument>& ar
         launch.active[k].gradient = pointer;
       } else {
         const at::TensorImpl* tensor = arguments[a].tensors[k].unsafeGetTensorImpl();
-        launch.places.push_back({tensor, *pointer, written});
+        c10::StorageImpl* storage = tensor->unsafe_storage().unsafeGetStorageImpl();
+        launch.places.push_back({tensor, storage, memory_of(*storage, written), written});
       }
     }
   }
@@ -164,7 +168,8 @@ bool ParameterPlan::is_current(const Launch& launch) const {
     *active.gradient = data_of(*gradient.unsafeGetTensorImpl(), launch.writes_gradients);
   }
   for (const Place& place : launch.places) {
-    if (data_of(*place.tensor, place.written) != place.data) return false;
+    c10::StorageImpl* storage = place.tensor->unsafe_storage().unsafeGetStorageImpl();
+    if (storage != place.storage || memory_of(*storage, place.written) != place.data) return false;
   }
   return true;
 }

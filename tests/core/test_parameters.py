@@ -130,6 +130,6 @@ def test_grown_parameter_keeps_the_state_of_its_leading_part():
     old = ParameterState({"w": nn.Parameter(torch.ones(2, 2))}, ("anchor", "importance"))
     old.view("importance")["w"].fill_(5.0)
     new = ParameterState({"w": nn.Parameter(torch.zeros(3, 2))}, ("anchor", "importance"))
-    new.adopt(old)
+    new.adopt(old, "ewc")
     assert new.view("importance")["w"].tolist() == [[5.0, 5.0], [5.0, 5.0], [0.0, 0.0]]
     assert new.view("anchor")["w"].tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]

@@ -37,6 +37,14 @@ def test_the_active_outputs_are_returned_and_the_model_is_not_touched(model):
     assert not model._forward_hooks
 
 
+def test_the_outputs_seen_are_those_of_all_tasks_in_any_order(model):
+    heads = Heads(model)
+    assert heads.seen is None
+    for ended, block in enumerate([range(4, 6), range(2)]):
+        heads.begin_task(block, block, ended=ended)
+        assert heads.seen == 6
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from naive_methods import NaiveEWC
 from toy_training import assert_same_state, make_model, make_task, train_tasks
 
 from clext import EWC, MAS, SCP, RWalk
-from clext.importance import sliced_cramer_importance
+from clext.importance import fisher_information, sliced_cramer_importance
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
@@ -143,15 +144,23 @@ def test_mas_without_memory_keeps_the_latest_task(device):
         torch.testing.assert_close(method.importance[name], entry, **EXACT)
 
 
-def test_scp_takes_the_sampled_estimate(device):
-    model = make_model().to(device)
-    method = SCP(model, slices=16, seed=5)
-    expected = sliced_cramer_importance(
-        model, list(model.parameters()), make_task(0, device=device), slices=16, seed=5
-    )
-    method.consolidate(make_task(0, device=device))
-    for mine, theirs in zip(method.importance.values(), expected, strict=True):
-        assert torch.equal(mine, theirs)
+@pytest.mark.parametrize(
+    ("kind", "options", "estimate"),
+    [
+        (EWC, {"fisher": "sample"}, partial(fisher_information, kind="sample")),
+        (SCP, {"slices": 16}, partial(sliced_cramer_importance, slices=16)),
+    ],
+)
+def test_each_task_draws_from_a_seed_of_its_own(kind, options, estimate, device):
+    model, batches = make_model().to(device), make_task(0, device=device)
+    method = kind(model, seed=5, **options)
+    expected = [torch.zeros_like(entry) for entry in method.importance.values()]
+    for k in range(2):
+        new = estimate(model, list(model.parameters()), batches, seed=5 + k)
+        expected = [old + entry for old, entry in zip(expected, new, strict=True)]
+        method.consolidate(batches)
+        for mine, theirs in zip(method.importance.values(), expected, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 # ------------------------------------------------------------------ RWalk

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, OPS, Entry, assert_same_bits, copy, outputs_of, sample
+from op_registry import OPS
+from op_samples import DTYPES, Entry, assert_same_bits, copy, outputs_of, sample
 from torch.library import opcheck
 
 from clext import ops

@@ -7,17 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import (
-    CHUNK,
-    DTYPES,
-    OPS,
-    Entry,
-    assert_same_bits,
-    assortment,
-    copy,
-    outputs_of,
-    sample,
-)
+from op_registry import OPS
+from op_samples import CHUNK, DTYPES, Entry, assert_same_bits, assortment, copy, outputs_of, sample
 
 from clext import ops
 

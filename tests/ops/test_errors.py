@@ -9,7 +9,9 @@ import re
 
 import pytest
 import torch
-from helpers import OPS, Entry, ListArg, Op, bits, sample, tensors_of
+from op_arguments import ListArg, Op
+from op_registry import OPS
+from op_samples import Entry, bits, sample, tensors_of
 
 from clext import ops
 

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import (
-    OPS,
+from op_arguments import STATE_KEYS
+from op_registry import OPS
+from op_samples import (
     Entry,
     assert_same_bits,
     check_against_reference,
@@ -17,7 +18,6 @@ from helpers import (
     sample,
     tensors_of,
 )
-from op_arguments import STATE_KEYS
 from step_registry import LEVELS, adam, sgd
 
 from clext.ops._extension import C

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_arguments import INF, NAN, Counts, ListArg, TensorArg, Unused
+from op_registry import OPS
+from op_samples import (
     DTYPES,
-    INF,
-    NAN,
-    OPS,
     SIZES,
-    Counts,
     Entry,
-    ListArg,
-    TensorArg,
-    Unused,
     assert_same_bits,
     assortment,
     check_against_reference,
@@ -24,8 +21,6 @@ from helpers import (
     state_dtype,
     tensors_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from clext import ops, reference
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Entry, assert_same_bits, tensors_of
+from op_samples import Entry, assert_same_bits, tensors_of
 from plan_problem import Problem, Twin, run_step
 
 from clext.ops._extension import C

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Entry, assert_same_bits
+from op_samples import Entry, assert_same_bits
 from plan_problem import KEYS, Problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import OPS, ROWS, Entry, ListArg, copy, outputs_of, sample, state_dtype
+from op_arguments import ROWS, ListArg
+from op_registry import OPS
+from op_samples import Entry, copy, outputs_of, sample, state_dtype
 
 from clext import reference
 

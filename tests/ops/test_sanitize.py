@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, OPS, Entry, check_against_reference, sample
+from op_registry import OPS
+from op_samples import DTYPES, Entry, check_against_reference, sample
 
 pytestmark = pytest.mark.sanitize
 

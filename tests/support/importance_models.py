@@ -24,17 +24,6 @@ class Residual(nn.Module):
         return self.head(hidden + torch.tanh(self.second(input=hidden)))
 
 
-class Recurrent(nn.Module):
-    """Calls one layer twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-
-    def forward(self, x):
-        return self.head(self.cell(self.cell(x).tanh()))
-
-
 class Functional(nn.Module):
     """Uses a layer's weight a second time where no hook can see it."""
 
@@ -44,18 +33,6 @@ class Functional(nn.Module):
 
     def forward(self, x):
         return self.head(F.linear(self.layer(x).tanh(), self.layer.weight))
-
-
-class Tokens(nn.Module):
-    """Several rows per sample, flattened into one matrix."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        rows = self.layer(x.reshape(-1, 3)).tanh()
-        return self.head(rows.reshape(len(x), 2, 4).mean(1))
 
 
 class Prototypes(nn.Module):
@@ -125,22 +102,19 @@ BY_RULE = [
     partly_frozen,
     unused_layer,
     lambda: nn.Linear(6, CLASSES),
-    Recurrent,
-    Tokens,
     tied,
     batch_norm,
     convolution,
 ]
-BY_TORCH_FUNC = [Functional, Prototypes]
-ONE_BY_ONE = [SelfChecking]
+BY_TORCH_FUNC = [Functional, Prototypes, SelfChecking]
 
 
-def make_batches(sizes=(4, 1, 5), *, dtype=torch.float64):
+def make_batches(sizes=(4, 1, 5), *, features=6, dtype=torch.float64):
     """(x, y) batches on the CPU, whatever device the model is on."""
     generator = torch.Generator().manual_seed(3)
     return [
         (
-            torch.randn(size, 6, generator=generator).to(dtype),
+            torch.randn(size, features, generator=generator).to(dtype),
             torch.randint(CLASSES, (size,), generator=generator),
         )
         for size in sizes

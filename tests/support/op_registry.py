@@ -82,8 +82,7 @@ OPS = (
         ),
         (
             Example(
-                {"path": 1.0, "fisher": 8.0, **_STEP, "decay": 0.75},
-                {"path": -0.5, "fisher": 8.25},
+                {"path": 1.0, "fisher": 8.0, **_STEP, "decay": 0.75}, {"path": -0.5, "fisher": 8.25}
             ),
         ),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import Entry, assert_same_bits, lay_out, state_dtype, tensors_of
+from op_samples import Entry, assert_same_bits, lay_out, state_dtype, tensors_of
 
 from clext import ops, reference
 from clext.ops._extension import C

@@ -124,10 +124,7 @@ _MEAN = {"exp_avgs": 7.0, "exp_avg_sqs": 9.0, "steps": 4.0, "beta1": 0.0, "beta2
 STEPS = (
     sgd(
         "plain",
-        Example(
-            {"params": 3.0, "grads": 2.0, "lr": 0.5, "weight_decay": 1.0},
-            {"params": 0.5},
-        ),
+        Example({"params": 3.0, "grads": 2.0, "lr": 0.5, "weight_decay": 1.0}, {"params": 0.5}),
     ),
     sgd(
         "walk",

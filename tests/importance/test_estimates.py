@@ -11,9 +11,7 @@ from importance_models import (
     BY_RULE,
     BY_TORCH_FUNC,
     CLASSES,
-    ONE_BY_ONE,
     Functional,
-    Prototypes,
     Residual,
     SelfChecking,
     convolution,
@@ -32,18 +30,13 @@ from torch import nn
 
 from clext.importance import (
     SlowImportanceWarning,
-    fallback,
     fisher_information,
     output_sensitivity,
     sliced_cramer_importance,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-
-
-@pytest.fixture(params=BY_RULE + BY_TORCH_FUNC + ONE_BY_ONE)
-def model(request, device):
-    return request.param().to(device, torch.float64)
+ESTIMATES = (fisher_information, output_sensitivity, sliced_cramer_importance)
+slow = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 
 
 @pytest.fixture
@@ -51,29 +44,31 @@ def fast_model(device):
     return Residual().to(device, torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["empirical", "exact"])
-def test_fisher_is_the_mean_square_of_single_samples(model, kind):
+def assert_those_of_single_samples(model):
     params, batches = params_of(model), make_batches()
-    expected = fisher_oracle(model, params, batches, exact=kind == "exact")
-    assert_close(fisher_information(model, params, batches, kind=kind), expected)
-
-
-def test_mas_is_the_mean_absolute_value_of_single_samples(model):
-    params, batches = params_of(model), make_batches()
+    for kind in ("empirical", "exact"):
+        expected = fisher_oracle(model, params, batches, exact=kind == "exact")
+        assert_close(fisher_information(model, params, batches, kind=kind), expected)
     assert_close(output_sensitivity(model, params, batches), mas_oracle(model, params, batches))
-
-
-def test_scp_exact_is_the_mean_square_over_outputs_of_the_mean_jacobian(model):
-    params, batches = params_of(model), make_batches()
     expected = scp_oracle(model, params, batches)
     assert_close(sliced_cramer_importance(model, params, batches), expected)
 
 
-@pytest.mark.parametrize("kind", ["fisher", "mas"])
-def test_batch_estimates_square_or_take_the_size_of_batch_means(model, kind):
-    params, batches = params_of(model), make_batches()
+@pytest.mark.parametrize("make", BY_RULE)
+def test_estimates_by_rule_are_those_of_single_samples(make, device):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowImportanceWarning)
+        assert_those_of_single_samples(make().to(device, torch.float64))
+
+
+@slow
+@pytest.mark.parametrize("make", BY_TORCH_FUNC)
+def test_estimates_by_torch_func_are_those_of_single_samples(make, device):
+    assert_those_of_single_samples(make().to(device, torch.float64))
+
+
+def batch_means(model, params, batches, kind):
     samples = sum(len(x) for x, _ in batches)
-    model.eval()
     expected = [torch.zeros_like(p) for p in params]
     for x, y in batches:
         outputs = model(x.to(params[0].device))
@@ -82,11 +77,15 @@ def test_batch_estimates_square_or_take_the_size_of_batch_means(model, kind):
             loss = outputs.square().sum(1).mean()
         for total, g in zip(expected, gradients_of(loss, params), strict=True):
             total += len(x) / samples * (g.square() if kind == "fisher" else g.abs())
-    if kind == "fisher":
-        got = fisher_information(model, params, batches, kind="batch")
-    else:
-        got = output_sensitivity(model, params, batches, estimator="batch")
-    assert_close(got, expected)
+    return expected
+
+
+def test_batch_estimates_square_or_take_the_size_of_batch_means(fast_model):
+    params, batches = params_of(fast_model), make_batches()
+    got = fisher_information(fast_model, params, batches, kind="batch")
+    assert_close(got, batch_means(fast_model, params, batches, "fisher"))
+    got = output_sensitivity(fast_model, params, batches, estimator="batch")
+    assert_close(got, batch_means(fast_model, params, batches, "mas"))
 
 
 @pytest.mark.parametrize(
@@ -117,26 +116,25 @@ class Narrowed(nn.Module):
         return self.model(x)[:, 1:]
 
 
+@slow
 @pytest.mark.parametrize("make", [Residual, Functional, SelfChecking])
-@pytest.mark.parametrize(
-    ("estimate", "options"),
-    [
-        (fisher_information, {}),
-        (fisher_information, {"kind": "exact"}),
-        (fisher_information, {"kind": "batch"}),
-        (output_sensitivity, {}),
-        (sliced_cramer_importance, {}),
-    ],
-)
-def test_outputs_may_come_by_another_way_than_the_models_own_call(make, estimate, options):
+def test_outputs_may_come_by_another_way_than_the_models_own_call(make):
     """As with heads, of which some are active: labels count from the first of them."""
     model = make().double()
     params = params_of(model)
     batches = [(x, y % (CLASSES - 1)) for x, y in make_batches()]
-    got = estimate(model, params, batches, forward=lambda x: model(x)[:, 1:], **options)
-    expected = estimate(Narrowed(model), params, batches, **options)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    for estimate, options in (
+        *((fisher_information, {"kind": kind}) for kind in ("empirical", "exact", "batch")),
+        (output_sensitivity, {}),
+        (sliced_cramer_importance, {}),
+    ):
+        got = estimate(model, params, batches, forward=lambda x: model(x)[:, 1:], **options)
+        expected = estimate(Narrowed(model), params, batches, **options)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------ draws
 
 
 def test_sampled_fisher_averages_to_the_exact_one(fast_model):
@@ -163,13 +161,12 @@ def test_sampled_fisher_is_drawn_from_its_seed(fast_model):
 @pytest.mark.parametrize("slices", [2, 3000])
 def test_sliced_scp_averages_to_the_exact_one(fast_model, slices):
     """With fewer directions than outputs, and with more."""
-    params, batches = params_of(fast_model), make_batches()
+    params, batches = params_of(fast_model), make_batches((4,))
     exact = sliced_cramer_importance(fast_model, params, batches)
-    seeds = range(max(1, 400 // slices))
     drawn = mean(
         [
             sliced_cramer_importance(fast_model, params, batches, slices=slices, seed=seed)
-            for seed in seeds
+            for seed in range(max(1, 400 // slices))
         ]
     )
     assert all(bool((entry >= 0).all()) for entry in drawn)
@@ -205,6 +202,9 @@ def test_sliced_scp_takes_float32_and_float64_parameters_together(device):
         assert (mine - theirs).norm() < 0.1 * theirs.norm()
 
 
+# ------------------------------------------------------------------ what comes out
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_low_precision_models_get_float32_importances(device, dtype):
     model = Residual().to(device, torch.float64)
@@ -221,7 +221,7 @@ def test_estimates_have_the_layout_of_the_parameters(device):
     model = convolution().to(device)
     params = params_of(model)
     batches = make_batches(dtype=torch.float32)
-    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+    for estimate in ESTIMATES:
         for entry, parameter in zip(estimate(model, params, batches), params, strict=True):
             assert entry.stride() == parameter.stride()
             assert entry.device == parameter.device
@@ -248,7 +248,7 @@ def test_a_layer_without_outputs_has_an_importance_as_empty_as_its_weight():
 def test_frozen_parameters_have_no_importance(fast_model):
     params = params_of(fast_model)
     fast_model.second.requires_grad_(False)
-    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
+    for estimate in ESTIMATES:
         got = estimate(fast_model, params, make_batches())
         assert got[2].eq(0).all()
         assert got[0].gt(0).any()
@@ -261,67 +261,15 @@ def test_compiled_models_are_seen_through(device):
     assert_close(fisher_information(compiled, params_of(compiled), make_batches()), expected)
 
 
-# ------------------------------------------------------------------ which way is taken
-
-
-@pytest.mark.parametrize("make", BY_RULE)
-def test_models_of_layers_with_rules_take_one_backward_per_batch(make, monkeypatch):
-    monkeypatch.setattr(fallback.SingleSamples, "add", None)
-    model = make().double()
-    fisher_information(model, params_of(model), make_batches())
-
-
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (Functional, "'layer.weight' (Linear)"),
-        (SelfChecking, "'layer.weight' (Bilinear), 'layer.bias' (Bilinear)"),
-        (Prototypes, "'prototypes' (Prototypes)"),
-    ],
-)
-def test_parameters_without_a_rule_are_announced_once(make, named):
-    model = make().double()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            fisher_information(model, params_of(model), make_batches())
-    slow = [entry for entry in caught if issubclass(entry.category, SlowImportanceWarning)]
-    assert len(slow) == 1
-    assert f"importance of {make.__name__} " in str(slow[0].message)
-    assert f"for {named}: " in str(slow[0].message)
-
-
-def test_torch_func_is_chunked_to_a_bound(device, monkeypatch):
-    model = Prototypes().to(device, torch.float64)
-    params, batches = params_of(model), make_batches()
-    expected = fisher_oracle(model, params, batches)
-    sample_bytes = model.prototypes.numel() * model.prototypes.element_size()
-    monkeypatch.setattr(fallback, "_CHUNK_BYTES", 2 * sample_bytes)
-    held = []
-    monkeypatch.setattr(torch, "square", lambda g: held.append(len(g)) or g * g)
-    assert_close(fisher_information(model, params, batches), expected)
-    assert max(n for n in held if n <= 2) == 2
-
-
-def test_rule_gives_way_where_a_later_batch_breaks_it(device):
-    class Changing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-
-        def forward(self, x):
-            hidden = self.layer(x).tanh()
-            return self.head(self.layer(hidden) if x[0, 0] > 5 else hidden)
-
-    model = Changing().to(device, torch.float64)
-    params, batches = params_of(model), make_batches((4, 4))
-    batches[1][0][:, 0] += 10
-    expected = []
-    model.eval()
-    for x, y in batches:
-        for n in range(len(x)):
-            hidden = model.layer(x[n : n + 1].to(params[0].device)).tanh()
-            hidden = model.layer(hidden) if x[n, 0] > 5 else hidden
-            log_p = model.head(hidden).log_softmax(1)[0, int(y[n])]
-            expected.append([g.square() for g in gradients_of(log_p, params)])
-    assert_close(fisher_information(model, params, batches), mean(expected))
+def test_unknown_kinds_are_refused_with_the_nearest_one():
+    model = Residual()
+    with pytest.raises(ValueError, match="did you mean 'empirical'"):
+        fisher_information(model, params_of(model), [], kind="empiric")
+    for seed in ("a", -1):
+        for function in (fisher_information, sliced_cramer_importance):
+            with pytest.raises(ValueError, match=f"{function.__name__}: seed must be an integer"):
+                function(model, params_of(model), [], seed=seed)
+    with pytest.raises(ValueError, match="did you mean 'batch'"):
+        output_sensitivity(model, params_of(model), [], estimator="batches")
+    with pytest.raises(ValueError, match="slices must be an integer >= 1"):
+        sliced_cramer_importance(model, params_of(model), [], slices=0)

@@ -1,4 +1,4 @@
-"""Each layer rule against plain loops over samples, and who is left to torch.func."""
+"""Each layer rule against plain loops over samples."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from importance_models import CLASSES, params_of
+from importance_models import CLASSES, make_batches, params_of
 from importance_oracle import assert_close, fisher_oracle, mas_oracle, scp_oracle
-from layer_models import CONVOLUTIONS, EMBEDDINGS, FALLBACK, NORMS, RULED, Custom
+from layer_models import FALLBACK, RULED, Custom
 from torch import nn
 
 from clext.importance import (
     SlowImportanceWarning,
-    fallback,
     fisher_information,
     output_sensitivity,
     sliced_cramer_importance,
@@ -25,14 +24,7 @@ from clext.importance.rules import rule_for
 
 
 def batches_of(sizes=(4, 1, 5, 2), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (
-            torch.randn(size, 24, generator=generator).to(dtype),
-            torch.randint(CLASSES, (size,), generator=generator),
-        )
-        for size in sizes
-    ]
+    return make_batches(sizes, features=24, dtype=dtype)
 
 
 def assert_all_estimates(model, *, scp=True):
@@ -62,7 +54,14 @@ def test_layers_with_a_rule(name, device):
         assert_all_estimates(model)
 
 
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *EMBEDDINGS, *NORMS])
+CHUNKED = [
+    *("1d same", "1d circular", "2d groups", "2d depthwise", "2d called twice", "3d groups"),
+    *("embedding with padding", "tied embedding"),
+    *("batch norm 2d", "layer norm of two dimensions", "group norm", "instance norm"),
+]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_of_any_size_give_the_same(name, monkeypatch):
     torch.manual_seed(0)
     model = RULED[name]().double()
@@ -98,124 +97,13 @@ def test_gradients_of_samples_are_made_within_a_bound(samples, monkeypatch):
     assert max(n for name, n in made if name == "weight") == samples
 
 
-def test_models_for_one_size_of_batches(device):
-    model = Custom(lambda m, x: m.layer(x.view(5, 4, 6)), layer=nn.Linear(6, 5))
-    model.to(device, torch.float64)
-    params, batches = params_of(model), batches_of((5, 5))
-    got = output_sensitivity(model, params, batches)
-    model.function = lambda m, x: m.layer(x.view(-1, 4, 6))
-    assert_close(got, mas_oracle(model, params, batches))
-
-
-@pytest.fixture
-def left_over(monkeypatch):
-    """The parameters that torch.func is asked for."""
-    asked = []
-    plain = fallback.SingleSamples.add
-
-    def add(self, x, cotangent, chosen):
-        asked.extend(self._params[i] for i in chosen)
-        plain(self, x, cotangent, chosen)
-
-    monkeypatch.setattr(fallback.SingleSamples, "add", add)
-    return asked
-
-
 @pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 @pytest.mark.parametrize("name", FALLBACK)
-def test_only_what_has_no_rule_is_left_to_torch_func(name, device, left_over):
+def test_layers_without_a_rule(name, device):
     torch.manual_seed(0)
-    make, prefixes = FALLBACK[name]
-    model = make().to(device, torch.float64)
+    model = FALLBACK[name][0]().to(device, torch.float64)
     # A gradient scaled by the frequencies in a batch is no derivative of the mean output.
     assert_all_estimates(model, scp=name != "frequency")
-    asked = {id(entry) for entry in left_over}
-    for parameter_name, parameter in model.named_parameters():
-        ruled = not parameter_name.startswith(tuple(prefixes))
-        assert (id(parameter) in asked) != ruled, parameter_name
-
-
-@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_layers_beside_batch_statistics_are_left_to_torch_func(first, left_over):
-    """What one sample becomes there depends on the others, also of layers that come later."""
-    norm = nn.BatchNorm1d(4, affine=False, track_running_stats=False)
-
-    def forward(m, x):
-        x = x.view(-1, 4, 6)
-        return m.layer(norm(x)) if first else norm(m.layer(x))
-
-    model = Custom(forward, layer=nn.Linear(6, 6)).double()
-    params, batches = params_of(model), batches_of((4, 2))
-    assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
-    assert any(entry is model.layer.weight for entry in left_over)
-
-
-@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-@pytest.mark.parametrize("sizes", [(2,), (4,), (9,)])
-def test_samples_in_another_order_are_noticed(sizes, left_over):
-    model = Custom(lambda m, x: m.layer(x.flip(0)).flip(0), layer=nn.Linear(24, 6)).double()
-    params, batches = params_of(model), batches_of(sizes)
-    assert_close(output_sensitivity(model, params, batches), mas_oracle(model, params, batches))
-    assert {id(entry) for entry in left_over} == {id(entry) for entry in model.layer.parameters()}
-
-
-@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-def test_a_call_whose_result_is_not_used_does_no_harm():
-    def forward(m, x):
-        m.spare(x.view(-1, 8)[:7])
-        return m.layer(x)
-
-    model = Custom(forward, spare=nn.Linear(8, 2), layer=nn.Linear(24, 6)).double()
-    params, batches = params_of(model), batches_of((5, 3))
-    got = output_sensitivity(model, params, batches)
-    assert not got[2].any()
-    assert_close(got, mas_oracle(model, params, batches))
-
-
-@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-def test_a_batch_without_gradient_settles_nothing():
-    """The weight's second use, which no hook sees, shows in the second batch alone."""
-
-    def forward(m, x):
-        hidden = m.layer(x).relu()
-        return hidden * nn.functional.linear(hidden, m.layer.weight[:, :6])
-
-    model = Custom(forward, layer=nn.Linear(24, 6)).double()
-    with torch.no_grad():
-        model.layer.weight.abs_()
-    (first, y), *others = batches_of((4, 5))
-    batches = [(-first.abs() - 1, y), *((x.abs() + 1, y) for x, y in others)]
-    params = params_of(model)
-    assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
-
-
-@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
-def test_embeddings_that_renormalise_are_left_as_they_were(device):
-    model = Custom(
-        lambda m, x: m.table((x * 3).long().abs() % 7), table=nn.Embedding(7, 3, max_norm=0.5)
-    ).to(device, torch.float64)
-    before = model.table.weight.detach().clone()
-    params, batches = params_of(model), batches_of()
-    for estimate in (fisher_information, output_sensitivity, sliced_cramer_importance):
-        got = estimate(model, params, batches)
-        assert torch.equal(model.table.weight, before)
-    got = output_sensitivity(model, params, batches)
-    assert_close(got, mas_oracle(model, params, batches), rtol=1e-6)
-
-
-def test_autocast_and_a_gradient_scaler_play_no_part(device):
-    """Estimates run in the model's own dtype, and are of the unscaled loss."""
-    model = RULED["2d"]().to(device)
-    params, batches = params_of(model), batches_of(dtype=torch.float32)
-    estimates = (fisher_information, output_sensitivity, sliced_cramer_importance)
-    expected = [estimate(model, params, batches) for estimate in estimates]
-    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-        scaler.scale(model(batches[0][0].to(device)).float().sum()).backward()
-        got = [estimate(model, params, batches) for estimate in estimates]
-    for mine, theirs in zip(got, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 HALF = ["2d", "batch-first", "embedding", "batch norm 2d", "layer norm", "RMS norm", "group norm"]

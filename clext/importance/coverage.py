@@ -1,4 +1,4 @@
-"""Gradients of single samples by the layer rules: for which parameters of a pass they hold."""
+"""Coverage of a pass by the layer rules: of which parameters they give the samples' gradients."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def _add_gradient(
         for start in range(0, len(rows), size):
             few = slice(start, start + size)
             terms = (features[few].abs(), rows[few].abs()) if absolute else (features, rows)
-            rule.add_({name: total}, *terms, identity)
+            rule.add_(total, name, *terms, identity)
 
 
 def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Models whose autograd graphs are out of the ordinary: against plain loops over samples."""
+"""Captures of passes whose autograd graphs are out of the ordinary; what is given back of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importance_models import CLASSES, make_batches, params_of
 from importance_oracle import assert_close, fisher_oracle, mas_oracle
 from torch import nn
 from torch.autograd import grad
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from clext.importance import fisher_information, output_sensitivity
 from clext.importance.capture import ends_of
@@ -107,6 +108,30 @@ def test_a_graph_that_the_model_keeps_is_there_for_the_next_pass(sizes, device):
     expected = fisher_oracle(model, params, batches)
     model.kept = None
     assert_close(fisher_information(model, params, batches), expected)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "exact"])
+def test_activations_are_given_back_as_the_last_backward_pass_goes(kind, device):
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv1d(1, 3, 2, padding=1), nn.Conv1d(3, 3, 2)
+            self.third, self.head = nn.Conv1d(3, 3, 2), nn.Linear(15, CLASSES)
+            self.gone = []
+
+        def forward(self, x):
+            early = self.first(x.unsqueeze(1))
+            late = self.second(early.tanh()).tanh()
+            kept = StorageWeakRef(late.untyped_storage())
+            early.register_hook(lambda _: self.gone.append(kept.expired()))
+            return self.head(self.third(late).tanh().flatten(1))
+
+    model = Watched().to(device)
+    x, y = make_batches((4,))[0]
+    fisher_information(model, params_of(model), [(x.float(), y)], kind=kind)
+    assert model.gone[-1]  # by when the gradient is at the first layer
+    if kind == "exact":
+        assert not any(model.gone[-CLASSES:-1])
 
 
 class Node:

@@ -6,48 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from op_arguments import (
-    INF,
-    NAN,
-    ROWS,
-    SLICES,
-    Arguments,
-    Counts,
-    ListArg,
-    Op,
-    TensorArg,
-    Unused,
-)
-from op_registry import OPS
+from op_arguments import ROWS, Arguments, Counts, ListArg, Op, TensorArg, Unused
 from torch import Tensor
-
-__all__ = [
-    "ASSORTMENT",
-    "CHUNK",
-    "DTYPES",
-    "INF",
-    "NAN",
-    "OPS",
-    "ROWS",
-    "SIZES",
-    "SLICES",
-    "Arguments",
-    "Counts",
-    "Entry",
-    "ListArg",
-    "Op",
-    "TensorArg",
-    "Unused",
-    "assert_same_bits",
-    "assortment",
-    "bits",
-    "check_against_reference",
-    "copy",
-    "outputs_of",
-    "sample",
-    "state_dtype",
-    "tensors_of",
-]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 32 * 1024  # kCpuChunkSize: one partial sum each
