@@ -195,7 +195,7 @@ def test_an_end_that_one_refuses_changes_neither():
 
 
 def test_a_run_of_the_pair_has_both_and_is_the_same_again():
-    options = {**QUICK, "replay.strength": 3}
+    options = {**QUICK, "epochs": 1, "replay.strength": 3}
     models = [small(), small()]
     runs = [clext.train("ewc+replay", model=given, seed=4, **options) for given in models]
     assert runs[0].curve == runs[1].curve

@@ -42,22 +42,22 @@ def kept(method):
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.7, 0.0])
-def test_all_anchors_are_the_sum_over_ten_tasks(gamma, device, plan):
+def test_all_anchors_are_the_sum_over_all_tasks(gamma, device):
     """Value and gradient, and nothing grows with the tasks."""
     model, other = make_model().to(device), make_model()
     method = EWC(model, strength=3.0, anchors="all", gamma=gamma)
     naive = NaiveEWC(other, 3.0)
     naive.gamma, naive.anchors = gamma, "all"
     size = kept(method)
-    for number in range(10):
+    for number in range(5):
         wander(model, number)
         wander(other, number)
         batches = make_task(number)
         method.consolidate([(x.to(device), y.to(device)) for x, y in batches])
         naive.end_task(batches)
         assert kept(method) == size
-    wander(model, 10)
-    wander(other, 10)
+    wander(model, 5)
+    wander(other, 5)
     expected = naive.penalty()
     gradients = torch.autograd.grad(expected, naive.params)
     value = method.penalty()
@@ -131,15 +131,6 @@ def test_samples_of_any_iterable_are_counted(data):
     assert_same_state(method.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [(None, "got nothing"), (3, "got int"), ([], "is empty"), ([(1,)], "batch 0 is tuple")],
-)
-def test_sums_describe_bad_data_as_means_do(data, message):
-    with pytest.raises(ValueError, match=message):
-        EWC(make_model(), weighting="sum").consolidate(data)
-
-
 # ------------------------------------------------------------------ MAS, SCP
 
 
@@ -151,28 +142,6 @@ def test_mas_without_memory_keeps_the_latest_task(device):
     expected.consolidate(make_task(1, device=device))
     for name, entry in expected.importance.items():
         torch.testing.assert_close(method.importance[name], entry, **EXACT)
-
-
-def test_sampled_directions_converge_to_all_of_them_at_the_monte_carlo_rate(device):
-    """The error falls with the root of their number."""
-    model = make_model().to(device)
-    params, batches = list(model.parameters()), make_task(0, device=device)
-
-    def importance(slices, seed=0):
-        estimate = sliced_cramer_importance(model, params, batches, slices=slices, seed=seed)
-        return torch.cat([entry.flatten() for entry in estimate])
-
-    exact = importance("exact")
-    numbers = [2**power for power in range(4, 13)]
-    logs = []
-    for number in numbers:
-        errors = [(importance(number, seed) - exact).norm() / exact.norm() for seed in range(32)]
-        logs.append(torch.stack(errors).square().mean().sqrt().log().item())
-    slope = torch.linalg.lstsq(
-        torch.tensor([[math.log(number), 1.0] for number in numbers]), torch.tensor([logs]).T
-    ).solution[0]
-    assert -0.6 <= slope.item() <= -0.4
-    assert logs[0] > math.log(0.01)
 
 
 @pytest.mark.parametrize(

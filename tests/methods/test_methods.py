@@ -27,18 +27,14 @@ pytestmark = [
 PULLING = [EWC, MAS, SI, RWalk, SCP]
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]
-
-
 @pytest.fixture(params=METHODS)
 def kind(request):
     return METHODS[request.param]
 
 
+@pytest.mark.parametrize("case", CASES)
 def test_method_trains_like_its_definition(case, device, plan):
-    kind, naive_kind, strength, options = case
+    kind, naive_kind, strength, options = CASES[case]
     naive = naive_kind(make_model(), strength)
     for name, value in options.items():
         setattr(naive, {"fisher": "kind"}.get(name, name), value)
@@ -63,8 +59,9 @@ def test_method_trains_like_its_definition(case, device, plan):
         assert any(bool((entry > 0).any()) for entry in method.importance.values())
 
 
+@pytest.mark.parametrize("case", ["baseline", "ewc", "ewc all", "rwalk"])
 def test_added_gradient_is_that_of_the_penalty(case, device, plan):
-    kind, _, strength, options = case
+    kind, _, strength, options = CASES[case]
     model = make_model().to(device)
     method = kind(model, strength=strength, **options)
     train_tasks(model, method, tasks=2)
@@ -148,8 +145,7 @@ def test_a_task_may_end_in_inference_mode(kind, device):
     assert_same_state(*states)
 
 
-@pytest.mark.parametrize("failing", [False, True], ids=["normal", "exception"])
-def test_consolidation_leaves_modes_and_batch_statistics_alone(kind, device, failing):
+def test_consolidation_leaves_modes_and_batch_statistics_alone(kind, device):
     model = nn.Sequential(
         nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, CLASSES)
     )
@@ -157,11 +153,6 @@ def test_consolidation_leaves_modes_and_batch_statistics_alone(kind, device, fai
     model[2].eval()
     method = kind(model)
     before = [buffer.clone() for buffer in model.buffers()]
-    batches = make_task(0, device=device)
-    if failing and kind in (EWC, MAS, SCP):
-        with pytest.raises(ValueError, match="batch 1"):
-            method.consolidate([batches[0], "neither x nor (x, y)"])
-    else:
-        method.consolidate(batches)
+    method.consolidate(make_task(0, device=device))
     assert [module.training for module in model.modules()] == [True, True, True, False, True]
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))

@@ -61,38 +61,28 @@ def test_a_parameter_frozen_later_stays_and_costs_the_same_in_both_ways(kind, wa
 
 
 @every_way
-def test_what_was_kept_of_a_parameter_before_it_was_frozen_is_not_used_again(way, device):
-    """Its last movement would be counted anew in every step."""
-    trained = Trained("si", way, device)
-    batches = make_task(0, device=device)
-    for batch in batches[:4]:
-        trained.step(batch)
-    trained.optimizer.zero_grad()
-    trained.model[0].requires_grad_(False)
-    path = trained.method._state.lists["path"][0].clone()
-    for batch in batches[4:]:
-        trained.step(batch)
-    assert torch.equal(trained.method._state.lists["path"][0], path)
-
-
-@every_way
 @every_kind
-def test_a_parameter_unfrozen_later_is_protected_from_then_on(kind, way, device):
+@pytest.mark.parametrize("change", ["unfrozen", "added"])
+def test_a_parameter_that_comes_later_is_protected_from_then_on(kind, way, change, device):
     model = make_model()
-    model[0].requires_grad_(False)
+    model[0].requires_grad_(change == "added")
     trained = Trained(kind.name, way, device, model)
     run_task(0, trained)
     important = {name: entry.clone() for name, entry in trained.method.importance.items()}
-    trained.model[0].requires_grad_(True)
-    trained.method.refresh_parameters()
-    trained.restart()
-    assert list(trained.method.importance) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    for name, entry in important.items():
-        assert torch.equal(trained.method.importance[name], entry)
-    assert trained.method.importance["0.weight"].eq(0).all()
-    assert torch.equal(trained.method.anchor["0.weight"], trained.model[0].weight)
+    if change == "added":
+        model.append(nn.Linear(CLASSES, CLASSES, device=device, dtype=torch.float64))
+    model[0].requires_grad_(True)
+    if not (change == "unfrozen" and way == "fused"):  # the pass asks where a gradient is the first
+        trained.method.refresh_parameters()
+        trained.restart()
+    trained.step(make_task(1, device=device)[0])
+    new = "3.weight" if change == "added" else "0.weight"
+    names = [name for name, _ in model.named_parameters()]
+    assert list(trained.method.importance) == names
+    assert all(torch.equal(trained.method.importance[name], important[name]) for name in important)
+    assert trained.method.importance[new].eq(0).all()
     run_task(1, trained)
-    assert trained.method.importance["0.weight"].gt(0).any()
+    assert trained.method.importance[new].gt(0).any()
 
 
 # ------------------------------------------------------------------ grown, added, replaced
@@ -100,15 +90,12 @@ def test_a_parameter_unfrozen_later_is_protected_from_then_on(kind, way, device)
 
 @every_case
 @every_way
-@pytest.mark.parametrize("follow", ["refresh_parameters", "begin_task"])
-def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(
-    case, way, follow, device, plan
-):
+def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(case, way, device, plan):
     trained, defined = twins(case, way, device, make_model())
     run_task(0, trained, defined)
     grow(trained.model)
     grow(defined.model)
-    getattr(trained.method, follow)()
+    trained.method.begin_task() if way == "apart" else trained.method.refresh_parameters()
     grow_naive(defined.naive)
     for loop in (trained, defined):
         loop.restart()
@@ -116,25 +103,6 @@ def test_a_head_that_grows_keeps_the_old_rows_and_starts_the_new_ones(
     run_task(1, trained, defined, labels=2)
     run_task(2, trained, defined)
     assert_agree(trained, defined)
-
-
-@every_way
-@every_kind
-def test_parameters_added_later(kind, way, device):
-    model = make_model()
-    trained = Trained(kind.name, way, device, model)
-    run_task(0, trained)
-    important = {name: entry.clone() for name, entry in trained.method.importance.items()}
-    model.append(nn.Linear(CLASSES, CLASSES, device=device, dtype=torch.float64))
-    trained.method.refresh_parameters()
-    trained.restart()
-    for name, entry in important.items():
-        assert torch.equal(trained.method.importance[name], entry)
-    assert trained.method.importance["3.weight"].eq(0).all()
-    assert torch.equal(trained.method.anchor["3.weight"], model[3].weight)
-    assert trained.method.penalty().item() == pytest.approx(0, abs=1e-12)
-    run_task(1, trained)
-    assert trained.method.importance["3.weight"].gt(0).any()
 
 
 @every_kind

@@ -10,12 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from condition_loops import WAYS, Defined, Trained, assert_agree
-from naive_methods import CASES
-from torch import nn
 from toy_training import make_model, make_task
 
 import clext
-from clext import EWC, SI, RWalk
+from clext import EWC, SI, RWalk, optim
 
 pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 
@@ -51,7 +49,7 @@ def test_gradients_of_several_batches_are_one_step(case, way, device):
 
 @every_case
 @pytest.mark.parametrize("way", ["apart", "fused", "attached"])
-def test_clipping_leaves_the_path_that_of_the_task(case, way, device, plan):
+def test_clipping_leaves_the_path_that_of_the_task(case, way, device):
     """Torch's own after the pull, or the option of the fused step; `attach` pulls after a clip."""
     assert_agree(*train_both(case, way, device, clip=0.05))
 
@@ -135,6 +133,41 @@ def test_the_penalty_in_parts_of_the_loss_is_the_penalty_once(case, device):
         torch.testing.assert_close(entry, results[1].method.importance[name])
 
 
+@pytest.mark.parametrize("case", ["ewc", "si", "rwalk"])
+def test_the_strongest_pull_leaks_into_no_importance(case, device):
+    """What it does is not what the task has taught."""
+    trained, defined = Trained(case, "apart", device), Defined(case, "apart")
+    trained.method.strength = defined.naive.strength = 50 * trained.method.strength
+    for loop in (trained, defined):
+        for number in range(2):
+            batches = make_task(number, device=device if loop is trained else "cpu")
+            for batch in batches:
+                loop.step(batch)
+            loop.end_task(batches)
+    assert_agree(trained, defined, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["si", "rwalk"])
+@every_way
+def test_negative_importance_is_not_kept(case, way, device):
+    """Weight decay goes uphill too, and then the path integral falls: a reward, as a penalty."""
+    trained = Trained(case, way, device)
+    options = {"method": trained.method} if way == "fused" else {}
+    library = optim if way == "fused" else torch.optim
+    params = trained.model.parameters()
+    trained.optimizer = library.AdamW(params, lr=0.02, weight_decay=10.0, **options)
+    uphill = False
+    for number in range(2):
+        batches = make_task(number, device=device)
+        for batch in batches:
+            trained.step(batch)
+            path = trained.method._state.lists["path"]
+            uphill |= any(bool(entry.lt(0).any()) for entry in path)
+        trained.end_task(batches)
+        assert all(bool(entry.ge(0).all()) for entry in trained.method.importance.values())
+    assert uphill
+
+
 # ------------------------------------------------------------------ calls too many or too few
 
 
@@ -190,27 +223,6 @@ def test_an_update_without_a_step_says_what_to_do(kind):
         method.update()
 
 
-@pytest.mark.parametrize("kind", [SI, RWalk, EWC])
-def test_tasks_without_a_step_are_reported(kind, device):
-    """Once: importance of nothing for methods with a path; later nothing has held anything."""
-    model = make_model().to(device)
-    method = kind(model)
-    optimizer = torch.optim.Adam(model.parameters())
-    for number in range(2):
-        batches = make_task(number, device=device)
-        for x, y in batches:
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if number == 0 and kind is EWC:
-            method.consolidate(batches)
-            continue
-        with pytest.warns(UserWarning, match=f"{kind.name} saw no step of this task") as caught:
-            method.consolidate(batches)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__
-
-
 # ------------------------------------------------------------------ GradScaler, autocast
 
 
@@ -235,7 +247,7 @@ def train_scaled(case, way, device, *, poison):
 
 
 @pytest.mark.parametrize("way", ["apart", "scaled", "fused", "attached", "attached in step"])
-@pytest.mark.parametrize("poison", [None, torch.inf, torch.nan])
+@pytest.mark.parametrize("poison", [None, torch.inf])
 @pytest.mark.parametrize("case", ["ewc", "si"])
 def test_importance_is_not_scaled_and_skipped_steps_leave_no_trace(case, way, poison, device):
     """Unscaled before, or with `add_penalty_grad_(scaler)`; else nobody has to think of it."""
@@ -267,8 +279,7 @@ def test_a_broken_step_is_refused_at_the_end_of_the_task(case, way, device):
 
 @pytest.mark.parametrize("case", ["ewc", "si", "rwalk"])
 @every_way
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_forward_pass_in_half_precision(case, way, dtype):
+def test_a_forward_pass_in_half_precision(case, way):
     """Gradients and state are float32 all the same."""
     trained = Trained(case, way, dtype=torch.float32)
     defined = Defined(case, way, dtype=torch.float32)
@@ -276,7 +287,7 @@ def test_a_forward_pass_in_half_precision(case, way, dtype):
         batches = make_task(number, torch.float32)
         for batch in batches:
             for each in (trained, defined):
-                each.step(batch, autocast=dtype)
+                each.step(batch, autocast=torch.bfloat16)
             # Roundings in half precision drift apart, slowly.
             for mine, theirs in zip(trained.model.parameters(), defined.naive.params, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-3)
@@ -306,15 +317,11 @@ def entered(function):
     return names
 
 
-def test_a_step_of_si_is_a_handful_of_functions():
-    trained = Trained("si", "apart", "cpu")
+@pytest.mark.parametrize(("way", "most"), [("apart", 8), ("fused", 15)])
+def test_a_step_of_si_is_a_handful_of_functions(way, most):
+    trained = Trained("si", way)
     batches = make_task(0)
     trained.step(batches[0])
     trained.backward(batches[1])
     names = entered(trained.finish)
-    assert len(set(names)) <= 8, names
-
-
-def test_every_case_is_one_of_the_definitions():
-    assert set(CHOSEN) <= set(CASES)
-    assert isinstance(make_model(), nn.Module)
+    assert len(set(names) if way == "apart" else names) <= most, names

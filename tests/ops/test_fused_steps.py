@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from op_arguments import STATE_KEYS
 from op_registry import OPS
-from op_samples import Entry, assert_same_bits, copy, lay_out, outputs_of, sample, tensors_of
+from op_samples import (
+    Entry,
+    assert_same_bits,
+    check_against_reference,
+    copy,
+    lay_out,
+    outputs_of,
+    sample,
+    tensors_of,
+)
+from step_registry import LEVELS, adam, sgd
 
 from clext.ops._extension import C
 from clext.ops.plan import ReferencePlan
@@ -27,6 +39,30 @@ every_implementation = pytest.mark.parametrize("implementation", ["kernel", "ref
 def run(op, arguments, implementation="kernel"):
     arguments = copy(arguments)
     return outputs_of(op, arguments, getattr(op, implementation)(arguments))
+
+
+# ----------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "make",
+    [sgd, lambda level: sgd(level, momentum=0.5, dampening=0.25), adam],
+    ids=["sgd", "momentum", "adam"],
+)
+def test_every_combination_of_options(make, level, device):
+    op = make(level)
+    names = {arg.name for arg in op.args}
+    flags = sorted(names & {"nesterov", "decoupled", "maximize", "proximal"})
+    tensors = {"grad_scale": torch.full((1,), 4.0), "clip": torch.tensor(0.25)}
+    for given in itertools.product((False, True), repeat=len(flags) + 3):
+        arguments = sample(op, ENTRIES, device)
+        arguments |= dict(zip(flags, given, strict=False))
+        *chosen, decays = given[len(flags) :]
+        arguments["weight_decay"] *= decays
+        for (name, value), is_given in zip(tensors.items(), chosen, strict=True):
+            arguments[name] = value.to(device) if is_given else None
+        check_against_reference(op, arguments)
 
 
 # ----------------------------------------------------------------------------- scaled gradients

@@ -137,26 +137,6 @@ def test_a_plan_is_compiled_where_there_are_kernels(device):
     assert isinstance(make_plan(["w"], nowhere, {"anchor": nowhere}), ReferencePlan)
 
 
-def test_both_plans_mean_the_same(device):
-    results = []
-    for implementation in ("compiled", "reference"):
-        problem = Problem(implementation, device, entries=(Entry((4, 5)), Entry((3,))))
-        plan, estimate = problem.plan, problem.state["score"]
-        problem.backward()
-        values = [plan.add_quadratic_penalty_grad_(0.5), plan.quadratic_penalty()]
-        problem.optimize()
-        plan.accumulate_path_integral_()
-        plan.riemannian_walk_step_(0.9)
-        plan.accumulate_riemannian_walk_score_(0.1)
-        plan.consolidate_riemannian_walk_(0.5)
-        plan.consolidate_path_integral_(0.1)
-        plan.consolidate_importance_(estimate, 0.9)
-        values.append(plan.consolidate_all_anchors_(estimate, 0.9))
-        results.append([*values, *problem.snapshot().values()])
-    for compiled, plain in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
-
-
 # ----------------------------------------------------------------------------- what the pull keeps
 
 

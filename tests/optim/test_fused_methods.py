@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_methods import CASES as METHOD_CASES
-from toy_training import CLASSES, make_model, make_task, train_steps, train_tasks
+from toy_training import make_model, make_task, train_steps, train_tasks
 
 from clext import EWC, SI, Baseline, RWalk, optim
 
@@ -139,84 +139,6 @@ def test_groups_and_parameters_that_the_method_does_not_know(case, device):
     method.steps = expected.steps
     assert_same(model, other, method, expected)
     torch.testing.assert_close(extra, its_extra, **EXACT)
-
-
-@every_pull
-def test_a_head_that_grows_between_tasks_and_a_layer_that_is_unfrozen_in_one(kind, device):
-    results = []
-    for way in ("fused", "apart"):
-        model = make_model().to(device)
-        model[0].requires_grad_(False)
-        method = kind(model)
-        for number in range(2):
-            batches = [(x, y + 2 * number) for x, y in make_task(number, device=device)]
-            if number == 1:
-                grown = torch.nn.Linear(6, CLASSES + 2, device=device, dtype=torch.float64)
-                with torch.no_grad():
-                    grown.weight.fill_(0.5)[:CLASSES] = model[2].weight
-                    grown.bias.zero_()[:CLASSES] = model[2].bias
-                model[2] = grown
-                method.refresh_parameters()
-            optimizer = fused(model, method) if way == "fused" else apart(model)
-            for half in (batches[:4], batches[4:]):
-                if way == "fused":
-                    fused_steps(model, optimizer, half)
-                else:
-                    train_steps(model, method, optimizer, half)
-                if number == 1:
-                    model[0].requires_grad_(True)
-                    if way == "apart":  # the pass asks by itself where a gradient is the first
-                        method.refresh_parameters()
-            method.consolidate(batches)
-        results.append((model, method))
-    (model, method), (other, expected) = results
-    assert_same(model, other, method, expected)
-    assert method.importance["2.weight"].shape[0] == CLASSES + 2
-    assert method.importance["0.weight"].any()
-
-
-@every_pull
-def test_half_precision(kind, device):
-    """The path follows what is stored; everything stays finite, and something is important."""
-    model = make_model(torch.bfloat16).to(device)
-    method = kind(model)
-    for number in range(2):
-        batches = make_task(number, torch.bfloat16, device)
-        fused_steps(model, fused(model, method), batches)
-        method.consolidate(batches)
-    for entry in method.importance.values():
-        assert entry.dtype == torch.float32
-        assert bool(entry.isfinite().all())
-        assert bool(entry.any())
-
-
-@every_way
-def test_scaled_gradients(case, device):
-    """The pull and the path are not scaled, and a skipped step leaves no trace."""
-    results = []
-    for scaled in (False, True):
-        model, method = make(case, device, torch.float32)
-        if hasattr(method, "interval"):
-            method.interval = 1000  # steps are counted on the host, those that are skipped too
-        scaler = torch.amp.GradScaler(device, init_scale=2.0**12, enabled=scaled)
-        for number in range(2):
-            batches = make_task(number, torch.float32, device)
-            optimizer = fused(model, method)
-            for x, y in batches:
-                if scaled:
-                    scaler.scale(F.cross_entropy(model(x), y)).backward()
-                    model[0].bias.grad.fill_(torch.inf)
-                    scaler.step(optimizer)
-                    scaler.update(2.0**12)
-                    optimizer.zero_grad()
-                scaler.scale(F.cross_entropy(model(x), y)).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-            method.consolidate(batches)
-        results.append((model, method))
-    (model, method), (other, expected) = results
-    assert_same(model, other, method, expected, SINGLE)
 
 
 @every_pull

@@ -21,11 +21,11 @@ from op_arguments import (
     weights,
 )
 
-_LEVELS = {"plain": 0, "pull": 1, "path": 2, "walk": 3}
+LEVELS = {"plain": 0, "pull": 1, "path": 2, "walk": 3}
 
 
 def _protection(level: str) -> tuple[Arg, ...]:
-    number = _LEVELS[level]
+    number = LEVELS[level]
     return (
         state("path", "update") if number >= 2 else Unused("path"),
         weights("fisher", "update") if number >= 3 else Unused("fisher"),
@@ -46,7 +46,7 @@ def _rest(proximal: bool, clear_grad: bool) -> tuple[Arg, ...]:
     )
 
 
-def _sgd(
+def sgd(
     level: str,
     *examples: Example,
     momentum: float = 0.0,
@@ -81,7 +81,7 @@ def _sgd(
     )
 
 
-def _adam(
+def adam(
     level: str,
     *examples: Example,
     decoupled: bool = False,
@@ -122,11 +122,11 @@ _BACK = {"params": 3.0, "anchors": 1.0, "importances": 0.5, "strength": 2.0, "lr
 _MEAN = {"exp_avgs": 7.0, "exp_avg_sqs": 9.0, "steps": 4.0, "beta1": 0.0, "beta2": 0.0, "eps": 2.0}
 
 STEPS = (
-    _sgd(
+    sgd(
         "plain",
         Example({"params": 3.0, "grads": 2.0, "lr": 0.5, "weight_decay": 1.0}, {"params": 0.5}),
     ),
-    _sgd(
+    sgd(
         "walk",
         Example(
             {**_WALK, "momentum_buffers": 4.0, "steps": 2.0, "lr": 0.5, "momentum": 0.5},
@@ -157,7 +157,7 @@ STEPS = (
         dampening=0.25,
         clear_grad=True,
     ),
-    _sgd(
+    sgd(
         "pull",
         # Nesterov's step for -4 leads from 3 to 5.75, and the pull half of the way back to 1.
         Example(
@@ -175,7 +175,7 @@ STEPS = (
         maximize=True,
         proximal=True,
     ),
-    _adam(
+    adam(
         "plain",
         Example(
             {**_MEAN, "lr": 0.5, "weight_decay": 0.5, "params": 3.0, "grads": 2.0},
@@ -188,7 +188,7 @@ STEPS = (
         ),
         decoupled=True,
     ),
-    _adam(
+    adam(
         "walk",
         # A step of 0.5 * 4 / (4 + 4).
         Example(
@@ -206,7 +206,7 @@ STEPS = (
         ),
         clear_grad=True,
     ),
-    _adam(
+    adam(
         "path",
         # From 3 to 0.75 * 3 + 0.5 * 2 / (2 + 2), and half of the way back to 1.
         Example(

@@ -14,6 +14,7 @@ from clext import cli
 from clext.training.describe import option_values
 
 QUICK = ("--dataset", "digits", "--tasks", "2", "--epochs", "1", "--quiet")
+ONE_TASK = (*QUICK, "--tasks", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +37,13 @@ class TestTrain:
 
     def test_never_replaces_an_earlier_result_unasked(self, tmp_path):
         (tmp_path / "runs" / "baseline").mkdir(parents=True)
-        run("train", "--method", "baseline", *QUICK)
+        run("train", "--method", "baseline", *ONE_TASK)
         names = [path.name for path in (tmp_path / "runs").iterdir()]
         assert sorted(names) == ["baseline", "baseline-2"]
 
     def test_options_reach_the_method(self):
         outcome = run(
-            *("train", "--method", "ewc", "--strength", "3", "--out", "here", *QUICK),
+            *("train", "--method", "ewc", "--strength", "3", "--out", "here", *ONE_TASK),
             *("--option", "fisher=batch", "--option", "gamma=0.5"),
         )
         assert outcome.exit_code == 0, outcome.output
@@ -87,7 +88,7 @@ class TestTrain:
 
     def test_a_result_that_cannot_be_saved_is_an_error_and_leaves_no_part(self, tmp_path):
         (tmp_path / "out" / "result.json").mkdir(parents=True)  # in the way of the file
-        outcome = run("train", "--method", "baseline", "--out", "out", *QUICK)
+        outcome = run("train", "--method", "baseline", "--out", "out", *ONE_TASK)
         assert outcome.exit_code != 0
         assert "could not be saved" in outcome.stderr
         assert "Saved in" not in outcome.stdout
@@ -108,7 +109,7 @@ class TestTrain:
 class TestCompare:
     def test_prints_the_table_and_draws_the_picture(self, tmp_path):
         outcome = run(
-            *("compare", "--methods", "baseline, si", "--option", "si.strength=3", *QUICK)
+            *("compare", "--methods", "baseline, si", "--option", "si.strength=3", *ONE_TASK)
         )
         assert outcome.exit_code == 0, outcome.output
         assert "Saved in runs/compare: comparison.json, accuracy.png" in outcome.stdout
@@ -132,7 +133,7 @@ class TestCompare:
 
     def test_the_method_of_an_option_ends_at_the_first_dot(self, tmp_path):
         options = ("--option", "ewc+replay.replay.strength=3", "--option", "ewc+replay.budget=50")
-        outcome = run("compare", "--methods", "ewc,ewc+replay", *options, *QUICK)
+        outcome = run("compare", "--methods", "ewc,ewc+replay", *options, *ONE_TASK)
         assert outcome.exit_code == 0, outcome.output
         comparison = clext.Comparison.load(tmp_path / "runs" / "compare")
         assert comparison["ewc+replay"].strengths == [250, 3]
