@@ -162,40 +162,42 @@ def _find_layouts(
 
 def _explain(gradient: Tensor, places: Sequence[tuple[Call, str, Tensor | None]]) -> bool:
     """Whether the rules' gradient is autograd's."""
-    total = torch.zeros_like(gradient, dtype=state_dtype(gradient.dtype))
-    _add_gradient(total, places, absolute=False)
-    difference = (total - gradient).abs_()
+    if gradient.numel() == 0:
+        return True
     tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
     if gradient.is_cuda and gradient.dtype == torch.float32:
         tolerance = _TF32_TOLERANCE
+    total = _gradient(gradient, places)
+    difference = (total - gradient).abs_()
+
+    def is_small_beside(size: Tensor) -> bool:
+        allowed = size.clamp_(min=_FLOOR * size.max()).mul_(tolerance)
+        return bool((difference <= allowed).all())
+
     # The terms of a sum are together at least as large as the sum: mostly that is enough.
-    if _is_small(difference, total.abs_(), tolerance):
-        return True
-    _add_gradient(total.zero_(), places, absolute=True)
-    return _is_small(difference, total, tolerance)
+    return is_small_beside(total.abs_()) or is_small_beside(
+        _gradient(gradient, places, of_absolute_terms=True)
+    )
 
 
-def _is_small(difference: Tensor, size: Tensor, tolerance: float) -> bool:
-    """Whether each number is, beside what it is the rest of. Overwrites `size`."""
-    if difference.numel() == 0:
-        return True
-    allowed = size.clamp_(min=_FLOOR * float(size.max())).mul_(tolerance)
-    return bool((difference <= allowed).all())
-
-
-def _add_gradient(
-    total: Tensor, places: Sequence[tuple[Call, str, Tensor | None]], *, absolute: bool
-) -> None:
-    """Add the gradient by the rules, or the sum of its absolute terms."""
+def _gradient(
+    like: Tensor,
+    places: Sequence[tuple[Call, str, Tensor | None]],
+    *,
+    of_absolute_terms: bool = False,
+) -> Tensor:
+    """The gradient by the rules."""
+    total = torch.zeros_like(like, dtype=state_dtype(like.dtype))
     for call, name, g in places:
         if g is None:
             continue
         rule, name, features, rows = call.use(name, call.rows(g))
-        size = _FEW if absolute else len(rows)  # features may be views of less
-        for start in range(0, len(rows), size):
-            few = slice(start, start + size)
-            terms = (features[few].abs(), rows[few].abs()) if absolute else (features, rows)
-            rule.add_(total, name, *terms, identity)
+        if not of_absolute_terms:
+            rule.add_(total, name, features, rows, identity)
+            continue
+        for some, few in zip(features.split(_FEW), rows.split(_FEW), strict=True):
+            rule.add_(total, name, some.abs(), few.abs(), identity)  # features may be views of less
+    return total
 
 
 def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:

@@ -63,7 +63,9 @@ def fisher_information(
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
-        sums = kind_of_sum(owner, model, params, forward or model, absolute=False)
+        sums = kind_of_sum(
+            owner, model, params, model if forward is None else forward, absolute=False
+        )
         draws = generator(seed)
         samples = 0
         for x, y in read_batches(owner, batches, params[0].device):

@@ -51,7 +51,9 @@ def output_sensitivity(
     samples = 0
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed=0):
-        sums = kind_of_sum(owner, model, params, forward or model, absolute=True)
+        sums = kind_of_sum(
+            owner, model, params, model if forward is None else forward, absolute=True
+        )
         for x in read_inputs(owner, batches, params[0].device):
             sums.add(x, lambda outputs: [2 * outputs])
             samples += len(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from clext.importance.passes import check_outputs, single_outputs
 from clext.importance.rule import add_joint_, identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
@@ -66,8 +67,9 @@ class PerSampleSum:
         uses = coverage.uses(calls, len(x))
         batch = _Batch(self.sums, uses, self._function, frees_graph=len(x) > 1)
         del calls, uses  # for `batch` to give their inputs back
-        for weight, last in _up_to_last(weights):  # the first one refuses bad labels
-            batch.add(outputs, weight, last=last)
+        for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
+            assert weight is not None
+            batch.add(outputs, weight, last=following is None)
             if coverage.singly:
                 self._singles.add(x, weight.to(outputs.dtype), coverage.singly)
         batch.finish()
@@ -142,14 +144,3 @@ class _Batch:
             powers = self._function(call.features())
             for name, acc in self._separable[call].items():
                 call.rule.add_(acc, name, powers, total, identity)
-
-
-def _up_to_last(entries: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each entry, and whether it is the last."""
-    before: Tensor | None = None
-    for entry in entries:
-        if before is not None:
-            yield before, False
-        before = entry
-    if before is not None:
-        yield before, True

@@ -69,7 +69,7 @@ def sliced_cramer_importance(
     samples = 0
     jacobian: _Jacobian | None = None
     params = parameter_list(owner, model, params)
-    forward = forward or model
+    forward = model if forward is None else forward
     with evaluation(model, params, seed):
         capture = Capture(model, params, forward, lambda rule: rule.gives_rows)
         finder = CoverageFinder(capture, params)

@@ -212,16 +212,48 @@ def test_padded_text(trainable):
         assert_close(estimate(model, params, batches), oracle(model, params, batches))
 
 
-def test_rows_that_the_data_arranges_are_looked_at_in_every_batch():
-    """The first batch has three rows in each sample, the second as many in all."""
+def by_product(m, x):
+    """A row for each positive entry; how they make up samples is in no operation with an index."""
+    kept = x > 0
+    rows = m.a(torch.diag_embed(x)[kept]).tanh()
+    return F.one_hot(kept.nonzero()[:, 0], len(x)).to(x).T @ rows
+
+
+def on_a_grid(m, x):
+    """As many tokens as samples; with negative entries, a sample has one of its own place alone."""
+    rows = m.a(x.repeat(len(x), 1, 1)).tanh()
+    weights = torch.where(x[:, 0] > 0, 1.0, torch.eye(len(x)).to(x))
+    return (rows * (weights / weights.sum(0)).unsqueeze(2)).sum(0)
+
+
+def lent(m, x):
+    """The layer's own weight where the first entries are positive."""
+    return m.a(x) if bool((x[:, 0] > 0).all()) else with_other_weight(m, x)
+
+
+def positive(*counts):
+    """Samples with so many positive entries, the first ones."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(len(counts), 6, dtype=torch.float64, generator=generator) + 0.1
+    return torch.where(torch.arange(6) < torch.tensor(counts)[:, None], x, -x)
+
+
+@pytest.mark.parametrize(
+    ("use", "first", "second"),
+    [
+        (ragged, [3] * 8, [3, 3, 3, 3, 2, 4, 2, 4]),
+        (by_product, [3] * 8, [3, 3, 3, 3, 2, 4, 2, 4]),
+        (by_product, [1] * 8, [2, 2, 3, 3, 2, 1, 2, 1]),
+        (on_a_grid, [0] * 8, [6] * 8),
+        (lent, [0] * 8, [6] * 8),
+    ],
+)
+def test_what_one_batch_shows_is_not_taken_for_all(use, first, second):
+    """The second batch has as many samples, and but for one case as many rows of each layer."""
     torch.manual_seed(0)
-    model = Model(ragged).double()
-    x = torch.rand(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
-    counts = [3] * 8 + [3, 3, 3, 3, 2, 4, 2, 4]
-    for sample, count in zip(x, counts, strict=True):
-        sample[count:] = 0
-    y = torch.arange(16) % CLASSES
-    params, batches = params_of(model), list(zip(x.split(8), y.split(8), strict=True))
+    model = Model(use).double()
+    y = torch.arange(8) % CLASSES
+    params, batches = params_of(model), [(positive(*first), y), (positive(*second), y)]
     assert_close(fisher_information(model, params, batches), fisher_oracle(model, params, batches))
 
 
