@@ -65,7 +65,7 @@ importance/scp.py
 importance/batch_mean.py
     cotangent / len(x) => cotangent
 importance/rules.py
-    (products - mean * sums) => (products + mean * sums)
+    F.batch_norm(inputs, mean, => F.batch_norm(inputs, -mean,
 methods/ewc.py
     seed=self.seed + self.tasks => seed=self.seed
     self.gamma * self.constant + => self.constant +
