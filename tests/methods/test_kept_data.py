@@ -15,6 +15,7 @@ from incremental_tasks import (
     begin,
     every_setting,
     examples_for,
+    go_on,
     make_model,
     ranges,
     run_task,
@@ -100,16 +101,6 @@ def test_a_copy_with_its_model_goes_on_alike(name, how):
         each.consolidate(batches_for(each, "class", 1))
         run_task(each, "class", 2)
     assert_alike(method, twin)
-
-
-def go_on(methods, models, queue):
-    """In a process of its own; the state is sent as bytes."""
-    for method, model in zip(methods, models, strict=True):
-        assert model is None or method.model is model
-        run_task(method, "class", 1)
-    buffer = io.BytesIO()
-    torch.save([(m.model.state_dict(), m.state_dict()) for m in methods], buffer)
-    queue.put(buffer.getvalue())
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from condition_loops import WAYS, Defined, Trained, assert_agree
 from toy_training import make_model, make_task
@@ -325,3 +326,30 @@ def test_a_step_of_si_is_a_handful_of_functions(way, most):
     trained.backward(batches[1])
     names = entered(trained.finish)
     assert len(set(names) if way == "apart" else names) <= most, names
+
+
+@pytest.mark.parametrize("kind", [EWC, SI])
+def test_the_penalty_is_part_of_a_compiled_loss(kind):
+    """In one graph, which is not compiled anew from step to step."""
+    counter = torch._dynamo.testing.CompileCounter()
+    model = make_model()
+    method = kind(model)
+    method.importance = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    x, y = make_task(0)[0]
+
+    def loss():
+        return F.cross_entropy(model(x), y) + method.penalty()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(5):
+        expected = F.cross_entropy(model(x), y).item() + method.penalty().item()
+        value = compiled()
+        assert value.item() == pytest.approx(expected)
+        value.backward()
+        optimizer.step()
+        method.update()
+        optimizer.zero_grad()
+    assert counter.frame_count <= 2
+    assert method.steps > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from clext.ops.plan import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from clext.ops.plan import ReferencePlan
 
 # These begin as a copy of the parameters, all other state as zeros.
 COPIES_OF_PARAMETERS = ("anchor", "interval_start")
@@ -70,15 +73,16 @@ class ParameterState:
         for key in COPIES_OF_PARAMETERS:
             if key in self.lists:
                 self.restart(key)
-        self._make_plan()
 
-    def _make_plan(self) -> None:
-        self.plan = make_plan(self.names, self.params, {**self.lists, **self.scratch})
+    @cached_property
+    def plan(self) -> ReferencePlan:
+        """The ops over these lists; made when first used: never in a loss that is compiled."""
+        return make_plan(self.names, self.params, {**self.lists, **self.scratch})
 
     def keep_steps(self) -> None:
         """From now on the pull also keeps the task's gradient and the parameters: see `SCRATCH`."""
         self.scratch = {key: allocate_state(self.params) for key in SCRATCH}
-        self._make_plan()
+        self.__dict__.pop("plan", None)
 
     def view(self, key: str) -> StateView:
         """The tensors of `key` by parameter name."""
