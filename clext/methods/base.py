@@ -90,8 +90,6 @@ class Method:
             block: the outputs that are the classes of this task; None: all.
             active: the outputs that compete: the task's own (a head for each task), or all seen (a
                 growing head); `heads(x)` returns these, labels count from the first. None: all.
-
-        ValueError if that does not fit the model or the method; nothing is changed.
         """
         before = self.heads.state_dict()
         try:
@@ -149,8 +147,8 @@ class Method:
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
             self._end_task(dataloader)
-        warn_if_unused(self)
-        self.tasks, self.steps = self.tasks + 1, 0
+        self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
+        warn_if_unused(self, steps)
 
     def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
         """A score for each example and output [N, active]; `active`: others (an earlier head)."""
@@ -173,6 +171,7 @@ class Method:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over such a state; the model's is loaded before. ValueError: nothing is changed."""
+        self._follow_model()
         before = self.state_dict()
         try:
             self._load(state_dict)

@@ -93,6 +93,7 @@ class Combined(Method):
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
+        self._follow_model()
         before = self.protector.state_dict()
         self.protector.consolidate(dataloader)
         try:

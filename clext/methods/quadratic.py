@@ -65,9 +65,10 @@ class QuadraticPenalty(Method):
         """The penalty: 0-dim, differentiable, to be added to the loss."""
         penalty = self.strength * (self._on_state(ParameterState.penalty) + self.constant)
         if penalty.requires_grad:
-            # A count that a compiled loss advanced would compile it anew in each step.
-            self.steps = 1 if torch.compiler.is_compiling() else self.steps + 1
-            self._step.begin_by_penalty(self._state)
+            if self._step.follows_path:
+                self._step.begin_by_penalty(self._state)
+            else:  # a count that a compiled loss advanced would compile it anew in each step
+                self.steps = 1 if torch.compiler.is_compiling() else self.steps + 1
         return penalty
 
     def add_penalty_grad_(self, scaler: object = None) -> Tensor:
@@ -79,7 +80,7 @@ class QuadraticPenalty(Method):
         """
         scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
-        self.steps += 1
+        self.steps += not self._step.follows_path
         return value + self.strength * self.constant if self.constant else value
 
     def update(self) -> None:
@@ -93,6 +94,7 @@ class QuadraticPenalty(Method):
             if self._step.kept_by == "penalty":
                 self._step.take_out_pull(self._state, self.strength)
             self._follow_step()
+            self.steps += 1
         self._step.end()
         self._after_step()
 
@@ -147,7 +149,6 @@ class QuadraticPenalty(Method):
         return {"state": self._state.state_dict()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self.refresh_parameters()
         super()._load(state)
         self._state.load_state_dict(state["state"])
         self._step.end()

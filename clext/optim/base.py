@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
 from clext.core.lists import widest
 from clext.optim.plans import Group, Keys, Plans, fitted, refuse_capture
-from clext.optim.protector import Attachment, Protector
+from clext.optim.protector import Attached, Protector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -100,7 +100,7 @@ class FusedOptimizer(Optimizer):
     def _begin(self) -> None:
         self._penalty: Tensor | None = None  # before the last step
         self._protector = self._method  # whose work the pass does
-        self._attachment: Attachment | None = None  # of a method that is called around the step
+        self._attachment: Attached | None = None  # of a method that is called around the step
         if self._method is not None and self._method.fused is None:
             self._attachment, self._protector = self._method.attach(self), None
 
@@ -190,7 +190,7 @@ class FusedOptimizer(Optimizer):
     def after_replay(self) -> None:
         """What is left to do for the method after each replay of a captured `launch`."""
         if self._protector is not None:
-            self._protector.steps += 1
+            self._protector.steps += bool(self._protector.fused)  # there is a pull in the pass
             self._protector._after_step()
 
     def _launch(self) -> None:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class ParameterState(Protocol):
+class ProtectedState(Protocol):
     """Parameters by name, and for each of them one tensor in every list."""
 
     names: list[str]
@@ -17,7 +17,7 @@ class ParameterState(Protocol):
     lists: dict[str, list[Tensor]]
 
 
-class Attachment(Protocol):
+class Attached(Protocol):
     """What a method that is called around the step leaves behind."""
 
     penalty: Tensor | None  # before the last step
@@ -44,13 +44,13 @@ class Protector(Protocol):
     def constant(self) -> float: ...  # noqa: D102
     @property
     def decay(self) -> float: ...  # noqa: D102
-    def attach(self, optimizer: Optimizer) -> Attachment: ...  # noqa: D102
+    def attach(self, optimizer: Optimizer) -> Attached: ...  # noqa: D102
     def _follow_model(self) -> None: ...
     def _after_step(self) -> None: ...
 
 
-def state_of(method: Protector | None) -> ParameterState | None:
+def state_of(method: Protector | None) -> ProtectedState | None:
     """What the pass works on, if that is anything of the method's."""
     if method is None or not method.fused:
         return None
-    return cast("ParameterState", cast("Any", method)._state)
+    return cast("ProtectedState", cast("Any", method)._state)

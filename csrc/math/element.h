@@ -5,8 +5,9 @@
 //   static constexpr const char* name         the op's, in its schema and its messages
 //   using lists = Lists<...>;                 one entry per argument of operator(), in schema order
 //   static constexpr const char* names[]      of the lists, as many as there are or more
-//   static constexpr Number numbers[]         optional: what its first members are called and may
-//   be static constexpr Reduction reduction;     what becomes of the values that operator() returns
+//   static constexpr Number numbers[]         optional: its first members, in this order, by name
+//                                             and range
+//   static constexpr Reduction reduction      what becomes of the values that operator() returns
 //   operator()(...)                           the formula for one element, in the accumulate type A
 //   void prepare()                            optional: read device-side scalars once per thread
 //   void prepare_tensor(const A*)             with a Scalars list: take the tensor's values

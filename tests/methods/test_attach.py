@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from naive_methods import CASES
 from toy_training import CLASSES, make_model, make_task
 
-from clext import EWC, SI, Replay
+from clext import EWC, SI, Replay, optim
 
 pytestmark = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
 
@@ -180,3 +180,22 @@ def test_a_combination_attaches_its_pull(device):
         method.consolidate(batches)
     assert method.tasks == 2
     assert bool(method.protector.importance["0.weight"].any())
+
+
+def test_what_it_cannot_be_attached_to_is_refused():
+    model, method = protected(EWC)
+    other = torch.optim.SGD(make_model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="ewc was made for a model that has none of the param"):
+        method.attach(other)
+    fused = optim.SGD(model.parameters(), lr=0.1, method=method)
+    with pytest.raises(ValueError, match=r"its step does all of it; leave attach\(\) out"):
+        method.attach(fused)
+
+
+def test_it_follows_a_head_that_has_grown_as_a_new_fused_optimizer_does():
+    model, method = protected()
+    model[2] = torch.nn.Linear(6, CLASSES + 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method.attach(optimizer)
+    attached(model, method, optimizer, make_task(0))
+    assert bool(method._state.lists["path"][2].any())

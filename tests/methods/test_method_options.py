@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 from toy_training import make_model
 
+import clext
 from clext import (
     AGEM,
     DGR,
@@ -130,3 +131,7 @@ def test_make_method_refuses_to_change_an_instance():
         make_method(method, method.model, strength=1.0, xi=0.1)
     with pytest.raises(ValueError, match="made for another model"):
         make_method(method, make_model())
+
+
+def test_every_method_is_a_name_of_clext():
+    assert all(getattr(clext, kind.__name__) is kind for kind in clext.METHODS.values())

@@ -208,6 +208,18 @@ def test_copies_with_the_model_go_on_alike(kind, how):
     assert_same_state(twin.state_dict(), method.state_dict())
 
 
+def test_a_copy_of_a_model_in_another_layout_by_now_has_its_state():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    method = EWC(model)
+    method.importance["0.weight"] = torch.arange(24.0).view(3, 2, 2, 2)
+    model.to(memory_format=torch.channels_last)
+    for twin in (copy.deepcopy(method), pickle.loads(pickle.dumps(method))):
+        assert torch.equal(twin.importance["0.weight"], method.importance["0.weight"])
+    model.double()
+    twin = copy.deepcopy(method)
+    assert torch.equal(twin.importance["0.weight"], method.importance["0.weight"].double())
+
+
 def test_a_copy_in_mid_step_knows_of_no_step():
     method = SI(make_model())
     x, y = make_task(0)[0]

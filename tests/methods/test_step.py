@@ -353,3 +353,67 @@ def test_the_penalty_is_part_of_a_compiled_loss(kind):
         optimizer.zero_grad()
     assert counter.frame_count <= 2
     assert method.steps > 0
+
+
+# ------------------------------------------------------------------ what users have done
+
+
+@pytest.mark.parametrize("way", ["pull", "penalty"])
+def test_an_update_that_was_left_out_shows_at_the_end_of_the_task(way):
+    model = make_model()
+    method, optimizer = SI(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in make_task(0):
+        loss = F.cross_entropy(model(x), y)
+        (loss + method.penalty() if way == "penalty" else loss).backward()
+        if way == "pull":
+            method.add_penalty_grad_()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="si saw no step of this task"):
+        method.consolidate()
+    assert method.tasks == 1
+
+
+def test_gradients_cleared_before_the_penalty_could_be_taken_out_of_them():
+    model = make_model()
+    method = SI(model)
+    (F.cross_entropy(model(make_task(0)[0][0]), make_task(0)[0][1]) + method.penalty()).backward()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"call update\(\) before zero_grad\(\)"):
+        method.update()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_penalty_that_was_only_looked_at_begins_no_step():
+    model = make_model()
+    method, optimizer = SI(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    method.penalty()  # for a log, say
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(5.0)
+    start = [p.detach().clone() for p in model.parameters()]
+    x, y = make_task(0)[0]
+    (F.cross_entropy(model(x), y) + method.penalty()).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    method.update()
+    for path, g, theta, was in zip(
+        method._state.lists["path"], gradients, model.parameters(), start, strict=True
+    ):
+        torch.testing.assert_close(path, -g * (theta.detach() - was))
+
+
+def test_gradients_that_are_unscaled_already_are_not_divided_again():
+    results = []
+    for given in (False, True):
+        trained = Trained("si", "apart", dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu")
+        for batch in make_task(0, torch.float32):
+            trained.backward(batch, scaler=scaler)
+            scaler.unscale_(trained.optimizer)
+            trained.method.add_penalty_grad_(scaler if given else None)
+            scaler.step(trained.optimizer)
+            scaler.update()
+            trained.method.update()
+        results.append(trained.method._state.lists["path"])
+    assert all(map(torch.equal, *results))

@@ -20,10 +20,26 @@ class Attachment:
 
     Args:
         method: `add_penalty_grad_` is called before a step, `update` after it.
-        optimizer: any of torch's kind.
+        optimizer: any of torch's kind, for parameters of the method's model. A copy of it has no
+            hooks: attach the copy again.
+
+    Raises:
+        ValueError: it has none of these parameters, or the method in its pass already.
     """
 
     def __init__(self, method: Method, optimizer: Optimizer) -> None:
+        known = set(method.model.parameters())
+        if all(known.isdisjoint(group["params"]) for group in optimizer.param_groups):
+            raise ValueError(
+                f"attach: {method.name} was made for a model that has none of the parameters of "
+                f"this {type(optimizer).__name__}"
+            )
+        if method.fused is not None and getattr(optimizer, "method", None) is method:
+            raise ValueError(
+                f"attach: this {type(optimizer).__name__} was given the {method.name} when it was "
+                "made, so its step does all of it; leave attach() out"
+            )
+        method._follow_model()
         self._method = method
         self.penalty: Tensor | None = None  # before the last step
         self._handles = (

@@ -45,7 +45,7 @@ class Heads:
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"loss: the model returned {got} for {len(inputs)} examples, expected logits "
+                f"the model returned {got} for {len(inputs)} examples, expected logits "
                 f"[{len(inputs)}, outputs]; make the method of a module that returns these alone"
             )
         return logits
@@ -119,10 +119,9 @@ class Heads:
                     f"begin_task: of {ended} earlier tasks {len(self.blocks)} were begun with a "
                     "block; say it for all tasks, from the first"
                 )
-        self.active = active
+        self.active, self.blocks = active, self.blocks[:ended]
         if block is not None:
-            known = self.blocks[:ended]
-            self.blocks = [*known, *[block] * (ended - len(known)), block]
+            self.blocks += [block] * (ended - len(self.blocks) + 1)
 
     def check_width(self, owner: str, outputs: int, known: int) -> None:
         """ValueError if the model has not all the outputs that a method knows from before."""

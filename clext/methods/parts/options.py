@@ -31,10 +31,13 @@ def checked_strength(kind: type[Method], given: object) -> float:
     return strength
 
 
-def scale_of(scaler: object) -> float:
-    """By what gradients are scaled: of a GradScaler, or a number; 1 for None."""
-    scale: Any = scaler.get_scale() if hasattr(scaler, "get_scale") else scaler
-    return 1.0 if scale is None else float(scale)
+def scale_of(scaler: Any) -> float:  # noqa: ANN401
+    """By what gradients are scaled: of a GradScaler that has not unscaled them, or a number."""
+    if not hasattr(scaler, "get_scale"):
+        return 1.0 if scaler is None else float(scaler)
+    states = scaler._per_optimizer_states.values()
+    is_unscaled = any(state["stage"].name == "UNSCALED" for state in states)
+    return 1.0 if is_unscaled else float(scaler.get_scale())
 
 
 def described(method: Method) -> str:
@@ -49,9 +52,9 @@ def described(method: Method) -> str:
     return f"{type(method).__name__}({', '.join(options)}; {size:,} parameters)"
 
 
-def warn_if_unused(method: Method) -> None:
-    """Say so at the end of a task in whose steps the method had no part: nothing kept the past."""
-    if method.steps > 0 or (method.tasks == 0 and not method.needs_first_task):
+def warn_if_unused(method: Method, steps: int) -> None:
+    """Say so if the method had no part in the steps of the task that has just ended."""
+    if steps > 0 or (method.tasks == 1 and not method.needs_first_task):
         return
     if method.has_penalty:
         remedy = (

@@ -181,13 +181,23 @@ class ParameterState:
     def __getstate__(self) -> dict[str, Any]:
         # The memory of a list as a whole, since its tensors are parts of it: pickle would write it
         # for each of them. No copies: what goes to another process has to live until it has come.
-        named = dict(zip(self.names, self.params, strict=True))
-        return {"named": named, "lists": {key: _memory(self.lists[key]) for key in self.lists}}
+        return {
+            "named": dict(zip(self.names, self.params, strict=True)),
+            "memory": {key: _memory(entries) for key, entries in self.lists.items()},
+            "places": {
+                key: [(e.dtype, e.shape, e.stride(), e.storage_offset()) for e in entries]
+                for key, entries in self.lists.items()
+            },
+        }
 
+    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["named"], list(state["lists"]))  # type: ignore[misc]
-        for key, kept in state["lists"].items():
-            torch._foreach_copy_(_memory(self.lists[key]), kept)
+        # Parameters may have another layout by now than their state had.
+        self.__init__(state["named"], list(state["memory"]))  # type: ignore[misc]
+        for key, entries in self.lists.items():
+            memory = {buffer.dtype: buffer for buffer in state["memory"][key]}
+            for entry, (dtype, *place) in zip(entries, state["places"][key], strict=True):
+                entry.copy_(memory[dtype].as_strided(*place))
 
 
 def _memory(entries: Sequence[Tensor]) -> list[Tensor]:
@@ -205,7 +215,6 @@ def _leading_part(owner: str, name: str, old: Tensor, new: Tensor) -> tuple[slic
         raise ValueError(
             f"{owner}: parameter '{name}' had shape {list(old.shape)} and now has "
             f"{list(new.shape)}: what is known of it can be kept only where no dimension gets "
-            "smaller; give the new "
-            "parameter another name, or make a new method for this model"
+            "smaller; give the new parameter another name, or make a new method for this model"
         )
     return tuple(slice(size) for size in old.shape)

@@ -71,8 +71,8 @@ class Step:
         return value / scale
 
     def begin_by_penalty(self, state: ParameterState) -> None:
-        """The penalty is in the loss: keep the parameters."""
-        if self.follows_path and self.kept_by is None:
+        """The penalty is in the loss: keep the parameters as they are at its last evaluation."""
+        if self.kept_by != "pull":
             if not state.scratch:
                 state.keep_steps()
             state.restart("step_start")
@@ -82,8 +82,13 @@ class Step:
     def take_out_pull(self, state: ParameterState, strength: float) -> None:
         """task_gradient = .grad - 2 * strength * importance * (step_start - anchor).
 
-        For a step whose pull came by way of the loss.
+        For a step whose pull came by way of the loss; RuntimeError if its gradients are gone.
         """
+        if all(entry.grad is None for entry in state.params):
+            raise RuntimeError(
+                "update() found no gradients to take the penalty out of; with penalty() in the "
+                "loss call update() before zero_grad()"
+            )
         gradients, starts = (state.scratch[key] for key in ("task_gradient", "step_start"))
         began = [entry.clone() for entry in starts]
         state.plan.add_quadratic_penalty_grad_(0.0)  # keeps the gradients
