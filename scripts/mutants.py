@@ -41,7 +41,7 @@ methods/gem.py
 methods/quadratic.py
     penalty = self.strength * => penalty = 2 * self.strength *
 methods/base.py
-    self.tasks + 1, 0 => self.tasks + 2, 0
+    self.tasks + 1, self.steps, 0 => self.tasks + 2, self.steps, 0
     self.strength = checked_strength(type(self), state => checked_strength(type(self), state
 methods/parts/state.py
     moving = [entry.requires_grad or entry.grad is not None => moving = [True
