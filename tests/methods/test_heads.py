@@ -183,3 +183,15 @@ def test_outputs_that_the_model_has_not(model):
     method.begin_task(block=range(4, 8), active=range(4, 8))
     with pytest.raises(ValueError, match=r"logits \[N, >= 8\], got \[9, 6\]"):
         method.loss(examples(), torch.zeros(9).long())
+
+
+def test_a_task_that_is_begun_once_more_takes_the_place_of_itself():
+    method = clext.Baseline(nn.Linear(4, 6))
+    method.begin_task(block=range(2), active=range(2))
+    method.consolidate()
+    for block in (range(2, 4), range(4, 6)):
+        method.begin_task(block=block, active=block)
+    assert method.heads.blocks == [range(2), range(4, 6)]
+    method.begin_task()  # all outputs again, and nothing said of them
+    assert method.heads.blocks == [range(2)]
+    assert method.heads.active is None
