@@ -2,7 +2,8 @@
 # Evidence from a machine with a GPU: builds in place, checks the compiler's report on the kernels,
 # runs the whole test suite with skips turned into failures, small cases under compute-sanitizer, the
 # benchmarks, and where MNIST is at hand the course's whole protocol and the published tables. Needs
-# torch with CUDA, a CUDA toolkit, pytest, pytest-benchmark and hypothesis; no network.
+# torch with CUDA, a CUDA toolkit, pytest, pytest-benchmark, hypothesis and expecttest;
+# no network.
 #
 #   scripts/gpu_check.sh            everything
 #   scripts/gpu_check.sh tests      only these parts: tests, sanitizer, bench, protocol, published
