@@ -105,7 +105,11 @@ def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Functi
     As in `ops.per_sample_sum`, for a weight of [groups * outputs, *inputs].
     """
     sums = ops.per_sample_sum(features, grads, function=_NAMES[function])
-    acc.add_(sums.transpose(1, 2).reshape(acc.shape))
+    if len(sums) == 1:
+        # Turned as a matrix first: by blocks, not each entry from another line of the cache.
+        acc.add_(sums[0].T.contiguous().view(acc.shape))
+    else:
+        acc.add_(sums.transpose(1, 2).reshape(acc.shape))
 
 
 def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
