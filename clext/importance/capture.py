@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from clext.core.lists import widest
-from clext.importance.layout import WHOLE, Layout
+from clext.importance.call import Call
 from clext.importance.rules import rule_for
 
 if TYPE_CHECKING:
@@ -20,71 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from clext.importance.passes import Forward
-    from clext.importance.rule import LayerRule, Use
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a layer in a forward pass: its tensors as rows of samples, see rule.py.
-
-    `places`: name of a parameter -> its index. As long as nothing else is said, all rows are those
-    of one sample.
-    """
-
-    rule: LayerRule
-    places: dict[str, int]
-    inputs: Tensor
-    edge: GradientEdge
-    output_shape: torch.Size
-    layout: Layout = WHOLE
-    samples: int = 1
-
-    @property
-    def leading(self) -> torch.Size:
-        """The sizes of the input's dimensions that count rows."""
-        return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
-
-    @property
-    def separable(self) -> bool:
-        """Whether a function of the gradient is the gradient of the functions."""
-        return self.rule.separable(self.leading.numel() // self.samples)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the rule calculates in: the state dtype of the layer's parameters."""
-        return widest(getattr(self.rule.layer, name) for name in self.places)
-
-    @property
-    def row_dims(self) -> tuple[int, int]:
-        """How many of the last dimensions of input and output make up one row."""
-        return self.rule.row_dims(self.inputs.dim())
-
-    def rows(self, g: Tensor) -> Tensor:
-        """The gradient by the output as [samples, rows, ...]."""
-        return self.layout.rows(g, self.row_dims[1], self.samples)
-
-    def features(self) -> Tensor:
-        """What the output gradient is multiplied with, [samples, rows, ...]."""
-        return self.rule.features(self._input_rows())
-
-    def parts(self, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and output gradients, for as many samples at a time as the rule wants."""
-        inputs = self._input_rows()
-        size = self.rule.samples_at_once(inputs)
-        for some, gradients in zip(inputs.split(size), g.split(size), strict=True):
-            yield self.rule.features(some), gradients
-
-    def use(self, name: str, rows: Tensor) -> Use:
-        """The parameter `name` in this call, for the output gradient `rows`."""
-        return self.rule, name, self.features(), rows
-
-    def release(self) -> None:
-        """Give the memory of the input back: from then on there is none."""
-        del self.inputs
-
-    def _input_rows(self) -> Tensor:
-        rows = self.layout.rows(self.inputs, self.row_dims[0], self.samples)
-        return rows.to(self.dtype) if rows.is_floating_point() else rows
+    from clext.importance.rule import LayerRule
 
 
 class Capture:
@@ -125,7 +59,8 @@ class Capture:
             if output.requires_grad:  # else it was called under no_grad
                 rule, places = self._layers[module]
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                calls.append(Call(rule, places, inputs.detach(), _edge(output), output.shape))
+                call = Call(rule, places, inputs.detach(), _edge(output), output.shape, kind=rule)
+                calls.append(call)
 
         handles: list[RemovableHandle] = []
         try:
@@ -251,4 +186,5 @@ def ends_of(calls: Sequence[Call]) -> list[Call]:
 
 def _as_output(g: Tensor, call: Call) -> Tensor:
     """A gradient that arrived at the call's edge, shaped as its output, in the rule's dtype."""
-    return g.reshape(call.output_shape).to(call.dtype)
+    g = g.reshape(call.output_shape).to(call.dtype)
+    return g if call.order is None else g.permute(call.order)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from clext.core.lists import state_dtype
-from clext.importance.capture import Call, output_gradients
+from clext.importance.call import Call, Piece, pieces_of
+from clext.importance.capture import output_gradients
+from clext.importance.graph import Graph
 from clext.importance.layout import Layout, may_reorder, possible_layouts
-from clext.importance.rule import identity
+from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from clext.importance.capture import Capture
 
@@ -38,96 +40,156 @@ _PROBED_GROUPS = 3
 _FEW = 16  # samples whose features are copied at once
 
 
-# Of each parameter that the rules cover: its calls, and names in them.
-Uses = dict[int, list[tuple[Call, str]]]
+# Of each parameter that the rules cover: what uses which part of it.
+Uses = dict[int, list[Piece]]
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the rules cover of a pass.
+    """What the rules cover of a pass, which has `calls`.
 
     `layouts`: of each call, None if its rows do not belong to samples. `covered`: the parameters
     whose gradients the rules give. `singly`: those that need torch.func. `mixed`: the samples of a
-    batch even change each other's outputs.
+    batch even change each other's outputs. `unsettled`: parameters without a gradient so far, of
+    which nothing is known yet.
     """
 
+    calls: Sequence[Call] = ()
     layouts: Sequence[Layout | None] = ()
+    samples: int = 1
     covered: frozenset[int] = frozenset()
     singly: frozenset[int] = frozenset()
     mixed: bool = False
+    unsettled: frozenset[int] = frozenset()
 
-    def uses(self, calls: Sequence[Call], samples: int) -> Uses:
+    def uses(self) -> Uses:
         """The uses of the parameters covered; from now on their calls tell rows by sample."""
-        found: Uses = {}
-        for call, layout in zip(calls, self.layouts, strict=False):
+        found: dict[int, list[tuple[Call, str]]] = {}
+        for call, layout in zip(self.calls, self.layouts, strict=False):
             if layout is not None:
-                call.layout, call.samples = layout, samples
+                call.layout, call.samples = layout, self.samples
                 for name, i in call.places.items():
                     if i in self.covered:
                         found.setdefault(i, []).append((call, name))
-        return found
+        return {i: pieces_of(uses) for i, uses in found.items()}
 
 
 class CoverageFinder:
     """Finds the coverage of each batch's pass, once for each kind of pass.
 
-    Two passes are of one kind if they call the same layers in the same order with the same sizes.
-    The first one is probed: its rows are matched to samples by which samples move them, and the
-    gradient by the rules is compared with autograd's, so that uses of a parameter that no hook
-    sees are noticed. Where the data may arrange the rows (a sample has several rows in one
-    dimension, or rows are moved by an index), every pass is probed.
+    Two passes are of one kind if they make the same calls in the same order, and the sizes allow
+    the same layouts. The first one is probed: its rows are matched to samples by which samples move
+    them, and the gradient by the rules is compared with autograd's, so that uses of a parameter
+    that no rule sees are noticed. A parameter that had no gradient in it is compared again until it
+    has one. Where the data may arrange the rows (a sample has several rows in one dimension, or
+    rows are moved by an index), every pass is probed.
+
+    Where layers do not give all of a parameter's uses, the graph is asked for them instead.
     """
 
     def __init__(self, capture: Capture, params: Sequence[Tensor]) -> None:
         self._capture, self._params = capture, params
-        self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
+        self._trainable = frozenset(i for i, p in enumerate(params) if p.requires_grad)
+        self._by_graph = capture.without_rule  # the parameters that the graph is asked for
         self._known: dict[object, Coverage] = {}
+        self._unmixed: set[object] = set()  # kinds of passes
 
     def find(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
         """The coverage of the pass of `x` that made `outputs` and `calls`.
 
         Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
         """
-        # Of one sample there is no layout that the data could change.
-        sizes = [call.leading for call in calls] if samples > 1 else []
-        kind = (samples, len(x), *(call.rule for call in calls), *sizes)
-        reorders = samples > 1 and may_reorder(outputs, samples)
-        if kind in self._known and not reorders:
-            return self._known[kind]
-        if mixes(self._capture, x, outputs):
-            found, lasting = Coverage(singly=frozenset(self._trainable), mixed=True), True
+        graph = Graph(outputs)
+        hooked, calls = calls, self._with_graph(graph, calls, samples)
+        kind = self._kind(calls, samples, len(x))
+        reorders = samples > 1 and may_reorder(graph.nodes, samples)
+        known = self._known.get(kind)
+        if known is not None and not reorders:
+            known = replace(known, calls=calls)
+            return self._settle(outputs, known, kind) if known.unsettled else known
+        if kind not in self._unmixed and mixes(self._capture, x, outputs):
+            found, lasting = Coverage(singly=self._trainable, mixed=True), True
         else:
             found, lasting = self._probe(outputs, calls, samples)
+            if samples > 1 and not found.singly <= self._by_graph:
+                self._by_graph |= found.singly
+                calls = self._with_graph(graph, hooked, samples)
+                kind = self._kind(calls, samples, len(x))
+                found, lasting = self._probe(outputs, calls, samples)
+            self._unmixed.add(kind)
         if lasting and not reorders:
-            self._known[kind] = found
+            self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
+
+    def _with_graph(self, graph: Graph, calls: Sequence[Call], samples: int) -> list[Call]:
+        """The calls, those of the graph in the place of what the layers do not give in full."""
+        if samples == 1:
+            return list(calls)  # all rows are its own, wherever they are
+        kept = []
+        for call in calls:
+            call.places = {name: i for name, i in call.places.items() if i not in self._by_graph}
+            if call.places:
+                kept.append(call)
+        return kept + graph.calls(self._params, self._by_graph, samples)
+
+    def _kind(self, calls: Sequence[Call], samples: int, batch: int) -> object:
+        """Equal for passes that have the same coverage."""
+        parts: dict[int, set[object]] = {}
+        for call in calls:
+            for i in call.places.values():
+                parts.setdefault(i, set()).add(call.path.key)
+        return (
+            samples,
+            batch,
+            *(call.kind for call in calls),
+            *(tuple(possible_layouts(call.leading, samples)) for call in calls),
+            *((i, frozenset(keys)) for i, keys in parts.items() if len(keys) > 1),
+        )
 
     def _probe(self, outputs: Tensor, calls: Sequence[Call], samples: int) -> tuple[Coverage, bool]:
         """The coverage, and whether all passes of this kind have it."""
-        draws = torch.Generator().manual_seed(0)  # a gradient must not vanish by chance
-        weights = torch.randn(outputs.shape, generator=draws).to(outputs)
+        weights = _weights(outputs)
         layouts, lasting = _find_layouts(outputs, weights, calls, samples)
-        singly = set(self._capture.without_rule)
+        singly: set[int] = set()
         for call, layout in zip(calls, layouts, strict=True):
             singly.update(call.places.values() if layout is None else ())
-        covered = set(self._trainable) - singly
-        uses = Coverage(layouts, frozenset(covered)).uses(calls, samples)
-        params = [self._params[i] for i in self._trainable]
-        by_output, by_parameter = output_gradients(outputs, calls, weights, params)
+        coverage = Coverage(calls, layouts, samples=samples, singly=frozenset(singly))
+        return self._compare(outputs, coverage, self._trainable - singly), lasting
+
+    def _settle(self, outputs: Tensor, known: Coverage, kind: object) -> Coverage:
+        """What this pass says of parameters of which nothing was known."""
+        found = self._compare(outputs, known, known.unsettled)
+        self._known[kind] = replace(found, calls=())
+        return found
+
+    def _compare(self, outputs: Tensor, coverage: Coverage, chosen: frozenset[int]) -> Coverage:
+        """`coverage` with what a comparison with autograd tells of the parameters `chosen`."""
+        uses = replace(coverage, covered=chosen).uses()
+        calls = list({call: None for ps in uses.values() for p in ps for call, _ in p.uses})
+        indices = sorted(chosen)
+        by_output, by_parameter = output_gradients(
+            outputs, calls, _weights(outputs), [self._params[i] for i in indices]
+        )
         arrived = dict(zip(calls, by_output, strict=True))
-        for i, gradient in zip(self._trainable, by_parameter, strict=True):
-            if i in singly:
-                continue
-            if gradient is None:
-                # The layer was called with another tensor in its place, or to no avail.
-                lasting = lasting and i not in uses
-                covered.remove(i)
-                continue
-            gradient = gradient.to_dense()
-            lasting = lasting and bool(gradient.any())
-            if not _explain(gradient, [(c, name, arrived[c]) for c, name in uses.get(i, [])]):
-                singly.add(i)
-        return Coverage(layouts, frozenset(covered - singly), frozenset(singly)), lasting
+        right, wrong = set(), set()
+        for i, gradient in zip(indices, by_parameter, strict=True):
+            # Without one, nothing can be said: the layer was called to no avail, or its parameter
+            # was not used.
+            if gradient is not None and bool((gradient := gradient.to_dense()).any()):
+                explained = _explain(gradient, uses.get(i, []), arrived)
+                (right if explained else wrong).add(i)
+        return replace(
+            coverage,
+            covered=coverage.covered | right,
+            singly=coverage.singly | wrong,
+            unsettled=chosen - right - wrong,
+        )
+
+
+def _weights(outputs: Tensor) -> Tensor:
+    """What outputs are weighted with in a probe: a gradient must not vanish by chance."""
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(outputs.shape, generator=draws).to(outputs)
 
 
 def _find_layouts(
@@ -160,14 +222,16 @@ def _find_layouts(
     return [layouts[0] if layouts else None for layouts in possible], lasting
 
 
-def _explain(gradient: Tensor, places: Sequence[tuple[Call, str, Tensor | None]]) -> bool:
+def _explain(
+    gradient: Tensor, pieces: Sequence[Piece], arrived: Mapping[Call, Tensor | None]
+) -> bool:
     """Whether the rules' gradient is autograd's."""
-    if gradient.numel() == 0:
-        return True
+    if not _are_apart(gradient, pieces):
+        return False
     tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
     if gradient.is_cuda and gradient.dtype == torch.float32:
         tolerance = _TF32_TOLERANCE
-    total = _gradient(gradient, places)
+    total = _gradient(gradient, pieces, arrived)
     difference = (total - gradient).abs_()
 
     def is_small_beside(size: Tensor) -> bool:
@@ -176,27 +240,47 @@ def _explain(gradient: Tensor, places: Sequence[tuple[Call, str, Tensor | None]]
 
     # The terms of a sum are together at least as large as the sum: mostly that is enough.
     return is_small_beside(total.abs_()) or is_small_beside(
-        _gradient(gradient, places, of_absolute_terms=True)
+        _gradient(gradient, pieces, arrived, of_absolute_terms=True)
     )
+
+
+def _are_apart(parameter: Tensor, pieces: Sequence[Piece]) -> bool:
+    """Whether no entry of the parameter is in two pieces: they would have to be added first."""
+    if len(pieces) < 2:
+        return True
+    count = sum(piece.path.back(piece.room(parameter) + 1) for piece in pieces)
+    return bool((count <= 1).all())
 
 
 def _gradient(
     like: Tensor,
-    places: Sequence[tuple[Call, str, Tensor | None]],
+    pieces: Sequence[Piece],
+    arrived: Mapping[Call, Tensor | None],
     *,
     of_absolute_terms: bool = False,
 ) -> Tensor:
     """The gradient by the rules."""
     total = torch.zeros_like(like, dtype=state_dtype(like.dtype))
-    for call, name, g in places:
-        if g is None:
+    for piece in pieces:
+        uses = [
+            call.use(name, call.rows(g))
+            for call, name in piece.uses
+            if (g := arrived[call]) is not None
+        ]
+        if not uses:
             continue
-        rule, name, features, rows = call.use(name, call.rows(g))
-        if not of_absolute_terms:
-            rule.add_(total, name, features, rows, identity)
-            continue
-        for some, few in zip(features.split(_FEW), rows.split(_FEW), strict=True):
-            rule.add_(total, name, some.abs(), few.abs(), identity)  # features may be views of less
+        part = piece.room(total)
+        if of_absolute_terms:
+            for start in range(0, len(uses[0][-1]), _FEW):  # features may be views of less
+                few = slice(start, start + _FEW)
+                absolute = [
+                    (rule, name, features[few].abs(), g[few].abs())
+                    for rule, name, features, g in uses
+                ]
+                add_uses_(part, absolute, identity)
+        else:
+            add_uses_(part, uses, identity)
+        total += piece.path.back(part)
     return total
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
 
@@ -56,19 +56,12 @@ def possible_layouts(leading: Sequence[int], samples: int) -> list[Layout]:
     ]
 
 
-def may_reorder(outputs: Tensor, samples: int) -> bool:
-    """Whether something on the way to `outputs` has moved rows along a dimension that may count
-    samples. Then the layers may see another order in the next batch, although all sizes are equal.
+def may_reorder(nodes: Iterable[Node], samples: int) -> bool:
+    """Whether one of the `nodes` has moved rows along a dimension that may count samples.
+
+    Then the layers may see another order in the next batch, although all sizes are equal.
     """
-    waiting, seen = [outputs.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            if _MOVING.match(node.name()) and _moves(node, samples):
-                return True
-            seen.add(node)
-            waiting.extend(before for before, _ in node.next_functions)
-    return False
+    return any(_MOVING.match(node.name()) and _moves(node, samples) for node in nodes)
 
 
 def _moves(node: Node, samples: int) -> bool:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.parameters import allocate_state
-from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
+from clext.importance.capture import Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, single_outputs
-from clext.importance.rule import add_joint_, identity
+from clext.importance.passes import check_outputs, gradients, single_outputs
+from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from clext.importance.call import Call, Piece
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 
@@ -52,6 +53,9 @@ class PerSampleSum:
 
     def add(self, x: Tensor, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
+        if len(x) == 1:
+            self._add_one(x, cotangents)
+            return
         outputs, calls = self._capture.forward(x)
         outputs = check_outputs(self._owner, outputs, len(x))
         weights = cotangents(outputs.detach())
@@ -64,50 +68,58 @@ class PerSampleSum:
             weights = cotangents(torch.cat([entry.detach() for entry in singles]))
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
-        uses = coverage.uses(calls, len(x))
-        batch = _Batch(self.sums, uses, self._function, frees_graph=len(x) > 1)
-        del calls, uses  # for `batch` to give their inputs back
+        singly, uses = coverage.singly, coverage.uses()
+        batch = _Batch(self.sums, uses, self._function)
+        del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
             assert weight is not None
             batch.add(outputs, weight, last=following is None)
-            if coverage.singly:
-                self._singles.add(x, weight.to(outputs.dtype), coverage.singly)
+            if singly:
+                self._singles.add(x, weight.to(outputs.dtype), singly)
         batch.finish()
+
+    def _add_one(self, x: Tensor, cotangents: Cotangents) -> None:
+        """Add one sample, whose gradient is autograd's."""
+        outputs = check_outputs(self._owner, self._forward(x.clone()), len(x))
+        for weight in cotangents(outputs.detach()):
+            for i, gradient in gradients(outputs, self._params, weight).items():
+                self.sums[i].add_(self._function(gradient.to(self.sums[i].dtype)))
 
 
 class _Batch:
     """Adds to `sums` what the rules cover, for the cotangents of one forward pass.
 
-    `frees_graph`: with the last cotangent, what the forward pass had kept is given back. Not where
-    there is one sample: all rows are taken for its own then, also those of something that the
-    model keeps for the passes to come.
+    With the last cotangent, what the forward pass had kept is given back.
     """
 
     def __init__(
-        self,
-        sums: list[Tensor],
-        uses: Uses,
-        function: Callable[[Tensor], Tensor],
-        *,
-        frees_graph: bool,
+        self, sums: list[Tensor], uses: Uses, function: Callable[[Tensor], Tensor]
     ) -> None:
-        self._sums, self._function, self._frees_graph = sums, function, frees_graph
+        self._function = function
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
-        # they need no more of the cotangents than the sum of their function. `joint`: parameters of
-        # several uses.
+        # they need no more of the cotangents than the sum of their function. `joint`: pieces of
+        # several uses. `parts`: what goes from a piece to its parameter.
         self._single: dict[Call, dict[str, Tensor]] = {}
         self._separable: dict[Call, dict[str, Tensor]] = {}
-        self._joint: dict[int, list[tuple[Call, str]]] = {}
+        self._joint: list[tuple[Piece, Tensor]] = []
+        self._parts: list[tuple[Tensor, Piece, Tensor]] = []
         self._totals: dict[Call, Tensor] = {}
-        for i, places in uses.items():
-            call, name = places[0]
-            if len(places) > 1:
-                self._joint[i] = places
-            else:
-                kind = self._separable if call.separable else self._single
-                kind.setdefault(call, {})[name] = sums[i]
-        self._shared = {call for places in self._joint.values() for call, _ in places}
-        self._calls = list(dict.fromkeys(c for places in uses.values() for c, _ in places))
+        calls: dict[Call, None] = {}
+        for i, pieces in uses.items():
+            for piece in pieces:
+                acc = sums[i]
+                if piece.path.steps:
+                    acc = piece.room(acc)
+                    self._parts.append((sums[i], piece, acc))
+                call, name = piece.uses[0]
+                if len(piece.uses) > 1:
+                    self._joint.append((piece, acc))
+                else:
+                    kind = self._separable if call.separable else self._single
+                    kind.setdefault(call, {})[name] = acc
+                calls.update(dict.fromkeys(call for call, _ in piece.uses))
+        self._shared = {call for piece, _ in self._joint for call, _ in piece.uses}
+        self._calls = list(calls)
         self._ends = ends_of(self._calls)
 
     def add(self, outputs: Tensor, cotangent: Tensor, *, last: bool) -> None:
@@ -129,14 +141,13 @@ class _Batch:
             if last and call not in self._shared and call not in self._separable:
                 call.release()
 
-        keep_graph = not (last and self._frees_graph)
         stream_output_gradients(
-            outputs, self._calls, self._ends, cotangent, receive, keep_graph=keep_graph
+            outputs, self._calls, self._ends, cotangent, receive, keep_graph=not last
         )
-        for i, places in self._joint.items():
-            uses = [call.use(name, rows[call]) for call, name in places if call in rows]
+        for piece, acc in self._joint:
+            uses = [call.use(name, rows[call]) for call, name in piece.uses if call in rows]
             if uses:
-                add_joint_(self._sums[i], uses, self._function)
+                add_uses_(acc, uses, self._function)
 
     def finish(self) -> None:
         """Add the separable parameters: the inputs are the same for every cotangent."""
@@ -144,3 +155,5 @@ class _Batch:
             powers = self._function(call.features())
             for name, acc in self._separable[call].items():
                 call.rule.add_(acc, name, powers, total, identity)
+        for whole, piece, acc in self._parts:
+            whole.add_(piece.path.back(acc))

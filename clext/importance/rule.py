@@ -87,6 +87,9 @@ class LayerRule:
         """Add the sum over samples of function(gradient) by the parameter `name` to `acc`."""
         add_joint_(acc, [(self, name, features, g)], function)
 
+    # Whether the second dimension of features and g counts rows alone, of any number.
+    sums_rows = False
+
     # Whether `add_rows_` is there.
     gives_rows = False
 
@@ -110,6 +113,32 @@ def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Functi
         acc.add_(sums[0].T.contiguous().view(acc.shape))
     else:
         acc.add_(sums.transpose(1, 2).reshape(acc.shape))
+
+
+def add_uses_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
+    """Add the sum over samples of function(sum over uses of gradient) to `acc`.
+
+    Uses in which the rule sums over rows, of as many samples and of rows of the same shape, are one
+    use with the rows of all.
+    """
+    rule, name, features, g = uses[0]
+    if len(uses) > 1 and all(_continues(uses[0], use) for use in uses[1:]):
+        features = torch.cat([use[2] for use in uses], 1)
+        g = torch.cat([use[3] for use in uses], 1)
+    elif len(uses) > 1:
+        add_joint_(acc, uses, function)
+        return
+    rule.add_(acc, name, features, g, function)
+
+
+def _continues(first: Use, second: Use) -> bool:
+    (rule, name, *tensors), (other, other_name, *others) = first, second
+    return (
+        rule.sums_rows
+        and type(rule) is type(other)
+        and name == other_name
+        and all(a.shape[2:] == b.shape[2:] for a, b in zip(tensors, others, strict=True))
+    )
 
 
 def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:

@@ -85,7 +85,7 @@ def sliced_cramer_importance(
                     for sample in x.split(1):
                         jacobian.add(single_outputs(owner, forward, sample), {})
                 else:
-                    jacobian.add(outputs, coverage.uses(calls, samples=1))
+                    jacobian.add(outputs, coverage.uses())
             samples += len(x)
         assert jacobian is not None  # read_inputs gives at least one batch
         return averaged(owner, jacobian.squares(), samples**2)
@@ -121,7 +121,8 @@ class _Jacobian:
         Where a rule can, the derivatives by a layer's outputs are taken alone, and turned into
         those by its parameters for many rows at once.
         """
-        calls = list(dict.fromkeys(call for places in uses.values() for call, _ in places))
+        uses_of = {i: [use for piece in pieces for use in piece.uses] for i, pieces in uses.items()}
+        calls = list(dict.fromkeys(call for places in uses_of.values() for call, _ in places))
         others = [i for i, p in enumerate(self._params) if p.requires_grad and i not in uses]
         row_bytes = sum(call.output_shape.numel() * 8 for call in calls)
         size = max(1, _CHUNK_BYTES // max(1, row_bytes))
@@ -139,7 +140,7 @@ class _Jacobian:
                     if g is not None:
                         by_output.setdefault(call, []).append(call.rows(g).squeeze(0))
             stacked = {call: torch.stack(rows) for call, rows in by_output.items()}
-            for i, places in uses.items():
+            for i, places in uses_of.items():
                 for call, name in places:
                     if call in stacked:
                         features = call.features().squeeze(0)

@@ -11,6 +11,8 @@ from clext.importance.rule import LayerRule
 class NormRule(LayerRule):
     """Weight gradient: output gradient times normalised input, summed within each channel."""
 
+    sums_rows = True
+
     @property
     def parameter_dims(self) -> int:
         """Of weight and bias, of which one may be missing."""

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class LinearRule(LayerRule):
     """Weight gradient: the sum over rows of g a^T."""
 
+    sums_rows = True
+
     def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
         return 1, 1
 
