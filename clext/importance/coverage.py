@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from clext.core.lists import state_dtype
 from clext.importance.call import Call, Piece, pieces_of
 from clext.importance.capture import output_gradients
 from clext.importance.graph import Graph
-from clext.importance.layout import Layout, may_reorder, possible_layouts
+from clext.importance.layout import Layout, moves_samples, moving, possible_layouts
 from clext.importance.rule import add_uses_, identity
+from clext.importance.rules.norms import ScaleRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch.autograd.graph import Node
 
     from clext.importance.capture import Capture
 
@@ -51,7 +56,7 @@ class Coverage:
     `layouts`: of each call, None if its rows do not belong to samples. `covered`: the parameters
     whose gradients the rules give. `singly`: those that need torch.func. `mixed`: the samples of a
     batch even change each other's outputs. `unsettled`: parameters without a gradient so far, of
-    which nothing is known yet.
+    which nothing is known yet. `sample_dims`: where rows are moved, which dimension counts samples.
     """
 
     calls: Sequence[Call] = ()
@@ -61,6 +66,7 @@ class Coverage:
     singly: frozenset[int] = frozenset()
     mixed: bool = False
     unsettled: frozenset[int] = frozenset()
+    sample_dims: tuple[int | None, ...] = ()
 
     def uses(self) -> Uses:
         """The uses of the parameters covered; from now on their calls tell rows by sample."""
@@ -101,23 +107,23 @@ class CoverageFinder:
         """
         graph = Graph(outputs)
         hooked, calls = calls, self._with_graph(graph, calls, samples)
-        kind = self._kind(calls, samples, len(x))
-        reorders = samples > 1 and may_reorder(graph.nodes, samples)
+        moves = moving(graph.nodes, samples) if samples > 1 else []
+        kind = self._kind(calls, moves, samples, len(x))
         known = self._known.get(kind)
-        if known is not None and not reorders:
+        if known is not None and not _any_moves(moves, known):
             known = replace(known, calls=calls)
             return self._settle(outputs, known, kind) if known.unsettled else known
         if kind not in self._unmixed and mixes(self._capture, x, outputs):
             found, lasting = Coverage(singly=self._trainable, mixed=True), True
         else:
-            found, lasting = self._probe(outputs, calls, samples)
+            found, lasting = self._probe(outputs, calls, moves, samples)
             if samples > 1 and not found.singly <= self._by_graph:
                 self._by_graph |= found.singly
                 calls = self._with_graph(graph, hooked, samples)
-                kind = self._kind(calls, samples, len(x))
-                found, lasting = self._probe(outputs, calls, samples)
+                kind = self._kind(calls, moves, samples, len(x))
+                found, lasting = self._probe(outputs, calls, moves, samples)
             self._unmixed.add(kind)
-        if lasting and not reorders:
+        if lasting and not _any_moves(moves, found):
             self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
 
@@ -132,7 +138,9 @@ class CoverageFinder:
                 kept.append(call)
         return kept + graph.calls(self._params, self._by_graph, samples)
 
-    def _kind(self, calls: Sequence[Call], samples: int, batch: int) -> object:
+    def _kind(
+        self, calls: Sequence[Call], moves: Sequence[Node], samples: int, batch: int
+    ) -> object:
         """Equal for passes that have the same coverage."""
         parts: dict[int, set[object]] = {}
         for call in calls:
@@ -141,19 +149,32 @@ class CoverageFinder:
         return (
             samples,
             batch,
+            *(node.name() for node in moves),
             *(call.kind for call in calls),
             *(tuple(possible_layouts(call.leading, samples)) for call in calls),
             *((i, frozenset(keys)) for i, keys in parts.items() if len(keys) > 1),
         )
 
-    def _probe(self, outputs: Tensor, calls: Sequence[Call], samples: int) -> tuple[Coverage, bool]:
+    def _probe(
+        self, outputs: Tensor, calls: Sequence[Call], moves: Sequence[Node], samples: int
+    ) -> tuple[Coverage, bool]:
         """The coverage, and whether all passes of this kind have it."""
-        weights = _weights(outputs)
-        layouts, lasting = _find_layouts(outputs, weights, calls, samples)
+        before = [_moved(node) for node in moves]
+        watched = [*calls, *(call for call in before if call is not None)]
+        possible = _find_layouts(outputs, watched, samples)
+        sample_dims = [None if call is None else _sample_dim(call, possible[call], samples) for call in before]
+        # What is zero fits everything, and so does an arrangement that two layouts describe. Of
+        # several rows of a sample in one dimension, the data may say which they are.
+        lasting = samples == 1 or all(
+            not possible[call] or _sample_dim(call, possible[call], samples) is not None for call in calls
+        )
+        layouts = [possible[call][0] if possible[call] else None for call in calls]
         singly: set[int] = set()
         for call, layout in zip(calls, layouts, strict=True):
             singly.update(call.places.values() if layout is None else ())
-        coverage = Coverage(calls, layouts, samples=samples, singly=frozenset(singly))
+        coverage = Coverage(
+            calls, layouts, samples, singly=frozenset(singly), sample_dims=tuple(sample_dims)
+        )
         return self._compare(outputs, coverage, self._trainable - singly), lasting
 
     def _settle(self, outputs: Tensor, known: Coverage, kind: object) -> Coverage:
@@ -193,33 +214,52 @@ def _weights(outputs: Tensor) -> Tensor:
 
 
 def _find_layouts(
-    outputs: Tensor, weights: Tensor, calls: Sequence[Call], samples: int
-) -> tuple[list[Layout | None], bool]:
-    """The layout of each call's rows, None where there is none, and whether other data has it too.
+    outputs: Tensor, calls: Sequence[Call], samples: int
+) -> dict[Call, list[Layout]]:
+    """The layouts that the rows of each call may have.
 
-    Where only some samples' outputs are differentiated, by `weights`, the rows of all others have
-    no gradient: not even one of rounding.
+    Where only some samples' outputs are differentiated, the rows of all others have no gradient:
+    not even one of rounding.
     """
-    possible = [possible_layouts(call.leading, samples) for call in calls]
+    possible = {call: possible_layouts(call.leading, samples) for call in calls}
     draws = torch.Generator().manual_seed(0)
     group = torch.randperm(samples, generator=draws).to(outputs.device) % _PROBED_GROUPS
+    weights = _weights(outputs)
     for k in range(_PROBED_GROUPS - 1) if samples > 1 else ():
         found, _ = output_gradients(outputs, calls, weights * (group == k).unsqueeze(1))
-        for c, (call, g) in enumerate(zip(calls, found, strict=True)):
+        for call, g in zip(calls, found, strict=True):
             if g is not None:
                 dims = call.row_dims[1]
-                possible[c] = [
+                possible[call] = [
                     layout
-                    for layout in possible[c]
+                    for layout in possible[call]
                     if not bool(layout.rows(g, dims, samples)[group != k].any())
                 ]
-    # What is zero fits everything, and so does an arrangement that two layouts describe. Of several
-    # rows of a sample in one dimension, the data may say which they are.
-    lasting = samples == 1 or all(
-        len(layouts) <= 1 and all(call.leading[layout.dim] == samples for layout in layouts)
-        for call, layouts in zip(calls, possible, strict=True)
-    )
-    return [layouts[0] if layouts else None for layouts in possible], lasting
+    return possible
+
+
+def _sample_dim(call: Call, layouts: Sequence[Layout], samples: int) -> int | None:
+    """The dimension of the call that counts samples, and nothing else; None if it is not known."""
+    dims = [layout.dim for layout in layouts]
+    return dims[0] if len(dims) == 1 and call.leading[dims[0]] == samples else None
+
+
+def _moved(node: Node) -> Call | None:
+    """What `node` moves, as a call without parameters; None if no gradient arrives there."""
+    before, output = node.next_functions[0]
+    if before is None:
+        return None
+    shape = torch.Size(before._input_metadata[output].shape)
+    rule = ScaleRule(SimpleNamespace(row_dims=0))
+    return Call(rule, {}, torch.zeros(()).expand(shape), GradientEdge(before, output), shape)
+
+
+def _any_moves(moves: Sequence[Node], coverage: Coverage) -> bool:
+    """Whether the samples are moved: then they are in the order that each batch's data says."""
+    if coverage.mixed:
+        return bool(moves)
+    pairs = zip(moves, coverage.sample_dims, strict=True)
+    return any(moves_samples(node, dim) for node, dim in pairs)
 
 
 def _explain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,26 +56,54 @@ def possible_layouts(leading: Sequence[int], samples: int) -> list[Layout]:
     ]
 
 
-def may_reorder(nodes: Iterable[Node], samples: int) -> bool:
-    """Whether one of the `nodes` has moved rows along a dimension that may count samples.
+def moving(nodes: Iterable[Node], samples: int) -> list[Node]:
+    """Those that have moved rows along a dimension that may count samples.
 
     Then the layers may see another order in the next batch, although all sizes are equal.
     """
-    return any(_MOVING.match(node.name()) and _moves(node, samples) for node in nodes)
+    return [node for node in nodes if _MOVING.match(node.name()) and _moves(node, samples)]
+
+
+def moves_samples(node: Node, dim: int | None) -> bool:
+    """Whether one of those moves rows along dimension `dim`, or may do so if that is None."""
+    if dim is None:
+        return True
+    along = _dim_of(node)
+    if along is not None:
+        return along % len(_moved_sizes(node)) == dim
+    return not _is_index(node) or _is_moved_by_index(node, dim)
 
 
 def _moves(node: Node, samples: int) -> bool:
-    moved: Sequence[int] = node._input_metadata[0].shape
+    sizes = _moved_sizes(node)
+    along = _dim_of(node)
+    if along is not None:
+        return sizes[along] % samples == 0
+    return not _is_index(node) or any(
+        size % samples == 0 and _is_moved_by_index(node, dim) for dim, size in enumerate(sizes)
+    )
+
+
+def _is_index(node: Node) -> bool:
+    return node.name().startswith(("IndexBackward", "IndexPutBackward"))
+
+
+def _moved_sizes(node: Any) -> Sequence[int]:  # noqa: ANN401
+    sizes: Sequence[int] = getattr(node, "_saved_self_sym_sizes", node._input_metadata[0].shape)
+    return sizes
+
+
+def _dim_of(node: Any) -> int | None:  # noqa: ANN401
     dim: int | None = getattr(node, "_saved_dim", None)
-    if dim is not None:
-        return moved[dim - 2**64 if dim >= 2**63 else dim] % samples == 0  # saved without sign
-    if not node.name().startswith(("IndexBackward", "IndexPutBackward")):
-        return True
-    # To take one token of each sample, say, is an index by 0, 1, 2, ... in the samples' dimension.
-    sizes: Sequence[int] = getattr(node, "_saved_self_sym_sizes", moved)
-    return any(
-        index is not None
-        and size % samples == 0
-        and not torch.equal(index.flatten(), torch.arange(size, device=index.device))
-        for size, index in zip(sizes, getattr(node, "_saved_indices", ()), strict=False)
+    return dim if dim is None or dim < 2**63 else dim - 2**64  # saved without sign
+
+
+def _is_moved_by_index(node: Any, dim: int) -> bool:  # noqa: ANN401
+    """But to take one token of each sample, say, is an index by 0, 1, 2, ... in dimension `dim`."""
+    indices = getattr(node, "_saved_indices", ())
+    index = indices[dim] if dim < len(indices) else None
+    if index is None:
+        return False
+    return not torch.equal(
+        index.flatten(), torch.arange(_moved_sizes(node)[dim], device=index.device)
     )

@@ -42,11 +42,20 @@ class EmbeddingRule(LayerRule):
         function: Function,
     ) -> None:
         # Only tokens that occur: first the sum for each token and sample, then for each token.
+        _, tokens, sums = self.single_rows(features, g)
+        tokens, sums = _sum_by_key(tokens, function(sums))
+        acc.index_add_(0, tokens, sums)
+
+    def joins(self, other: LayerRule) -> bool:
+        return type(other) is type(self) and other.layer.padding_idx == self.layer.padding_idx
+
+    looks_up = True
+
+    def single_rows(self, features: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept = self._kept(features)
         keys = features * len(g) + _number(features)
         keys, sums = _sum_by_key(keys[kept], g[kept])
-        tokens, sums = _sum_by_key(keys // len(g), function(sums))
-        acc.index_add_(0, tokens, sums)
+        return keys % len(g), keys // len(g), sums
 
     def _kept(self, tokens: Tensor) -> Tensor:
         padding = self.layer.padding_idx
@@ -65,6 +74,11 @@ class EmbeddingBagRule(EmbeddingRule):
 
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         super().add_(acc, name, *self._by_token(features, g), function)
+
+    def joins(self, other: LayerRule) -> bool:
+        return other is self
+
+    looks_up = False
 
     def _by_token(self, bags: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         shares = self.layer.shares[bags].to(g.dtype)

@@ -11,7 +11,8 @@ from clext.importance.rule import LayerRule
 class NormRule(LayerRule):
     """Weight gradient: output gradient times normalised input, summed within each channel."""
 
-    sums_rows = True
+    def joins(self, other: LayerRule) -> bool:
+        return isinstance(other, NormRule) and other.parameter_dims == self.parameter_dims
 
     @property
     def parameter_dims(self) -> int:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 class LinearRule(LayerRule):
     """Weight gradient: the sum over rows of g a^T."""
 
-    sums_rows = True
-
     def row_dims(self, dims: int) -> tuple[int, int]:  # noqa: ARG002
         return 1, 1
 
@@ -44,6 +42,20 @@ class LinearRule(LayerRule):
         else:
             inputs, outputs = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (features, g))
             add_products_(acc, inputs, outputs, function)
+
+    def joins(self, other: LayerRule) -> bool:
+        return isinstance(other, LinearRule)
+
+    gives_single_rows = True
+
+    def gradient_of_rows(
+        self, features: Tensor, g: Tensor, samples: Tensor, rows: Tensor
+    ) -> Tensor:
+        found = features.new_empty(len(rows), features.shape[2])
+        places = samples.argsort(stable=True).split(samples.bincount(minlength=len(g)).tolist())
+        for n, place in enumerate(places):
+            found[place] = g[n, :, rows[place]].T @ features[n]
+        return found
 
     gives_rows = True
 
