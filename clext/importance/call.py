@@ -1,4 +1,4 @@
-"""Call of a layer: which parameters it uses, its tensors as rows, and where its gradient arrives."""
+"""Call of a layer: the parameters it uses, its tensors as rows, where its gradient arrives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from clext.core.lists import widest
-from clext.importance.layout import WHOLE, Layout
+from clext.importance.layout import WHOLE, AnyLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -61,7 +61,7 @@ class Call:
     path: Path = DIRECT
     order: tuple[int, ...] | None = None
     kind: object = None
-    layout: Layout = WHOLE
+    layout: AnyLayout = WHOLE
     samples: int = 1
 
     @property

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 
 from clext.importance.call import Call
 from clext.importance.rules import rule_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
@@ -25,7 +26,8 @@ class Capture:
     """Runs `forward`, watching the layers of `model` with rules for some of the trainable `params`.
 
     `without_rule` are the indices of the trainable parameters that a layer without a rule holds
-    (also those that it shares with layers that have one).
+    (also those that it shares with layers that have one). `packs` are the packed sequences that
+    recurrent layers were given in the last forward pass.
     """
 
     def __init__(
@@ -48,10 +50,17 @@ class Capture:
             elif places:
                 self._layers[module] = (rule, places)
         self.without_rule = frozenset(without_rule)
+        self.packs: list[PackedSequence] = []
+        self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
 
     def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
         """The outputs, and the calls through which they may depend on parameters."""
         calls: list[Call] = []
+        self.packs = []
+
+        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], PackedSequence):
+                self.packs.append(args[0])
 
         def capture(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -68,6 +77,7 @@ class Capture:
                 # First of all hooks, to see the layer's own output.
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
+            handles += [module.register_forward_pre_hook(look) for module in self._recurrent]
             outputs = self._forward(x.clone())  # a model may change its input in place
         finally:
             for handle in handles:

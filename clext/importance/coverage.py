@@ -10,28 +10,22 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from clext.core.lists import state_dtype
+from clext.importance.agreement import rules_agree
 from clext.importance.call import Call, Piece, pieces_of
 from clext.importance.capture import output_gradients
 from clext.importance.graph import Graph
-from clext.importance.layout import Layout, moves_samples, moving, possible_layouts
-from clext.importance.rule import add_uses_, identity
+from clext.importance.layout import AnyLayout, Layout, moves_samples, moving, possible_layouts
 from clext.importance.rules.norms import ScaleRule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch.autograd.graph import Node
+    from torch.nn.utils.rnn import PackedSequence
 
     from clext.importance.capture import Capture
 
-# How far the rules' gradient may be from autograd's, relative to its own terms: above rounding
-# (TF32 on GPUs, and some of the layers of torch add up in half precision), below what a hidden use
-# changes.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
-_TF32_TOLERANCE = 2e-3
 _LOW_PRECISION_TOLERANCE = 0.1
-_FLOOR = 0.01  # Terms below this share of the largest are compared as if they had it.
 
 # How far outputs of a smaller batch may be off, relative to how much those of samples differ: each
 # layer may be rounded otherwise.
@@ -42,8 +36,8 @@ _GROUPS = 4  # in which the samples run once more
 # places, that shows the one whose group is probed, unless the other is in the same.
 _PROBED_GROUPS = 3
 
-_FEW = 16  # samples whose features are copied at once
-
+# Of each call those that its rows may have.
+Layouts = dict[Call, list[AnyLayout]]
 
 # Of each parameter that the rules cover: what uses which part of it.
 Uses = dict[int, list[Piece]]
@@ -60,7 +54,7 @@ class Coverage:
     """
 
     calls: Sequence[Call] = ()
-    layouts: Sequence[Layout | None] = ()
+    layouts: Sequence[AnyLayout | None] = ()
     samples: int = 1
     covered: frozenset[int] = frozenset()
     singly: frozenset[int] = frozenset()
@@ -98,31 +92,33 @@ class CoverageFinder:
         self._trainable = frozenset(i for i, p in enumerate(params) if p.requires_grad)
         self._by_graph = capture.without_rule  # the parameters that the graph is asked for
         self._known: dict[object, Coverage] = {}
-        self._unmixed: set[object] = set()  # kinds of passes
+        self._unmixed: set[object] = set()  # sets of calls
 
     def find(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
         """The coverage of the pass of `x` that made `outputs` and `calls`.
 
         Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
         """
-        graph = Graph(outputs)
+        graph, packs = Graph(outputs), self._capture.packs
         hooked, calls = calls, self._with_graph(graph, calls, samples)
         moves = moving(graph.nodes, samples) if samples > 1 else []
-        kind = self._kind(calls, moves, samples, len(x))
+        possible = _possible(calls, samples, packs)
+        kind = self._kind(calls, possible, moves, (samples, len(x)))
         known = self._known.get(kind)
         if known is not None and not _any_moves(moves, known):
             known = replace(known, calls=calls)
             return self._settle(outputs, known, kind) if known.unsettled else known
-        if kind not in self._unmixed and mixes(self._capture, x, outputs):
+        if _used(calls, x) not in self._unmixed and mixes(self._capture, x, outputs):
             found, lasting = Coverage(singly=self._trainable, mixed=True), True
         else:
-            found, lasting = self._probe(outputs, calls, moves, samples)
+            found, lasting = self._probe(outputs, calls, possible, moves, samples)
             if samples > 1 and not found.singly <= self._by_graph:
                 self._by_graph |= found.singly
                 calls = self._with_graph(graph, hooked, samples)
-                kind = self._kind(calls, moves, samples, len(x))
-                found, lasting = self._probe(outputs, calls, moves, samples)
-            self._unmixed.add(kind)
+                possible = _possible(calls, samples, packs)
+                kind = self._kind(calls, possible, moves, (samples, len(x)))
+                found, lasting = self._probe(outputs, calls, possible, moves, samples)
+            self._unmixed.add(_used(calls, x))
         if lasting and not _any_moves(moves, found):
             self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
@@ -139,7 +135,7 @@ class CoverageFinder:
         return kept + graph.calls(self._params, self._by_graph, samples)
 
     def _kind(
-        self, calls: Sequence[Call], moves: Sequence[Node], samples: int, batch: int
+        self, calls: Sequence[Call], possible: Layouts, moves: Sequence[Node], sizes: object
     ) -> object:
         """Equal for passes that have the same coverage."""
         parts: dict[int, set[object]] = {}
@@ -147,35 +143,41 @@ class CoverageFinder:
             for i in call.places.values():
                 parts.setdefault(i, set()).add(call.path.key)
         return (
-            samples,
-            batch,
+            sizes,
             *(node.name() for node in moves),
-            *(call.kind for call in calls),
-            *(tuple(possible_layouts(call.leading, samples)) for call in calls),
+            *((call.kind, *possible[call]) for call in calls),
             *((i, frozenset(keys)) for i, keys in parts.items() if len(keys) > 1),
         )
 
     def _probe(
-        self, outputs: Tensor, calls: Sequence[Call], moves: Sequence[Node], samples: int
+        self,
+        outputs: Tensor,
+        calls: Sequence[Call],
+        possible: Layouts,
+        moves: Sequence[Node],
+        samples: int,
     ) -> tuple[Coverage, bool]:
         """The coverage, and whether all passes of this kind have it."""
         before = [_moved(node) for node in moves]
-        watched = [*calls, *(call for call in before if call is not None)]
-        possible = _find_layouts(outputs, watched, samples)
-        sample_dims = [None if call is None else _sample_dim(call, possible[call], samples) for call in before]
+        watched = [call for call in before if call is not None]
+        possible = _find_layouts(outputs, {**possible, **_possible(watched, samples)}, samples)
+        layouts = [possible[call][0] if possible[call] else None for call in calls]
+        dims = {call: _sample_dim(call, found, samples) for call, found in possible.items()}
         # What is zero fits everything, and so does an arrangement that two layouts describe. Of
         # several rows of a sample in one dimension, the data may say which they are.
-        lasting = samples == 1 or all(
-            not possible[call] or _sample_dim(call, possible[call], samples) is not None for call in calls
-        )
-        layouts = [possible[call][0] if possible[call] else None for call in calls]
+        lasting = all(not possible[call] or dims[call] is not None for call in calls)
         singly: set[int] = set()
         for call, layout in zip(calls, layouts, strict=True):
             singly.update(call.places.values() if layout is None else ())
         coverage = Coverage(
-            calls, layouts, samples, singly=frozenset(singly), sample_dims=tuple(sample_dims)
+            calls,
+            layouts,
+            samples,
+            singly=frozenset(singly),
+            sample_dims=tuple(None if call is None else dims[call] for call in before),
         )
-        return self._compare(outputs, coverage, self._trainable - singly), lasting
+        found = self._compare(outputs, coverage, self._trainable - singly)
+        return found, lasting or samples == 1
 
     def _settle(self, outputs: Tensor, known: Coverage, kind: object) -> Coverage:
         """What this pass says of parameters of which nothing was known."""
@@ -192,19 +194,28 @@ class CoverageFinder:
             outputs, calls, _weights(outputs), [self._params[i] for i in indices]
         )
         arrived = dict(zip(calls, by_output, strict=True))
-        right, wrong = set(), set()
+        right: set[int] = set()
+        wrong: set[int] = set()
+        settled: set[int] = set()
         for i, gradient in zip(indices, by_parameter, strict=True):
-            # Without one, nothing can be said: the layer was called to no avail, or its parameter
-            # was not used.
-            if gradient is not None and bool((gradient := gradient.to_dense()).any()):
-                explained = _explain(gradient, uses.get(i, []), arrived)
-                (right if explained else wrong).add(i)
+            if gradient is None:  # the layer was called to no avail, or the parameter not used
+                continue
+            gradient = gradient.to_dense()
+            explained = rules_agree(gradient, uses.get(i, []), arrived)
+            (right if explained else wrong).add(i)
+            if not explained or bool(gradient.any()):
+                settled.add(i)
         return replace(
             coverage,
-            covered=coverage.covered | right,
+            covered=(coverage.covered - chosen) | right,
             singly=coverage.singly | wrong,
-            unsettled=chosen - right - wrong,
+            unsettled=chosen - settled,
         )
+
+
+def _used(calls: Sequence[Call], x: Tensor) -> object:
+    """What says whether samples mix: the calls, in any order and number, and how many samples."""
+    return len(x), frozenset(call.kind for call in calls)
 
 
 def _weights(outputs: Tensor) -> Tensor:
@@ -213,35 +224,39 @@ def _weights(outputs: Tensor) -> Tensor:
     return torch.randn(outputs.shape, generator=draws).to(outputs)
 
 
-def _find_layouts(
-    outputs: Tensor, calls: Sequence[Call], samples: int
-) -> dict[Call, list[Layout]]:
-    """The layouts that the rows of each call may have.
+def _possible(calls: Sequence[Call], samples: int, packs: Sequence[PackedSequence] = ()) -> Layouts:
+    """What the sizes allow."""
+    return {call: possible_layouts(call.leading, samples, packs) for call in calls}
+
+
+def _find_layouts(outputs: Tensor, possible: Layouts, samples: int) -> Layouts:
+    """Those of the layouts that the rows of each call may have.
 
     Where only some samples' outputs are differentiated, the rows of all others have no gradient:
     not even one of rounding.
     """
-    possible = {call: possible_layouts(call.leading, samples) for call in calls}
     draws = torch.Generator().manual_seed(0)
     group = torch.randperm(samples, generator=draws).to(outputs.device) % _PROBED_GROUPS
-    weights = _weights(outputs)
+    weights, left = _weights(outputs), dict(possible)
     for k in range(_PROBED_GROUPS - 1) if samples > 1 else ():
-        found, _ = output_gradients(outputs, calls, weights * (group == k).unsqueeze(1))
-        for call, g in zip(calls, found, strict=True):
+        found, _ = output_gradients(outputs, list(left), weights * (group == k).unsqueeze(1))
+        for call, g in zip(list(left), found, strict=True):
             if g is not None:
                 dims = call.row_dims[1]
-                possible[call] = [
+                left[call] = [
                     layout
-                    for layout in possible[call]
+                    for layout in left[call]
                     if not bool(layout.rows(g, dims, samples)[group != k].any())
                 ]
-    return possible
+    return left
 
 
-def _sample_dim(call: Call, layouts: Sequence[Layout], samples: int) -> int | None:
+def _sample_dim(call: Call, layouts: Sequence[AnyLayout], samples: int) -> int | None:
     """The dimension of the call that counts samples, and nothing else; None if it is not known."""
-    dims = [layout.dim for layout in layouts]
-    return dims[0] if len(dims) == 1 and call.leading[dims[0]] == samples else None
+    if len(layouts) == 1 and isinstance(layouts[0], Layout):
+        dim = layouts[0].dim
+        return dim if call.leading[dim] == samples else None
+    return None
 
 
 def _moved(node: Node) -> Call | None:
@@ -260,68 +275,6 @@ def _any_moves(moves: Sequence[Node], coverage: Coverage) -> bool:
         return bool(moves)
     pairs = zip(moves, coverage.sample_dims, strict=True)
     return any(moves_samples(node, dim) for node, dim in pairs)
-
-
-def _explain(
-    gradient: Tensor, pieces: Sequence[Piece], arrived: Mapping[Call, Tensor | None]
-) -> bool:
-    """Whether the rules' gradient is autograd's."""
-    if not _are_apart(gradient, pieces):
-        return False
-    tolerance = _TOLERANCE.get(gradient.dtype, _LOW_PRECISION_TOLERANCE)
-    if gradient.is_cuda and gradient.dtype == torch.float32:
-        tolerance = _TF32_TOLERANCE
-    total = _gradient(gradient, pieces, arrived)
-    difference = (total - gradient).abs_()
-
-    def is_small_beside(size: Tensor) -> bool:
-        allowed = size.clamp_(min=_FLOOR * size.max()).mul_(tolerance)
-        return bool((difference <= allowed).all())
-
-    # The terms of a sum are together at least as large as the sum: mostly that is enough.
-    return is_small_beside(total.abs_()) or is_small_beside(
-        _gradient(gradient, pieces, arrived, of_absolute_terms=True)
-    )
-
-
-def _are_apart(parameter: Tensor, pieces: Sequence[Piece]) -> bool:
-    """Whether no entry of the parameter is in two pieces: they would have to be added first."""
-    if len(pieces) < 2:
-        return True
-    count = sum(piece.path.back(piece.room(parameter) + 1) for piece in pieces)
-    return bool((count <= 1).all())
-
-
-def _gradient(
-    like: Tensor,
-    pieces: Sequence[Piece],
-    arrived: Mapping[Call, Tensor | None],
-    *,
-    of_absolute_terms: bool = False,
-) -> Tensor:
-    """The gradient by the rules."""
-    total = torch.zeros_like(like, dtype=state_dtype(like.dtype))
-    for piece in pieces:
-        uses = [
-            call.use(name, call.rows(g))
-            for call, name in piece.uses
-            if (g := arrived[call]) is not None
-        ]
-        if not uses:
-            continue
-        part = piece.room(total)
-        if of_absolute_terms:
-            for start in range(0, len(uses[0][-1]), _FEW):  # features may be views of less
-                few = slice(start, start + _FEW)
-                absolute = [
-                    (rule, name, features[few].abs(), g[few].abs())
-                    for rule, name, features, g in uses
-                ]
-                add_uses_(part, absolute, identity)
-        else:
-            add_uses_(part, uses, identity)
-        total += piece.path.back(part)
-    return total
 
 
 def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
+    from torch.nn.utils.rnn import PackedSequence
 
 # Names of autograd's nodes for operations that move rows to where an index, or their values, say.
 _MOVING = re.compile(r"(Index(?!Fill)|Gather|Scatter|MaskedSelect|MaskedScatter|Sort|Topk|Take)")
@@ -44,16 +45,52 @@ class Layout:
 WHOLE = Layout(0, True)  # of one sample, which everything belongs to
 
 
-def possible_layouts(leading: Sequence[int], samples: int) -> list[Layout]:
-    """Those that the sizes of the leading dimensions allow."""
+@dataclass(frozen=True)
+class PackedLayout:
+    """The leading dimension counts rows of samples of different lengths, as PackedSequence does.
+
+    Row r is number `places[r]` of sample `owners[r]`. What is filled up is zero.
+    """
+
+    owners: Tensor = field(compare=False)
+    places: Tensor = field(compare=False)
+    length: int = field(compare=False)  # of the longest sample
+
+    def rows(self, tensor: Tensor, row_dims: int, samples: int) -> Tensor:  # noqa: ARG002
+        """As `Layout.rows`."""
+        filled = tensor.new_zeros(samples, self.length, *tensor.shape[1:])
+        filled[self.owners, self.places] = tensor
+        return filled
+
+
+AnyLayout = Layout | PackedLayout
+
+
+def possible_layouts(
+    leading: Sequence[int], samples: int, packs: Iterable[PackedSequence] = ()
+) -> list[AnyLayout]:
+    """Those that the sizes of the leading dimensions allow, or one of the `packs` of the pass."""
     if samples == 1:
         return [WHOLE]
-    return [
+    found: list[AnyLayout] = [
         Layout(dim, major)
         for dim, size in enumerate(leading)
         if size > 0 and size % samples == 0
         for major in ((True, False) if size > samples else (True,))
     ]
+    for pack in packs if len(leading) == 1 else ():
+        sizes = pack.batch_sizes
+        order = pack.sorted_indices
+        if order is None:
+            order = torch.arange(samples, device=pack.data.device)
+        if len(order) == samples and leading[0] == len(pack.data):
+            places = torch.arange(len(sizes)).repeat_interleave(sizes).to(order.device)
+            owners = torch.cat([order[:size] for size in sizes.tolist()])
+            found.append(PackedLayout(owners, places, len(sizes)))
+        elif len(order) == samples and bool((sizes == leading[0]).any()):  # one step
+            owners = order[: leading[0]]
+            found.append(PackedLayout(owners, torch.zeros_like(owners), 1))
+    return found
 
 
 def moving(nodes: Iterable[Node], samples: int) -> list[Node]:

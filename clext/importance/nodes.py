@@ -1,9 +1,9 @@
 """Rules of autograd's nodes: how each uses a parameter, in terms of a layer rule.
 
-A function here is given a node and the number of the input that a parameter came by. What the layer
-rule takes from its layer (options, the weight's shape) is put into a stand-in for the layer, what it
-is called with are the tensors that the node has saved. None: there is no rule for such a use. A use
-that is not understood makes an estimate slow, not wrong: rules are compared with autograd.
+A function here is given an argument: a node, and the number of the input that a parameter came by.
+What the layer rule reads of its layer (options, the weight's shape) is put into a stand-in for it,
+what it is called with are the tensors that the node has saved. None: there is no rule for the use.
+A use that is not understood makes an estimate slow, not wrong: rules are compared with autograd.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from clext.importance.rules.norms import ScaleRule
 from clext.importance.rules.products import ConvRule, ConvTransposedRule, LinearRule
 
 if TYPE_CHECKING:
-    from torch.autograd.graph import Node
-
     from clext.importance.rule import LayerRule
 
 

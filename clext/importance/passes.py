@@ -55,9 +55,9 @@ def _compute_plainly(model: nn.Module) -> None:
     """Give modules a `forward` that autograd and the rules can look into."""
     for module in model.modules():
         if "_original_forward" in module.__dict__:  # prepared by accelerate: inside of an autocast
-            module.forward = module._original_forward  # type: ignore[assignment]
+            module.forward = module.__dict__["_original_forward"]
         if isinstance(module, nn.RNNBase):
-            module.forward = partial(_step_by_step, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_step_by_step, module.forward)
 
 
 def _step_by_step(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -147,7 +147,7 @@ def add_uses_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
         rule, name, features, g = joined[0]
         rule.add_(acc, name, features, g, function)
     elif len(joined) == 2 and joined[0][0].gives_single_rows and joined[1][0].looks_up:
-        _add_tied_(acc, *joined, function)
+        _add_tied_(acc, joined[0], joined[1], function)
     else:
         add_joint_(acc, joined, function)
 
@@ -166,7 +166,8 @@ def _joined(uses: Sequence[Use]) -> Use:
     """One use with the rows of all."""
     rule, name, features, g = uses[0]
     if len(uses) > 1:
-        features, g = (torch.cat([use[k] for use in uses], 1) for k in (2, 3))
+        features = torch.cat([use[2] for use in uses], 1)
+        g = torch.cat([use[3] for use in uses], 1)
     return rule, name, features, g
 
 

@@ -12,7 +12,7 @@ from clext.core.batches import read_inputs
 from clext.core.checks import integer
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
-from clext.importance.capture import Call, Capture, output_gradients
+from clext.importance.capture import Capture, output_gradients
 from clext.importance.coverage import CoverageFinder
 from clext.importance.passes import (
     averaged,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.call import Call
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 

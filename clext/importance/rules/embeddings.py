@@ -82,7 +82,8 @@ class EmbeddingBagRule(EmbeddingRule):
 
     def _by_token(self, bags: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         shares = self.layer.shares[bags].to(g.dtype)
-        return self.layer.tokens[bags].flatten(1), (g.unsqueeze(2) * shares.unsqueeze(3)).flatten(1, 2)
+        by_token = g.unsqueeze(2) * shares.unsqueeze(3)
+        return self.layer.tokens[bags].flatten(1), by_token.flatten(1, 2)
 
 
 def _number(tokens: Tensor) -> Tensor:

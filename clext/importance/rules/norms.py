@@ -8,6 +8,7 @@ from torch import Tensor
 
 from clext.importance.rule import LayerRule
 
+
 class NormRule(LayerRule):
     """Weight gradient: output gradient times normalised input, summed within each channel."""
 
