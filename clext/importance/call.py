@@ -72,7 +72,7 @@ class Call:
     @property
     def separable(self) -> bool:
         """Whether a function of the gradient is the gradient of the functions."""
-        return self.rule.separable(self.leading.numel() // self.samples)
+        return self.rule.separable(self.layout.rows_each(self.leading, self.samples))
 
     @property
     def dtype(self) -> torch.dtype:

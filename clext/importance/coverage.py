@@ -14,7 +14,14 @@ from clext.importance.agreement import rules_agree
 from clext.importance.call import Call, Piece, pieces_of
 from clext.importance.capture import output_gradients
 from clext.importance.graph import Graph
-from clext.importance.layout import AnyLayout, Layout, moves_samples, moving, possible_layouts
+from clext.importance.layout import (
+    AnyLayout,
+    Layout,
+    PackedLayout,
+    moves_samples,
+    moving,
+    possible_layouts,
+)
 from clext.importance.rules.norms import ScaleRule
 
 if TYPE_CHECKING:
@@ -236,19 +243,34 @@ def _find_layouts(outputs: Tensor, possible: Layouts, samples: int) -> Layouts:
     not even one of rounding.
     """
     draws = torch.Generator().manual_seed(0)
-    group = torch.randperm(samples, generator=draws).to(outputs.device) % _PROBED_GROUPS
-    weights, left = _weights(outputs), dict(possible)
+    group = torch.randperm(samples, generator=draws) % _PROBED_GROUPS
+    left = dict(possible)
     for k in range(_PROBED_GROUPS - 1) if samples > 1 else ():
-        found, _ = output_gradients(outputs, list(left), weights * (group == k).unsqueeze(1))
-        for call, g in zip(list(left), found, strict=True):
-            if g is not None:
-                dims = call.row_dims[1]
-                left[call] = [
-                    layout
-                    for layout in left[call]
-                    if not bool(layout.rows(g, dims, samples)[group != k].any())
-                ]
+        _keep_fitting(outputs, left, list(left), group == k)
+    # The order of a packed sequence may differ from the samples' own in two of the same group.
+    number = torch.arange(samples)
+    for bit in range((samples - 1).bit_length()):
+        unclear = [call for call, layouts in left.items() if len(layouts) > 1]
+        unclear = [c for c in unclear if any(isinstance(e, PackedLayout) for e in left[c])]
+        if unclear:
+            _keep_fitting(outputs, left, unclear, (number >> bit) % 2 == 1)
     return left
+
+
+def _keep_fitting(outputs: Tensor, left: Layouts, calls: Sequence[Call], chosen: Tensor) -> None:
+    """Keep of the layouts of `calls` those by which only samples `chosen` have a gradient, where
+    only their outputs are differentiated.
+    """
+    chosen = chosen.to(outputs.device)
+    found, _ = output_gradients(outputs, calls, _weights(outputs) * chosen.unsqueeze(1))
+    for call, g in zip(calls, found, strict=True):
+        if g is not None:
+            dims, samples = call.row_dims[1], len(chosen)
+            left[call] = [
+                layout
+                for layout in left[call]
+                if not bool(layout.rows(g, dims, samples)[~chosen].any())
+            ]
 
 
 def _sample_dim(call: Call, layouts: Sequence[AnyLayout], samples: int) -> int | None:

@@ -41,6 +41,10 @@ class Layout:
             tensor = tensor.unflatten(self.dim, sizes).movedim(self.dim + (not self.major), 0)
         return tensor.reshape(shape)
 
+    def rows_each(self, leading: Sequence[int], samples: int) -> int:
+        """How many rows a sample has."""
+        return math.prod(leading) // samples
+
 
 WHOLE = Layout(0, True)  # of one sample, which everything belongs to
 
@@ -62,6 +66,10 @@ class PackedLayout:
         filled[self.owners, self.places] = tensor
         return filled
 
+    def rows_each(self, leading: Sequence[int], samples: int) -> int:  # noqa: ARG002
+        """As `Layout.rows_each`."""
+        return self.length
+
 
 AnyLayout = Layout | PackedLayout
 
@@ -78,19 +86,25 @@ def possible_layouts(
         if size > 0 and size % samples == 0
         for major in ((True, False) if size > samples else (True,))
     ]
-    for pack in packs if len(leading) == 1 else ():
-        sizes = pack.batch_sizes
-        order = pack.sorted_indices
-        if order is None:
-            order = torch.arange(samples, device=pack.data.device)
-        if len(order) == samples and leading[0] == len(pack.data):
-            places = torch.arange(len(sizes)).repeat_interleave(sizes).to(order.device)
-            owners = torch.cat([order[:size] for size in sizes.tolist()])
-            found.append(PackedLayout(owners, places, len(sizes)))
-        elif len(order) == samples and bool((sizes == leading[0]).any()):  # one step
-            owners = order[: leading[0]]
-            found.append(PackedLayout(owners, torch.zeros_like(owners), 1))
+    if len(leading) == 1:
+        found += [entry for pack in packs for entry in _packed_layouts(leading[0], samples, pack)]
     return found
+
+
+def _packed_layouts(rows: int, samples: int, pack: PackedSequence) -> list[AnyLayout]:
+    """Of all rows of `pack`, or those of one of its steps, if there are as many."""
+    sizes, own = pack.batch_sizes, torch.arange(samples, device=pack.data.device)
+    order = own if pack.sorted_indices is None else pack.sorted_indices
+    if len(order) != samples:
+        return []
+    if rows == len(pack.data):
+        owners = torch.cat([order[:size] for size in sizes.tolist()])
+        places = torch.arange(len(sizes)).repeat_interleave(sizes).to(order.device)
+        return [PackedLayout(owners, places, len(sizes))]
+    # Of all samples in their own order, that is the first of the layouts without a pack.
+    if rows not in sizes.tolist() or (rows == samples and torch.equal(order, own)):
+        return []
+    return [PackedLayout(order[:rows], torch.zeros_like(order[:rows]), 1)]
 
 
 def moving(nodes: Iterable[Node], samples: int) -> list[Node]:

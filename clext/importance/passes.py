@@ -64,8 +64,12 @@ def _step_by_step(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     """A recurrent layer without the libraries that compute it as a whole: one hides the gates, the
     other has no backward pass in eval mode.
     """
-    with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-        return forward(*args, **kwargs)
+    before = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)[0]
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            return forward(*args, **kwargs)
+    finally:
+        torch.backends.mkldnn.set_flags(before, _fp32_precision=None)
 
 
 @contextmanager

@@ -314,7 +314,7 @@ class Positions(nn.Module):
         super().__init__()
         self.layer, self.head = nn.Linear(6, 5), head()
         self.first = nn.Parameter(torch.randn(1, 1, 5))
-        self.places = nn.Parameter(torch.randn(1, 9, 5))
+        self.places = nn.Parameter(torch.randn(1, 10, 5))
         self.scale = nn.Parameter(torch.randn(5))
         self.by_place = nn.Parameter(torch.randn(5, 1))
         self.temperature = nn.Parameter(torch.randn(()))
@@ -324,33 +324,27 @@ class Positions(nn.Module):
         hidden = self.layer(sequences(self, x))
         hidden = torch.cat([self.first.expand(len(x), -1, -1), hidden], 1) + self.places[:, :5]
         hidden = (hidden * (1 + self.scale)).tanh() * self.by_place - self.shift[1]
-        turned = hidden.transpose(0, 1) + self.places[0, 4:].unsqueeze(1)  # tokens first
+        turned = hidden.transpose(0, 1) + self.places[0, 5:].unsqueeze(1)  # tokens first
         return self.head((turned.transpose(0, 1) * self.temperature).contiguous())
 
 
 class Packed(nn.Module):
-    """Recurrent layers over sequences of different lengths, some in an order of their own."""
+    """Recurrent layers over sequences of different lengths."""
 
-    def __init__(self, kind, *, ordered=False, **options):
+    def __init__(self, kind, **options):
         super().__init__()
         self.layer, self.head = nn.Linear(6, 5), head()
         self.cell = kind(5, 3, batch_first=True, **options)
-        self.ordered = ordered
 
     def forward(self, x):
-        lengths = tokens(x[:, 0]) % 4 + 1
-        order = lengths.argsort(descending=True, stable=True)
-        order = order if self.ordered else torch.arange(len(x), device=x.device)
+        lengths = (tokens(x[:, 0]) % 4 + 1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(
-            self.layer(sequences(self, x[order])),
-            lengths[order].cpu(),
-            batch_first=True,
-            enforce_sorted=self.ordered,
+            self.layer(sequences(self, x)), lengths, batch_first=True, enforce_sorted=False
         )
         padded, _ = nn.utils.rnn.pad_packed_sequence(
             self.cell(packed)[0], batch_first=True, total_length=4
         )
-        return self.head(padded[order.argsort()])
+        return self.head(padded)
 
 
 class Conv1D(nn.Module):
@@ -461,7 +455,7 @@ BY_GRAPH = {
     "RNN": recurrent_with_head(nn.RNN, nonlinearity="relu"),
     "LSTM, packed": partial(Packed, nn.LSTM, num_layers=2),
     "GRU, packed": partial(Packed, nn.GRU, bidirectional=True),
-    "RNN, packed in order": partial(Packed, nn.RNN, ordered=True),
+    "RNN, packed": partial(Packed, nn.RNN),
     "Conv1D": lambda: Custom(
         lambda m, x: m.second(m.layer(sequences(m, x)).tanh()),
         layer=Conv1D(6, 5),
