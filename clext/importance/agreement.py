@@ -59,7 +59,7 @@ def _are_apart(parameter: Tensor, pieces: Sequence[Piece]) -> bool:
         return True
     count = torch.zeros_like(parameter)
     for piece in pieces:
-        count += piece.path.back(piece.room(parameter) + 1)
+        count += piece.path.back(parameter.new_ones(piece.path.shape or parameter.shape))
     return bool((count <= 1).all())
 
 
@@ -80,7 +80,8 @@ def _gradient(
         ]
         if not uses:
             continue
-        part = piece.room(total)
+        room = piece.room(total)
+        part = total if room is None else room
         if of_absolute_terms:
             for start in range(0, len(uses[0][-1]), _FEW):  # features may be views of less
                 few = slice(start, start + _FEW)
@@ -91,5 +92,6 @@ def _gradient(
                 add_uses_(part, absolute, identity)
         else:
             add_uses_(part, uses, identity)
-        total += piece.path.back(part)
+        if room is not None:
+            total += piece.path.back(room)
     return total

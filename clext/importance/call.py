@@ -119,9 +119,15 @@ class Piece:
     path: Path
     uses: list[tuple[Call, str]] = field(default_factory=list)
 
-    def room(self, parameter: Tensor) -> Tensor:
-        """Zeros to sum up in: the part's shape, the dtype of `parameter`."""
-        return parameter.new_zeros(self.path.shape if self.path.steps else parameter.shape)
+    def room(self, parameter: Tensor) -> Tensor | None:
+        """Zeros to sum up in, of the dtype of `parameter`; None to do that in its own shape and
+        layout.
+        """
+        call, name = self.uses[0]
+        shape = self.path.shape if self.path.steps else parameter.shape
+        like = parameter.new_zeros(()).expand(shape)
+        room = call.rule.room(name, like)
+        return like.new_zeros(shape) if room is None and self.path.steps else room
 
 
 def pieces_of(uses: Iterable[tuple[Call, str]]) -> list[Piece]:

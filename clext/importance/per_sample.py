@@ -18,7 +18,7 @@ from clext.importance.rule import add_uses_, identity
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from clext.importance.call import Call, Piece
+    from clext.importance.call import Call, Path, Piece
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 
@@ -48,8 +48,18 @@ class PerSampleSum:
         self._function = torch.abs if absolute else torch.square
         self._capture = Capture(model, params, forward)
         self._finder = CoverageFinder(self._capture, params)
-        self.sums = allocate_state(params)
-        self._singles = SingleSamples(owner, model, params, forward, self.sums, self._function)
+        self._sums = allocate_state(params)
+        # Sums for a part of a parameter, or in another layout: by its number and what part it is.
+        self._parts: dict[object, tuple[int, Path, Tensor]] = {}
+        self._singles = SingleSamples(owner, model, params, forward, self._sums, self._function)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What was added so far."""
+        for i, path, part in self._parts.values():
+            self._sums[i].add_(path.back(part))
+        self._parts.clear()
+        return self._sums
 
     def add(self, x: Tensor, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
@@ -69,7 +79,7 @@ class PerSampleSum:
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
         singly, uses = coverage.singly, coverage.uses()
-        batch = _Batch(self.sums, uses, self._function)
+        batch = _Batch(uses, self._room, self._function)
         del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
             assert weight is not None
@@ -83,34 +93,45 @@ class PerSampleSum:
         outputs = check_outputs(self._owner, self._forward(x.clone()), len(x))
         for weight in cotangents(outputs.detach()):
             for i, gradient in gradients(outputs, self._params, weight).items():
-                self.sums[i].add_(self._function(gradient.to(self.sums[i].dtype)))
+                self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))
+
+    def _room(self, i: int, piece: Piece) -> Tensor:
+        """Where `piece` of parameter i is summed up."""
+        key = (i, piece.path.key)
+        if key in self._parts:
+            return self._parts[key][2]
+        room = piece.room(self._sums[i])
+        if room is None:
+            return self._sums[i]
+        self._parts[key] = (i, piece.path, room)
+        return room
 
 
 class _Batch:
-    """Adds to `sums` what the rules cover, for the cotangents of one forward pass.
+    """Adds what the rules cover, for the cotangents of one forward pass.
 
-    With the last cotangent, what the forward pass had kept is given back.
+    `room`: where what is added of a piece of a parameter goes. With the last cotangent, what the
+    forward pass had kept is given back.
     """
 
     def __init__(
-        self, sums: list[Tensor], uses: Uses, function: Callable[[Tensor], Tensor]
+        self,
+        uses: Uses,
+        room: Callable[[int, Piece], Tensor],
+        function: Callable[[Tensor], Tensor],
     ) -> None:
         self._function = function
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
         # they need no more of the cotangents than the sum of their function. `joint`: pieces of
-        # several uses. `parts`: what goes from a piece to its parameter.
+        # several uses.
         self._single: dict[Call, dict[str, Tensor]] = {}
         self._separable: dict[Call, dict[str, Tensor]] = {}
         self._joint: list[tuple[Piece, Tensor]] = []
-        self._parts: list[tuple[Tensor, Piece, Tensor]] = []
         self._totals: dict[Call, Tensor] = {}
         calls: dict[Call, None] = {}
         for i, pieces in uses.items():
             for piece in pieces:
-                acc = sums[i]
-                if piece.path.steps:
-                    acc = piece.room(acc)
-                    self._parts.append((sums[i], piece, acc))
+                acc = room(i, piece)
                 call, name = piece.uses[0]
                 if len(piece.uses) > 1:
                     self._joint.append((piece, acc))
@@ -155,5 +176,3 @@ class _Batch:
             powers = self._function(call.features())
             for name, acc in self._separable[call].items():
                 call.rule.add_(acc, name, powers, total, identity)
-        for whole, piece, acc in self._parts:
-            whole.add_(piece.path.back(acc))

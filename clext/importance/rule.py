@@ -7,6 +7,7 @@ sample has the same number of rows (tokens, frames, windows); its gradient is th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,12 @@ class LayerRule:
         """
         return False
 
+    def room(self, name: str, like: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Zeros for `add_`, of the shape and dtype of `like`, where another layout in memory than
+        the parameter's makes that faster.
+        """
+        return None
+
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         """Add the sum over samples of function(gradient) by the parameter `name` to `acc`."""
         add_joint_(acc, [(self, name, features, g)], function)
@@ -119,17 +126,19 @@ class LayerRule:
 _NAMES: dict[Function, str] = {torch.square: "square", torch.abs: "absolute", identity: "identity"}
 
 
-def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Function) -> None:
-    """Add the sum over samples of function(sum over rows of grads times features) to `acc`.
+def product_sums(features: Tensor, grads: Tensor, function: Function) -> Tensor:
+    """The sum over samples of function(sum over rows of features times grads).
 
-    As in `ops.per_sample_sum`, for a weight of [groups * outputs, *inputs].
+    Tensors and result as in `ops.per_sample_sum`.
     """
-    sums = ops.per_sample_sum(features, grads, function=_NAMES[function])
-    if len(sums) == 1:
-        # Turned as a matrix first: by blocks, not each entry from another line of the cache.
-        acc.add_(sums[0].T.contiguous().view(acc.shape))
-    else:
-        acc.add_(sums.transpose(1, 2).reshape(acc.shape))
+    if math.prod(grads.shape[3:]) == 1:
+        # With one row, the function of a product is the product of the functions.
+        left, right = (
+            function(tensor).reshape(*tensor.shape[:2], -1).transpose(0, 1)
+            for tensor in (features, grads)
+        )
+        return torch.bmm(left.transpose(1, 2), right)
+    return ops.per_sample_sum(features, grads, function=_NAMES[function])
 
 
 def add_uses_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:

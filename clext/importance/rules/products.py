@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clext.importance.rule import LayerRule, add_products_, at_once, identity
+from clext.importance.rule import LayerRule, at_once, identity, product_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ class LinearRule(LayerRule):
             super().add_(acc, name, features, g, function)
         else:
             inputs, outputs = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (features, g))
-            add_products_(acc, inputs, outputs, function)
+            acc.add_(product_sums(outputs, inputs, function)[0])
 
     def joins(self, other: LayerRule) -> bool:
         return isinstance(other, LinearRule)
@@ -115,6 +115,15 @@ class ConvRule(LayerRule):
             return [side for s in reversed(sums) for side in (s // 2, s - s // 2)]
         return [side for p in reversed(_each(layer.padding, len(kernel))) for side in (p, p)]
 
+    def room(self, name: str, like: Tensor) -> Tensor | None:
+        # As the sums of products lie: [groups, channels of the group * kernel, outputs].
+        if name == "bias":
+            return None
+        groups, outputs = self.layer.groups, len(like) // self.layer.groups
+        sums = like.new_zeros(groups, like[0].numel(), outputs).transpose(1, 2)
+        acc: Tensor = sums.unflatten(2, like.shape[1:]).flatten(0, 1)
+        return acc
+
     def samples_at_once(self, inputs: Tensor) -> int:
         return at_once(inputs, inputs[:1].numel()) if any(self._padding()) else len(inputs)
 
@@ -138,7 +147,8 @@ class ConvRule(LayerRule):
         else:
             # [samples, groups, channels of the group, rows, *outputs]
             by_group = g.unflatten(2, (self.layer.groups, -1)).movedim(1, 3)
-            add_products_(acc, features, by_group, function)
+            sums = product_sums(features, by_group, function).transpose(1, 2)
+            acc.unflatten(0, sums.shape[:2]).add_(sums.unflatten(2, acc.shape[1:]))
 
 
 class ConvTransposedRule(ConvRule):
