@@ -64,7 +64,7 @@ importance/scp.py
     samples**2 => samples
 importance/batch_mean.py
     cotangent / len(x) => cotangent
-importance/rules.py
+importance/rules/norms.py
     F.batch_norm(inputs, mean, => F.batch_norm(inputs, -mean,
 methods/ewc.py
     seed=self.seed + self.tasks => seed=self.seed

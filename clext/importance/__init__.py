@@ -2,8 +2,8 @@
 
 Each estimate leaves the model as it was, gradients, buffers, training flags and random state
 included, and is the same however the data is split into batches (but for the "batch" kinds).
-Parameters that a rule covers, of a layer (`rules`, `register_rule`) or of a node of autograd's graph
-(`nodes`), take one backward pass; others are differentiated sample by sample, and a
+Parameters that a rule covers, of a layer (`rules`, `register_rule`) or of a node of autograd's
+graph (`nodes`), take one backward pass; others are differentiated sample by sample, and a
 SlowImportanceWarning names them.
 """
 

@@ -59,6 +59,11 @@ class Graph:
                         seen.add(before)
                         waiting.append(before)
 
+    @property
+    def scales_by_frequency(self) -> bool:
+        """Whether a gradient is scaled by how often each token is in the whole batch."""
+        return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in self.nodes)
+
     def calls(self, params: Sequence[Tensor], chosen: Iterable[int], samples: int) -> list[Call]:
         """A call for each use of the parameters `chosen` that nodes.py has a rule for."""
         index = {id(params[i]): i for i in chosen}

@@ -14,6 +14,7 @@ from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
 from clext.importance.capture import Capture, output_gradients
 from clext.importance.coverage import CoverageFinder
+from clext.importance.graph import Graph
 from clext.importance.passes import (
     averaged,
     check_outputs,
@@ -81,7 +82,7 @@ def sliced_cramer_importance(
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:
                 coverage = finder.find(x, outputs, calls, samples=1)
-                if coverage.mixed:
+                if coverage.mixed or Graph(outputs).scales_by_frequency:
                     # f is the mean of what each sample gives by itself.
                     for sample in x.split(1):
                         jacobian.add(single_outputs(owner, forward, sample), {})

@@ -505,7 +505,7 @@ FALLBACK = {
             layer=nn.Linear(6, 6),
             body=nn.Bilinear(6, 6, 5),
         ),
-        ["body"],
+        ["body.weight"],
     ),
     "frequency": (
         embedded(lambda m, x: m.table(tokens(x)).tanh(), scale_grad_by_freq=True),

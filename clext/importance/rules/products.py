@@ -116,13 +116,10 @@ class ConvRule(LayerRule):
         return [side for p in reversed(_each(layer.padding, len(kernel))) for side in (p, p)]
 
     def room(self, name: str, like: Tensor) -> Tensor | None:
-        # As the sums of products lie: [groups, channels of the group * kernel, outputs].
-        if name == "bias":
+        if name == "bias" or self.layer.groups > 1:
             return None
-        groups, outputs = self.layer.groups, len(like) // self.layer.groups
-        sums = like.new_zeros(groups, like[0].numel(), outputs).transpose(1, 2)
-        acc: Tensor = sums.unflatten(2, like.shape[1:]).flatten(0, 1)
-        return acc
+        # As the sums of products lie: [channels * kernel, outputs].
+        return like.new_zeros(like[0].numel(), len(like)).T.view(like.shape)
 
     def samples_at_once(self, inputs: Tensor) -> int:
         return at_once(inputs, inputs[:1].numel()) if any(self._padding()) else len(inputs)
