@@ -15,11 +15,11 @@ PRECISIONS = ("fp32", "bf16")
 # The options of each method, as its class has them (a test compares).
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "baseline": (),
-    "ewc": ("strength", "fisher", "gamma", "anchors", "weighting", "seed"),
-    "mas": ("strength", "gamma", "estimator"),
+    "ewc": ("strength", "fisher", "gamma", "anchors", "weighting", "samples", "seed"),
+    "mas": ("strength", "gamma", "estimator", "samples"),
     "si": ("strength", "xi", "clamp"),
     "rwalk": ("strength", "alpha", "interval", "eps", "mix", "variant"),
-    "scp": ("strength", "slices", "seed"),
+    "scp": ("strength", "slices", "samples", "seed"),
     "lwf": ("strength", "balance", "temperature", "scale"),
     "replay": ("strength", "budget", "policy", "batch", "balance", "seed"),
     "icarl": ("budget", "features", "norm", "temperature"),

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from clext.core.checks import number
+from clext.core.checks import count_or_all, number
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class MAS(QuadraticPenalty):
@@ -25,6 +28,7 @@ class MAS(QuadraticPenalty):
         strength: weight of the penalty.
         gamma: what is left of the old importance after each task, in [0, 1]: with 1 the tasks add
             up, as in the paper; with 0 only the latest task counts.
+        samples: how many samples it is measured on, the first that the loader gives; None: all.
         estimator: gradients "per_sample", or of the mean of a "batch"; see
             `clext.importance.output_sensitivity`.
     """
@@ -40,10 +44,13 @@ class MAS(QuadraticPenalty):
         strength: float | None = None,
         gamma: float = 1.0,
         estimator: str = "per_sample",
+        samples: int | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.estimator = self._choice("estimator", estimator)
+        self.samples = count_or_all(self.name, "samples", samples)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         sensitivity = output_sensitivity(
@@ -51,6 +58,7 @@ class MAS(QuadraticPenalty):
             self._state.params,
             dataloader,
             estimator=self.estimator,
-            forward=self.heads,
+            supervision=self.heads,
+            samples=self.samples,
         )
         self._state.plan.consolidate_importance_(sensitivity, self.gamma)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from clext.methods.base import Method
 from clext.methods.parts.options import scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from clext.core.supervision import SupervisionOptions
 
 T = TypeVar("T")
 
@@ -38,8 +43,14 @@ class QuadraticPenalty(Method):
     state_names: tuple[str, ...] = ("anchor", "importance")
     fused: tuple[str, ...] | None = ("anchor", "importance")
 
-    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
-        super().__init__(model, strength=strength)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        **supervision: Unpack[SupervisionOptions],
+    ) -> None:
+        super().__init__(model, strength=strength, **supervision)
         self._state = ParameterState(self._parameters_now(), self.state_names)
         self._step = Step("path" in self.state_names)
 

@@ -14,7 +14,10 @@ from clext.methods.quadratic import QuadraticPenalty
 from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class RWalk(QuadraticPenalty):
@@ -83,6 +86,7 @@ class RWalk(QuadraticPenalty):
         eps: float = 1e-3,
         mix: float = 0.5,
         variant: str = "paper",
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
         self.variant = self._choice("variant", variant)
         self._is_released = self.variant == "released"
@@ -92,7 +96,7 @@ class RWalk(QuadraticPenalty):
             self.state_names = (*self.state_names, "running_fisher")
             self.counter_names = (*self.counter_names, "task_steps")
             self.fused = None
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.alpha = number(self.name, "alpha", alpha, minimum=SMALLEST, maximum=1.0)
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=SMALLEST)

@@ -10,7 +10,10 @@ from clext.core.checks import SMALLEST, number
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class SI(QuadraticPenalty):
@@ -47,8 +50,9 @@ class SI(QuadraticPenalty):
         strength: float | None = None,
         xi: float = 0.1,
         clamp: str = "task",
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 
