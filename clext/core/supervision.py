@@ -220,7 +220,7 @@ class Supervision:
             return False
         with isolated_rng(0, labels.device), buffers_kept(self._model):
             found = _called(self._model, inputs, with_labels=True)
-        own = getattr(found, "loss", None)
+        own = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
         if own is None:
             return False
         if not bool(own.isfinite()):
@@ -278,7 +278,7 @@ def _called(model: nn.Module, inputs: Inputs, *, with_labels: bool = False) -> A
 
 def _outputs_of(found: Any) -> Any:  # noqa: ANN401
     """The outputs in what a model returned: a tensor, or the logits of a Transformers output."""
-    logits = getattr(found, "logits", None)
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
     if not isinstance(logits, Tensor):
         return found
     return logits.transpose(1, 2) if logits.dim() == 3 else logits
