@@ -13,7 +13,7 @@ def plain_loop(method, optimizer, losses, *, accumulate=1, clip=None, autocast=N
     Returns the path integral that SI should have: -sum of the task's gradient, accumulated and
     unclipped, times what the step changed.
     """
-    params = [entry for group in optimizer.param_groups for entry in group["params"]]
+    params = list(method.model.parameters())
     path = [torch.zeros_like(entry) for entry in params]
     context = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
     for number, loss in enumerate(losses, start=1):
