@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from clext.methods.base import Method
 
 
-class ClextPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche has no types
+class ClextPlugin(SupervisedPlugin):
     """A method in the loop of Avalanche's strategies, over all experiences.
 
     It follows heads that grow from experience to experience, adds its pull before each step, and
@@ -43,21 +43,21 @@ class ClextPlugin(SupervisedPlugin):  # type: ignore[misc]  # Avalanche has no t
         self.method = method
         self._steps = Steps(type(self).__name__, method)
 
-    def before_training_exp(self, strategy: Any, **_: object) -> None:  # noqa: ANN401
+    def before_training_exp(self, strategy: Any, **_: Any) -> None:
         """Begin a task, after the model has grown and the optimizer was told."""
         self._steps.begin([strategy.optimizer])
         self.method.begin_task()
 
-    def before_backward(self, strategy: Any, **_: object) -> None:  # noqa: ANN401
+    def before_backward(self, strategy: Any, **_: Any) -> None:
         """The loss of a method that has its own."""
         if self.method.has_own_loss:
             strategy.loss = self.method.loss(strategy.mb_x, strategy.mb_y)
 
-    def before_update(self, strategy: Any, **_: object) -> None:  # noqa: ANN401, ARG002
+    def before_update(self, strategy: Any, **_: Any) -> None:  # noqa: ARG002
         """Add the pull to the task's gradients."""
         self.method.add_penalty_grad_()
 
-    def after_training_exp(self, strategy: Any, **_: object) -> None:  # noqa: ANN401
+    def after_training_exp(self, strategy: Any, **_: Any) -> None:
         """End the task."""
         self._steps.end()
         data = strategy.experience.dataset

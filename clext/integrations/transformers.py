@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer as AnyTrainer
+    from transformers import TrainerState, TrainingArguments
 
     from clext.methods.base import Method
+else:
+    AnyTrainer = object
 
 
-class MethodCheckpoint(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
+class MethodCheckpoint(TrainerCallback):
     """The method's state in every checkpoint of a Trainer, and back when it resumes.
 
     A `ContinualTrainer` has it already. A plain Trainer, whose optimizer of `clext.optim` was given
@@ -40,22 +43,20 @@ class MethodCheckpoint(TrainerCallback):  # type: ignore[misc]  # Transformers h
         self.method = method
         self.resume_from: str | PathLike[str] | None = None  # None: the Trainer's own folder
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **_k: Any) -> None:
         """Write the state into the folder that the Trainer has just written."""
         if args.should_save:
             torch.save(self.method.state_dict(), _folder(args, state) / self.file_name)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Take over the state, if training is resumed."""
         if state.global_step > 0:
             self._load(self.resume_from or _folder(args, state))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Go back with the model, if the Trainer has gone back to the best checkpoint."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -75,7 +76,7 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-class ContinualMixin:
+class ContinualMixin(AnyTrainer):
     """A method in the loop of any Trainer, TRL's too, its state in the Trainer's checkpoints.
 
     The pull is added before the Trainer clips, once for each step of the optimizer, however many
@@ -135,11 +136,11 @@ class ContinualMixin:
 
 
 class ContinualTrainer(ContinualMixin, Trainer):
-    """Transformers' Trainer with a method::
+    """Transformers' Trainer with a method; see `ContinualMixin`.
+
+    For each task::
 
         trainer = ContinualTrainer(model, args, train_dataset=data, method=clext.EWC(model))
         trainer.train()
         trainer.method.consolidate(trainer.get_train_dataloader())  # the end of the task
-
-    See `ContinualMixin`.
     """

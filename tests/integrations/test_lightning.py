@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from framework_loops import plain_loop
-from toy_training import assert_same_state, make_model, make_task
 from torch import nn
 from torch.utils.data import DataLoader
+from toy_training import assert_same_state, make_model, make_task
 
 import clext
 
@@ -74,7 +74,9 @@ def fitted(method_of, net=None, tasks=2, **options):
     net = net or Net()
     method = method_of(net)
     for number in range(tasks):
-        trainer(ContinualCallback(method, consolidate=True), **options).fit(net, loader(task(number)))
+        trainer(ContinualCallback(method, consolidate=True), **options).fit(
+            net, loader(task(number))
+        )
     return net, method
 
 

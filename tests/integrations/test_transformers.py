@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from framework_loops import plain_loop
-from toy_training import assert_same_state, make_model, make_task
 from torch import nn
+from toy_training import assert_same_state, make_model, make_task
 
 import clext
 
@@ -34,7 +34,10 @@ class Classifier(nn.Module):
 
     def forward(self, x, labels=None):
         logits = self.net(x)
-        return {"loss": None if labels is None else F.cross_entropy(logits, labels), "logits": logits}
+        return {
+            "loss": None if labels is None else F.cross_entropy(logits, labels),
+            "logits": logits,
+        }
 
 
 def language_model():
@@ -68,8 +71,8 @@ def batches_of(examples):
         yield {key: torch.stack([entry[key] for entry in chosen]) for key in chosen[0]}
 
 
-def arguments(folder, **options):
-    return transformers.TrainingArguments(
+def arguments(folder, kind=transformers.TrainingArguments, **options):
+    return kind(
         str(folder),
         **{
             "per_device_train_batch_size": BATCH,
@@ -84,6 +87,7 @@ def arguments(folder, **options):
             "disable_tqdm": True,
             "save_strategy": "no",
             "max_grad_norm": CLIP,
+            "bf16": False,
             **options,
         },
     )
@@ -160,7 +164,9 @@ def test_a_language_model_whose_loss_counts_the_tokens_of_all_its_batches(tmp_pa
             few = batches[start : start + 4]
             tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in few)
             # Four times, and divided by four again.
-            losses = [lambda b=b, n=tokens: 4 * expected(**b, num_items_in_batch=n).loss for b in few]
+            losses = [
+                lambda b=b, n=tokens: 4 * expected(**b, num_items_in_batch=n).loss for b in few
+            ]
             plain_loop(method, optimizer, losses, accumulate=4, clip=CLIP)
         method.consolidate()
     assert_same(found, (expected, method))
@@ -197,6 +203,31 @@ def test_replay_makes_the_loss_and_is_divided_by_the_accumulation(tmp_path):
     assert_same(found, (expected, method))
 
 
+def test_a_step_that_the_scaler_skips_is_none(tmp_path, monkeypatch):
+    """And gradients that are scaled still when the pull is added."""
+
+    def run(bad):
+        model = Classifier()
+        method = clext.SI(model)
+        data = task(0)
+        if bad:
+            data[12:12] = [
+                {**entry, "x": torch.full_like(entry["x"], torch.inf)} for entry in data[:4]
+            ]
+        trainer = ContinualTrainer(model, arguments(tmp_path), train_dataset=data, method=method)
+        # Accelerate has fp16 on a GPU alone; this is what it sets there.
+        monkeypatch.setattr(trainer.accelerator, "native_amp", True)
+        monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.train()
+        assert method.steps == 11
+        return [*model.parameters(), *method.state_dict()["state"]["path"].values()]
+
+    for found, expected in zip(run(bad=True), run(bad=False), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert expected.abs().max() > 0
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 
@@ -223,7 +254,9 @@ def test_resumed_in_mid_task(optimizer_of, tmp_path):
         assert_same((resumed, after), (model, method))
 
 
-def test_a_plain_trainer_with_the_method_in_the_optimizer_and_its_state_in_the_checkpoints(tmp_path):
+def test_a_plain_trainer_with_the_method_in_the_optimizer_and_its_state_in_the_checkpoints(
+    tmp_path,
+):
     def made():
         model = Classifier()
         method = clext.SI(model)
@@ -323,17 +356,8 @@ def test_trl(tmp_path):
     )
 
     def made(kind, model, number, **more):
-        options = {**arguments(tmp_path).to_dict(), "gradient_accumulation_steps": 4}
-        keep = (
-            "per_device_train_batch_size num_train_epochs learning_rate lr_scheduler_type optim "
-            "train_sampling_strategy use_cpu report_to disable_tqdm save_strategy max_grad_norm "
-            "gradient_accumulation_steps"
-        ).split()
-        config = trl.SFTConfig(
-            str(tmp_path),
-            gradient_checkpointing=False,
-            bf16=False,
-            **{key: options[key] for key in keep},
+        config = arguments(
+            tmp_path, trl.SFTConfig, gradient_accumulation_steps=4, gradient_checkpointing=False
         )
         data = [{"input_ids": entry["input_ids"].tolist()} for entry in texts(number)]
         return kind(
@@ -357,7 +381,9 @@ def test_trl(tmp_path):
             few = batches[start : start + 4]
             tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in few)
             losses = [
-                lambda b=b, n=tokens: 4 * plain.compute_loss(expected, b, num_items_in_batch=n)
+                lambda b=b, n=tokens, plain=plain: (
+                    4 * plain.compute_loss(expected, b, num_items_in_batch=n)
+                )
                 for b in few
             ]
             expected.train()
