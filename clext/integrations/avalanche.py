@@ -51,7 +51,7 @@ class ClextPlugin(SupervisedPlugin):
     def before_backward(self, strategy: Any, **_: Any) -> None:
         """The loss of a method that has its own."""
         if self.method.has_own_loss:
-            strategy.loss = self.method.loss(strategy.mb_x, strategy.mb_y)
+            strategy.loss = self.method.loss(*strategy.mbatch)
 
     def before_update(self, strategy: Any, **_: Any) -> None:  # noqa: ARG002
         """Add the pull to the task's gradients."""

@@ -47,6 +47,9 @@ class ByHand(Net):
             optimizer.step()
             optimizer.zero_grad()
 
+    def on_before_optimizer_step(self, optimizer):
+        self.clip_gradients(optimizer, CLIP)
+
 
 def task(number):
     return make_task(number, torch.float32)
@@ -124,13 +127,13 @@ def test_the_loop_in_bfloat16():
     assert_same(half, looped(clext.SI, autocast=torch.bfloat16, clip=CLIP))
 
 
-def test_manual_optimization():
+def test_manual_optimization_that_clips_in_the_hook_after_the_callback():
     half = ByHand()
     net, method = fitted(clext.SI, half, tasks=1, limit_train_batches=10, max_epochs=1)
     expected = Net()
     oracle = clext.SI(expected)
     losses = [lambda x=x, y=y: F.cross_entropy(expected(x), y) for x, y in task(0)[:10]]
-    plain_loop(oracle, expected.configure_optimizers(), losses, accumulate=2)
+    plain_loop(oracle, expected.configure_optimizers(), losses, accumulate=2, clip=CLIP)
     oracle.consolidate()
     assert_same((net, method), (expected, oracle))
 

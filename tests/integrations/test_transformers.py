@@ -189,6 +189,38 @@ def test_si_sees_the_gradient_before_it_is_clipped(tmp_path):
     assert decrease(1e-3) == pytest.approx(decrease(0.0), rel=0.02)
 
 
+def test_a_penalty_in_the_loss_counts_as_often_as_there_are_batches_in_a_step(tmp_path):
+    """Where the Trainer does not divide: docs/frameworks.md says so, and the adapter does not."""
+
+    class Penalised(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) + self.penalty()
+
+    def begun():
+        model = language_model()
+        method = clext.EWC(model)
+        method.importance = {name: torch.ones_like(p) for name, p in method.importance.items()}
+        with torch.no_grad():
+            for entry in model.parameters():
+                entry.add_(0.01)
+        return model, method
+
+    few = {"max_steps": 2, "optim": "sgd", "learning_rate": 1e-4, "max_grad_norm": 0.0}
+    options = arguments(tmp_path, gradient_accumulation_steps=4, **few)
+    found = []
+    for share in (1, 4):
+        model, method = begun()
+        trainer = Penalised(model, options, train_dataset=texts(0))
+        trainer.penalty = lambda method=method, share=share: method.penalty() / share
+        trainer.train()
+        found.append(model)
+    adapted, method = begun()
+    ContinualTrainer(adapted, options, train_dataset=texts(0), method=method).train()
+    for whole, shared, once in zip(*(m.parameters() for m in (*found, adapted)), strict=True):
+        torch.testing.assert_close(shared, once, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(whole, once, rtol=1e-5, atol=1e-7)
+
+
 def test_replay_makes_the_loss_and_is_divided_by_the_accumulation(tmp_path):
     data = lambda number: task(number)[: 8 * BATCH]  # noqa: E731
     kind = lambda model: clext.Combined(clext.SI(model), clext.Replay(model))  # noqa: E731
