@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from torch import Tensor, nn
-    from torch.optim import Optimizer
     from transformers import Trainer as AnyTrainer
     from transformers import TrainerState, TrainingArguments
 
@@ -76,6 +75,17 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+class _Begin(TrainerCallback):
+    """Begins to follow the steps when the Trainer has wrapped, sharded and moved what it will."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    def on_train_begin(self, *_: Any, optimizer: Any, **_k: Any) -> None:
+        """Of accelerate's optimizer the one inside."""
+        self._steps.begin([getattr(optimizer, "optimizer", optimizer)])
+
+
 class ContinualMixin(AnyTrainer):
     """A method in the loop of any Trainer, TRL's too, its state in the Trainer's checkpoints.
 
@@ -102,6 +112,7 @@ class ContinualMixin(AnyTrainer):
         self._steps = Steps(type(self).__name__, method)
         self._checkpoint = MethodCheckpoint(method)
         super().__init__(*args, **kwargs)
+        self.add_callback(_Begin(self._steps))
         self.add_callback(self._checkpoint)
         if method.has_own_loss:  # a mean over the batch, so the Trainer is to divide it
             self.model_accepts_loss_kwargs = False
@@ -114,12 +125,6 @@ class ContinualMixin(AnyTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._steps.end()
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As the Trainer's, at the start of a training; the method follows its steps."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        self._steps.begin([getattr(optimizer, "optimizer", optimizer)])  # accelerate wraps it
-        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; with the last batch of a step the pull joins the gradients."""

@@ -183,6 +183,7 @@ def test_si_sees_the_gradient_before_it_is_clipped(tmp_path):
         ContinualTrainer(
             model, options, train_dataset=task(0), method=method, optimizers=(optimizer, None)
         ).train()
+        optimizer.step()  # which is the user's again, and not followed
         return float(loss_decrease(method))
 
     # Adam moves as far by a tenth of the gradient, so the same loss is lost.
