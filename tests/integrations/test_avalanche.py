@@ -48,7 +48,7 @@ class Heads(MultiTaskModule):
     def __init__(self):
         super().__init__()
         self.net = make_model(torch.float32)[:2]
-        self.head = MultiHeadClassifier(6, initial_out_features=2)
+        self.head = MultiHeadClassifier(6, initial_out_features=2, masking=False)
 
     def forward(self, x, task_labels):
         return self.head(self.net(x), task_labels)

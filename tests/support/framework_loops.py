@@ -22,7 +22,7 @@ def plain_loop(method, optimizer, losses, *, accumulate=1, clip=None, autocast=N
         (value / accumulate).backward()
         if number % accumulate:
             continue
-        gradients = [entry.grad.clone() for entry in params]
+        gradients = [None if entry.grad is None else entry.grad.clone() for entry in params]
         before = [entry.detach().clone() for entry in params]
         method.add_penalty_grad_()
         if clip is not None:
@@ -31,5 +31,6 @@ def plain_loop(method, optimizer, losses, *, accumulate=1, clip=None, autocast=N
         method.update()
         optimizer.zero_grad()
         for sum_, gradient, start, now in zip(path, gradients, before, params, strict=True):
-            sum_ -= gradient * (now.detach() - start)
+            if gradient is not None:
+                sum_ -= gradient * (now.detach() - start)
     return path
