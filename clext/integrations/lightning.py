@@ -52,11 +52,12 @@ class ContinualCallback(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,  # noqa: ARG002
-        optimizer: Optimizer,  # noqa: ARG002
+        optimizer: Optimizer,
     ) -> None:
         """Add the pull to the task's gradients, which are complete and not clipped yet."""
-        # Scaled still, where the optimizer unscales them in its step.
-        self.method.add_penalty_grad_(getattr(trainer.precision_plugin, "scaler", None))
+        if optimizer is self._steps.optimizer:
+            # Scaled still, where the optimizer unscales them in its step.
+            self.method.add_penalty_grad_(getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """End the task, if that was asked for."""

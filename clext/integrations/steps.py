@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from clext.methods.base import Method
+from clext.optim.base import FusedOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,6 +32,7 @@ class Steps:
         if not isinstance(method, Method):
             raise TypeError(f"{owner}: expected a method of clext, got {type(method).__name__}")
         self._owner, self._method = owner, method
+        self.optimizer: Optimizer | None = None  # the one whose steps they are
         self._handle: RemovableHandle | None = None
 
     def begin(self, optimizers: Iterable[Optimizer]) -> None:
@@ -53,16 +55,17 @@ class Steps:
                 "that is trained, and one optimizer with a param group for each part of it"
             )
         (optimizer,) = chosen
-        if getattr(optimizer, "method", None) is not None:
+        if isinstance(optimizer, FusedOptimizer) and optimizer.method is not None:
             raise ValueError(
                 f"{self._owner}: this {type(optimizer).__name__} was given a method and pulls in "
                 f"its own step, after gradients were clipped; make it without method="
             )
         self._method._follow_model()
+        self.optimizer = optimizer
         self._handle = optimizer.register_step_post_hook(lambda *_: self._method.update())
 
     def end(self) -> None:
         """Leave the optimizer as it was."""
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
+            self._handle = self.optimizer = None

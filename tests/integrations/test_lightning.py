@@ -161,6 +161,42 @@ def test_a_method_for_a_part_of_the_module_and_with_a_loss_of_its_own():
     assert_same((net, method), (expected, oracle))
 
 
+def test_an_optimizer_beside_it_for_another_part_of_the_module():
+    """The pull is once in a step of the method's own optimizer, whatever the other one does."""
+
+    class Two(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.critic = make_model(torch.float32), nn.Linear(3, 1)
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.critic)]
+
+        def training_step(self, batch):
+            first, second = self.optimizers()
+            logits = self.net(batch[0])
+            self.manual_backward(F.cross_entropy(logits, batch[1]))
+            self.manual_backward(self.critic(logits.detach()).mean())
+            second.step()
+            first.step()
+            second.step()
+            for optimizer in (first, second):
+                optimizer.zero_grad()
+
+    module, expected = Two(), make_model(torch.float32)
+    method, oracle = clext.SI(module.net), clext.SI(expected)
+    for number in range(2):
+        trainer(ContinualCallback(method, consolidate=True), max_epochs=1).fit(
+            module, loader(task(number))
+        )
+        losses = [lambda x=x, y=y: F.cross_entropy(expected(x), y) for x, y in task(number)]
+        plain_loop(oracle, torch.optim.SGD(expected.parameters(), lr=0.1), losses)
+        oracle.consolidate()
+    assert_same((module.net, method), (expected, oracle))
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["torch", "clext"])
 def test_resumed_in_mid_task(tmp_path, fused):
     kind = clext.optim.AdamW if fused else torch.optim.AdamW
