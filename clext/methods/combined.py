@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from clext.core.batches import Batches
 
 
-def _delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
+def delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
     """The attribute or method `name` of the method that is `part` here."""
     return property(
         lambda self: getattr(getattr(self, part), name),
@@ -73,16 +73,16 @@ class Combined(Method):
         return self.protector if self.protector.has_strength else self.learner
 
     # The pull, and what an optimizer's pass asks for, is the protector's; the loss the learner's.
-    strength = _delegated("_weighed", "strength")
-    steps = _delegated("protector", "steps")
-    tasks = _delegated("protector", "tasks")
-    decay = _delegated("protector", "decay")
-    constant = _delegated("protector", "constant")
-    _state = _delegated("protector", "_state")
-    penalty = _delegated("protector", "penalty")
-    add_penalty_grad_ = _delegated("protector", "add_penalty_grad_")
-    loss = _delegated("learner", "loss")
-    _predict = _delegated("learner", "_predict")
+    strength = delegated("_weighed", "strength")
+    steps = delegated("protector", "steps")
+    tasks = delegated("protector", "tasks")
+    decay = delegated("protector", "decay")
+    constant = delegated("protector", "constant")
+    _state = delegated("protector", "_state")
+    penalty = delegated("protector", "penalty")
+    add_penalty_grad_ = delegated("protector", "add_penalty_grad_")
+    loss = delegated("learner", "loss")
+    _predict = delegated("learner", "_predict")
 
     def update(self) -> None:
         """Both look at the step."""
