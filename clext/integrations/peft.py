@@ -25,6 +25,8 @@ from clext.methods.quadratic import QuadraticPenalty
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch.optim import Optimizer
+
     from clext.core.batches import Batches
     from clext.methods.parts.state import ParameterState
 
@@ -105,8 +107,13 @@ class MergedPenalty(Method):
         """The step is over."""
         self._step.end()
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task: `base.consolidate(dataloader)` on the model as it is with LoRA merged."""
+        if self.base.takes_optimizer:
+            raise ValueError(
+                f"{self.name}: no optimizer has second moments of weights that LoRA trains; take "
+                'another fisher= than "optimizer" to measure them'
+            )
         with merged(self.model), only_known_trainable(self.base):
             self.base.consolidate(dataloader)
 

@@ -12,6 +12,8 @@ from clext.methods.base import Examples, Method
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from torch.optim import Optimizer
+
     from clext.core.batches import Batches
 
 
@@ -52,6 +54,11 @@ class Combined(Method):
                 f"ewc) and one with a loss of its own (such as replay), got {protector.name} and "
                 f"{learner.name}"
             )
+        if protector.takes_optimizer:
+            raise ValueError(
+                f"Combined: {protector.name} takes the optimizer at the end of a task, and "
+                f"{learner.name} data; choose another fisher="
+            )
         if any(part.tasks or part.heads.blocks for part in (protector, learner)):
             raise ValueError(
                 f"Combined: combine {protector.name} and {learner.name} before their first task"
@@ -89,7 +96,7 @@ class Combined(Method):
         for part in self.parts:
             part.update()
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
             dataloader = [_copied(batch) for batch in dataloader]  # it is read twice

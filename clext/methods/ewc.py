@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.checks import integer, number
-from clext.importance import FISHER_KINDS, fisher_information
+from clext.importance import FISHER_KINDS, fisher_information, second_moment
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ class EWC(QuadraticPenalty):
         model: see `Method`.
         strength: weight of the penalty.
         fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
-            `clext.importance.fisher_information`.
+            `clext.importance.fisher_information`. Or from Adam's second moment, without a pass over
+            data: "optimizer", which `consolidate(optimizer)` is given in their place; see
+            `clext.importance.second_moment`, also for its size, by which strength is to be larger.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: where it pulls to: the values after the "latest" task, or those after "all".
         weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples of
@@ -45,7 +47,7 @@ class EWC(QuadraticPenalty):
     default_strength: ClassVar[float] = 250.0
     counter_names: tuple[str, ...] = ("tasks", "steps", "constant")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "fisher": FISHER_KINDS,
+        "fisher": (*FISHER_KINDS, "optimizer"),
         "anchors": ("latest", "all"),
         "weighting": ("mean", "sum"),
     }
@@ -67,6 +69,12 @@ class EWC(QuadraticPenalty):
         self.anchors = self._choice("anchors", anchors)
         self.weighting = self._choice("weighting", weighting)
         self.seed = integer(self.name, "seed", seed, minimum=0)
+        self.takes_optimizer = self.fisher == "optimizer"
+        if self.takes_optimizer and self.weighting == "sum":
+            raise ValueError(
+                f'{self.name}: weighting="sum" counts samples, of which fisher="optimizer" sees '
+                'none; use weighting="mean"'
+            )
         self.constant = 0.0  # what a sum of quadratics is more than one; 0 for anchors="latest"
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -75,6 +83,17 @@ class EWC(QuadraticPenalty):
             raise ValueError('it is of an EWC with anchors="all"; make this one so')
 
     def _end_task(self, dataloader: Batches | None) -> None:
+        fisher = self._measured(dataloader)
+        if self.anchors == "all":
+            added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
+            self.constant = self.gamma * self.constant + float(added)
+        else:
+            self._state.plan.consolidate_importance_(fisher, self.gamma)
+
+    def _measured(self, dataloader: Batches | None) -> list[Tensor]:
+        """F of the task that has ended."""
+        if self.takes_optimizer:
+            return second_moment(self._state.params, dataloader)
         samples: list[int] = []
         if self.weighting == "sum" and _is_iterable(dataloader):
             dataloader = _counted(dataloader, samples)
@@ -88,11 +107,7 @@ class EWC(QuadraticPenalty):
         )
         if self.weighting == "sum":
             torch._foreach_mul_(fisher, float(sum(samples)))
-        if self.anchors == "all":
-            added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
-            self.constant = self.gamma * self.constant + float(added)
-        else:
-            self._state.plan.consolidate_importance_(fisher, self.gamma)
+        return fisher
 
 
 def _is_iterable(batches: Batches | None) -> TypeGuard[Batches]:
