@@ -21,13 +21,8 @@ from clext.training.settings import Settings
 from speed.timing import machine, record
 
 BATCH = 128
-STRENGTHS = [
-    25.0,
-    100.0,
-    250.0,
-    1000.0,
-]  # of the empirical Fisher; the other's are BATCH times that
-KINDS = {"empirical": 1, "optimizer": BATCH}
+STRENGTHS = [5.0, 25.0, 100.0, 250.0, 1000.0]
+KINDS = {"empirical": 1, "optimizer": BATCH}  # by what strengths are multiplied
 
 
 def make_model(seed: int) -> nn.Module:
