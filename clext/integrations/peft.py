@@ -155,9 +155,16 @@ class Change(NamedTuple):
     importance: Tensor
 
     def delta(self) -> Tensor:
-        """S B A, summed over the adapters and in the form of the weight; differentiable."""
+        """S B A, summed over the adapters and laid out like the weight; differentiable."""
         parts: list[Tensor] = [self.layer.get_delta_weight(name) for name in self.adapters]
-        return sum(parts[1:], start=parts[0])
+        total = sum(parts[1:], start=parts[0])
+        return torch.empty_like(self.weight, dtype=total.dtype).copy_(total)
+
+    @property
+    def quadratic(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Anchor and importance of the change: F (W + s B A - anchor)^2 has it at anchor - W."""
+        anchor = self.anchor - self.weight.detach().to(state_dtype(self.weight.dtype))
+        return [anchor.to(self.importance.dtype)], [self.importance]
 
     @property
     def factors(self) -> list[Tensor]:
@@ -165,14 +172,9 @@ class Change(NamedTuple):
         base = set(self.layer.get_base_layer().parameters())
         return [p for p in self.layer.parameters() if p.requires_grad and p not in base]
 
-    def distance(self, delta: Tensor) -> Tensor:
-        """W + delta - anchor, in the dtype of state; exact where W is the anchor."""
-        weight = self.weight.detach()
-        return weight.to(state_dtype(weight.dtype)).sub(self.anchor).add(delta)
-
     def penalty(self) -> Tensor:
         """Sum of F * (W + s B A - anchor)^2."""
-        return (self.importance * self.distance(self.delta()).square()).sum()
+        return ops.quadratic_penalty([self.delta()], *self.quadratic)
 
 
 class MergedWeights:
@@ -224,11 +226,12 @@ class MergedWeights:
         for change in self.changes:
             with torch.enable_grad():
                 delta = change.delta()
-            distance = change.distance(delta.detach())
-            pull = strength * change.importance * distance
-            value = value + (pull * distance).sum()
-            # To A goes s B^T G and to B s G A^T, with G = 2 * strength * F * (W + s B A - anchor).
-            gradients = torch.autograd.grad(delta, change.factors, (2 * pull).to(delta.dtype))
+            # G = 2 * strength * F * (W + s B A - anchor); to A goes s B^T G, to B goes s G A^T.
+            pull = torch.zeros_like(delta)
+            value = value + ops.add_quadratic_penalty_grad_(
+                [pull], [delta.detach()], *change.quadratic, strength=strength
+            )
+            gradients = torch.autograd.grad(delta, change.factors, pull)
             for entry, gradient in zip(change.factors, gradients, strict=True):
                 cast("Tensor", entry.grad).add_(gradient)
         return value
