@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "course_step": speed_tables.course_step_table,
     "published": accuracy_tables.published_table,
     "sweep": accuracy_tables.sweep_table,
+    "optimizer_importance": accuracy_tables.optimizer_importance_table,
 }
 
 

@@ -71,6 +71,7 @@ class Method:
     fused: tuple[str, ...] | None = ()  # state that an optimizer's pass works on; None: it cannot
     decay: float = 0.0  # weight of the old average of squares ("fisher") in that pass
     constant: float = 0.0  # of the penalty, without strength
+    takes_optimizer: bool = False  # consolidate does, in place of data
     capturable: bool = True  # in a CUDA graph the loss does the same at each replay
     _combined: ClassVar[Callable[[Method, Method], Method]]  # set where that class is defined
 
@@ -159,18 +160,19 @@ class Method:
         """
         return Attachment(self, optimizer)
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task: take what is to be kept of it.
 
         `dataloader`: batches, for methods that measure importance on data (MAS and SCP do without
-        labels) or keep examples; see `clext.Supervision`. ValueError: they are not such, or the
-        steps have left NaN; nothing is changed.
+        labels) or keep examples; see `clext.Supervision`. EWC(fisher="optimizer") takes the
+        optimizer in its place. ValueError: they are not such, or the steps have left NaN; nothing
+        is changed.
         """
         grad = torch.is_grad_enabled()
         # No later loss could use what is made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
-            self._end_task(dataloader)
+            self._end_task(dataloader)  # type: ignore[arg-type]  # an optimizer is EWC's to refuse
         self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
         warn_if_unused(self, steps)
 

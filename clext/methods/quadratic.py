@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clext.core.parameters import canonical_names, check_parameters
+from clext.core.parameters import adapted_parameters, canonical_names, check_parameters
 from clext.methods.base import Method
 from clext.methods.parts.options import scale_of
 from clext.methods.parts.state import ParameterState, StateView
@@ -138,6 +138,14 @@ class QuadraticPenalty(Method):
             )
 
     def _follow_model(self) -> None:
+        known = dict(zip(map(id, self._state.params), self._state.lists["importance"], strict=True))
+        for name, parameter in adapted_parameters(self.model).items():
+            if id(parameter) in known and bool(known[id(parameter)].any()):
+                raise ValueError(
+                    f"{self.name} protects '{name}', which is frozen now while an adapter changes "
+                    "what it does, so the penalty would be 0; use "
+                    f"clext.integrations.peft.MergedPenalty({self.name}) in its place"
+                )
         self.refresh_parameters()
 
     def _parameters_now(self, known: ParameterState | None = None) -> dict[str, nn.Parameter]:
@@ -147,13 +155,13 @@ class QuadraticPenalty(Method):
         return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
-        """`call(state)`; once more if it failed because parameters were moved or converted."""
+        """`call(state)`; once more if it failed because parameters were moved, or all replaced."""
         try:
             return call(self._state)
         except (TypeError, ValueError):
             if self._state.fits(self._parameters_now(self._state)):
                 raise
-        self.refresh_parameters()
+        self._follow_model()
         return call(self._state)
 
     def _save(self) -> dict[str, Any]:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 # These begin as a copy of the parameters, all other state as zeros.
 COPIES_OF_PARAMETERS = ("anchor", "interval_start")
+ALL_FROZEN = (
+    "all parameters that the method knows are frozen, so it protects nothing; unfreeze them, or "
+    "call refresh_parameters() where others have taken their place"
+)
 # What a step keeps from the pull to its end; in no state dict.
 SCRATCH = ("task_gradient", "step_start")
 
@@ -91,9 +95,11 @@ class ParameterState:
     def penalty(self) -> Tensor:
         """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
 
-        Frozen parameters without a gradient have no part in it.
+        Frozen parameters without a gradient have no part in it; ValueError if there are no others.
         """
         moving = [entry.requires_grad or entry.grad is not None for entry in self.params]
+        if not any(moving):
+            raise ValueError(ALL_FROZEN)
         lists = (self.params, self.lists["anchor"], self.lists["importance"])
         return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from clext import ops
+from clext.methods.parts.state import ALL_FROZEN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ class Step:
 
         Raises:
             RuntimeError: the gradients are those of the last pull, at most added to since.
+            ValueError: everything is frozen, so that nothing is pulled.
         """
         if self._pulled is not None:
             place, gradient, writes = self._pulled
@@ -67,6 +69,8 @@ class Step:
             if entry.grad is not None:
                 self._pulled = place, weakref.ref(entry.grad), entry.grad._version
                 break
+        else:
+            raise ValueError(ALL_FROZEN)
         self.kept_by = "pull"
         return value / scale
 
