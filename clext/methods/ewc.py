@@ -39,6 +39,7 @@ class EWC(QuadraticPenalty):
             N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
             "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "ewc"
@@ -60,8 +61,9 @@ class EWC(QuadraticPenalty):
         anchors: str = "latest",
         weighting: str = "mean",
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype)
         self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = self._choice("anchors", anchors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import number
@@ -27,6 +28,7 @@ class MAS(QuadraticPenalty):
             up, as in the paper; with 0 only the latest task counts.
         estimator: gradients "per_sample", or of the mean of a "batch"; see
             `clext.importance.output_sensitivity`.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "mas"
@@ -40,8 +42,9 @@ class MAS(QuadraticPenalty):
         strength: float | None = None,
         gamma: float = 1.0,
         estimator: str = "per_sample",
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.estimator = self._choice("estimator", estimator)
 

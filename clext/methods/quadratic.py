@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clext.core.parameters import canonical_names, check_parameters
 from clext.methods.base import Method
-from clext.methods.parts.options import scale_of
+from clext.methods.parts.options import checked_state_dtype, scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
 
@@ -30,6 +30,15 @@ class QuadraticPenalty(Method):
     the pull out of `.grad` again, inexactly if that was clipped: to clip, use `add_penalty_grad_`.
 
     A subclass names its state in `state_names`: for each parameter one tensor per name.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty, >= 0.
+        state_dtype: torch.bfloat16 (or "bfloat16") keeps anchor and importance in half the memory,
+            with 8 significant bits: a parameter that is not bfloat16 is pulled to its value rounded
+            to these, and what a task adds is lost where it is less than 1/512 of what is there.
+            Sums, paths and averages stay float32. None: float32 (float64 for float64 parameters,
+            for which it must be None).
     """
 
     default_strength: ClassVar[float] = 1.0
@@ -38,9 +47,16 @@ class QuadraticPenalty(Method):
     state_names: tuple[str, ...] = ("anchor", "importance")
     fused: tuple[str, ...] | None = ("anchor", "importance")
 
-    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        state_dtype: torch.dtype | str | None = None,
+    ) -> None:
         super().__init__(model, strength=strength)
-        self._state = ParameterState(self._parameters_now(), self.state_names)
+        self.state_dtype = checked_state_dtype(self.name, state_dtype)
+        self._state = ParameterState(self._parameters_now(), self.state_names, self.state_dtype)
         self._step = Step("path" in self.state_names)
 
     @property
@@ -114,7 +130,7 @@ class QuadraticPenalty(Method):
         if self._state.fits(named):
             return
         check_parameters(named, type(self.model).__name__)
-        state = ParameterState(named, self.state_names)
+        state = ParameterState(named, self.state_names, self.state_dtype)
         lost = state.adopt(self._state, self.name)
         self._state = state
         self._step.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import integer, unknown_name
@@ -25,6 +26,7 @@ class SCP(QuadraticPenalty):
         strength: weight of the penalty.
         slices: number of directions drawn, or "exact" for the expectation over all of them.
         seed: of the draws; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "scp"
@@ -37,8 +39,9 @@ class SCP(QuadraticPenalty):
         strength: float | None = None,
         slices: int | str = "exact",
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype)
         if isinstance(slices, str):
             if slices != "exact":
                 raise unknown_name("slices of scp", slices, ["exact", "a whole number >= 1"])

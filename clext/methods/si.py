@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import SMALLEST, number
@@ -31,6 +32,7 @@ class SI(QuadraticPenalty):
         clamp: what stays at least zero: each "task"'s share, max(0, path) / (distance^2 + xi), or
             the "total", importance = max(0, importance + path / (distance^2 + xi)), from which a
             task in which a parameter made the loss rise takes away (the authors' released code).
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "si"
@@ -47,8 +49,9 @@ class SI(QuadraticPenalty):
         strength: float | None = None,
         xi: float = 0.1,
         clamp: str = "task",
+        state_dtype: torch.dtype | str | None = None,
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype)
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 

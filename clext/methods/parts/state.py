@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from clext.ops.plan import ReferencePlan
 
+# What a task leaves and the steps after it only read: these may be in bfloat16.
+CONSOLIDATED = ("anchor", "importance")
 # These begin as a copy of the parameters, all other state as zeros.
 COPIES_OF_PARAMETERS = ("anchor", "interval_start")
 # What a step keeps from the pull to its end; in no state dict.
@@ -64,15 +66,30 @@ class ParameterState:
     Args:
         named: the parameters.
         keys: names of the lists.
+        dtype: of anchor and importance; None: the state dtype of each parameter, as all else is.
+
+    Raises:
+        ValueError: there is a `dtype`, and a parameter is float64.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], keys: Sequence[str]) -> None:
-        self.names, self.params = list(named), list(named.values())
-        self.lists = {key: allocate_state(self.params) for key in keys}
+    def __init__(
+        self, named: Mapping[str, Tensor], keys: Sequence[str], dtype: torch.dtype | None = None
+    ) -> None:
+        self.names, self.params, self.dtype = list(named), list(named.values()), dtype
+        for name, entry in named.items():
+            if dtype is not None and entry.dtype == torch.float64:
+                raise ValueError(
+                    f"parameter '{name}' is float64, whose state is float64: leave "
+                    f"state_dtype={dtype} out"
+                )
+        self.lists = {key: allocate_state(self.params, self._dtype_of(key)) for key in keys}
         self.scratch: dict[str, list[Tensor]] = {}
         for key in COPIES_OF_PARAMETERS:
             if key in self.lists:
                 self.restart(key)
+
+    def _dtype_of(self, key: str) -> torch.dtype | None:
+        return self.dtype if key in CONSOLIDATED else None
 
     @cached_property
     def plan(self) -> ReferencePlan:
@@ -130,9 +147,9 @@ class ParameterState:
         return all(
             entry.shape == parameter.shape
             and entry.device == parameter.device
-            and entry.dtype == state_dtype(parameter.dtype)
+            and entry.dtype == (self._dtype_of(key) or state_dtype(parameter.dtype))
             and same_layout(entry.shape, entry.stride(), parameter.stride())
-            for entries in self.lists.values()
+            for key, entries in self.lists.items()
             for entry, parameter in zip(entries, self.params, strict=True)
         )
 
@@ -183,6 +200,7 @@ class ParameterState:
         # for each of them. No copies: what goes to another process has to live until it has come.
         return {
             "named": dict(zip(self.names, self.params, strict=True)),
+            "dtype": self.dtype,
             "memory": {key: _memory(entries) for key, entries in self.lists.items()},
             "places": {
                 key: [(e.dtype, e.shape, e.stride(), e.storage_offset()) for e in entries]
@@ -193,7 +211,8 @@ class ParameterState:
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Parameters may have another layout by now than their state had.
-        self.__init__(state["named"], list(state["memory"]))  # type: ignore[misc]
+        keys = list(state["memory"])
+        self.__init__(state["named"], keys, state["dtype"])  # type: ignore[misc]
         for key, entries in self.lists.items():
             memory = {buffer.dtype: buffer for buffer in state["memory"][key]}
             for entry, (dtype, *place) in zip(entries, state["places"][key], strict=True):

@@ -94,5 +94,6 @@ class Step:
         state.plan.add_quadratic_penalty_grad_(0.0)  # keeps the gradients
         torch._foreach_copy_(starts, began)
         anchors, importances = state.lists["anchor"], state.lists["importance"]
-        # The pull the other way round: 2 * strength * importance * (anchor - step_start).
-        ops.add_quadratic_penalty_grad_(gradients, anchors, starts, importances, strength)
+        torch._foreach_neg_(gradients)  # the op adds
+        ops.add_quadratic_penalty_grad_(gradients, starts, anchors, importances, strength)
+        torch._foreach_neg_(gradients)
