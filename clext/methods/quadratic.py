@@ -77,10 +77,17 @@ class QuadraticPenalty(Method):
     def anchor(self, values: Mapping[str, Tensor]) -> None:
         self.anchor.assign(values)
 
-    def penalty(self) -> Tensor:
-        """The penalty: 0-dim, differentiable, to be added to the loss."""
-        penalty = self.strength * (self._on_state(ParameterState.penalty) + self.constant)
-        if penalty.requires_grad:
+    def penalty(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The penalty: 0-dim, differentiable, to be added to the loss.
+
+        `params`: values by parameter name that are meant in place of the model's, as
+        `torch.func.functional_call` takes them; works under the transforms of torch.func, and is
+        not taken for a step. ValueError: a name or a shape that is no parameter's.
+        """
+        given = None if params is None else self._given(params)
+        value = self._on_state(lambda state: state.penalty(given))
+        penalty = self.strength * (value + self.constant)
+        if given is None and penalty.requires_grad:
             if self._step.follows_path:
                 self._step.begin_by_penalty(self._state)
             else:  # a count that a compiled loss advanced would compile it anew in each step
@@ -150,6 +157,17 @@ class QuadraticPenalty(Method):
         named = canonical_names(dict(self.model.named_parameters()))
         names, ids = (known.names, set(map(id, known.params))) if known else ((), set())
         return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
+
+    def _given(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values by canonical name; ValueError if one is of no parameter of the model."""
+        given = canonical_names(params)
+        known = canonical_names(dict(self.model.named_parameters()))
+        for name, value in given.items():
+            wanted = list(known[name].shape) if name in known else "a parameter of the model"
+            if list(value.shape) != wanted:
+                got = f"{name!r} of shape {list(value.shape)}"
+                raise ValueError(f"{self.name}: penalty was given {got}, expected {wanted}")
+        return given
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
         """`call(state)`; once more if it failed because parameters were moved or converted."""

@@ -138,18 +138,17 @@ Dtypes dtypes_of(const Context& where, const std::vector<ListArgument>& argument
 
 void check_dtype(const Context& where, const ListArgument& argument, size_t a, size_t i,
                  const Dtypes& dtypes) {
-  const at::ScalarType found = argument.tensors[i].scalar_type();
   const bool is_parameter = argument.storage == Storage::Parameter;
-  const bool is_consolidated = argument.storage == Storage::Consolidated;
-  const at::ScalarType expected = is_parameter      ? dtypes.leading
-                                  : is_consolidated ? dtypes.consolidated
-                                                    : state_dtype(dtypes.leading);
+  const at::ScalarType expected = is_parameter ? dtypes.leading
+                                  : argument.storage == Storage::Consolidated
+                                      ? dtypes.consolidated
+                                      : state_dtype(dtypes.leading);
+  const at::ScalarType found = argument.tensors[i].scalar_type();
   TORCH_CHECK_TYPE(found == expected, where.at(a, i), " has dtype ", name_of(found), ", expected ",
                    name_of(expected),
-                   is_parameter                ? ""
-                   : expected == at::kBFloat16 ? " (anchors and importances share a dtype)"
-                                               : " (state is float64 for float64 parameters, else "
-                                                 "float32)");
+                   is_parameter ? ""
+                                : " (state is float64 for float64 parameters, else float32; then "
+                                  "anchors and importances may both be bfloat16)");
 }
 
 void check_tensor(const Context& where, const std::vector<ListArgument>& arguments, size_t a,

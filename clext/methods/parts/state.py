@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clext import ops
 from clext.core.lists import same_layout, state_dtype
-from clext.core.parameters import allocate_state
+from clext.core.parameters import allocate_state, canonical_names
 from clext.ops.plan import make_plan
 
 if TYPE_CHECKING:
@@ -82,14 +82,13 @@ class ParameterState:
                     f"parameter '{name}' is float64, whose state is float64: leave "
                     f"state_dtype={dtype} out"
                 )
-        self.lists = {key: allocate_state(self.params, self._dtype_of(key)) for key in keys}
+        self.lists = {
+            key: allocate_state(self.params, dtype if key in CONSOLIDATED else None) for key in keys
+        }
         self.scratch: dict[str, list[Tensor]] = {}
         for key in COPIES_OF_PARAMETERS:
             if key in self.lists:
                 self.restart(key)
-
-    def _dtype_of(self, key: str) -> torch.dtype | None:
-        return self.dtype if key in CONSOLIDATED else None
 
     @cached_property
     def plan(self) -> ReferencePlan:
@@ -105,13 +104,19 @@ class ParameterState:
         """The tensors of `key` by parameter name."""
         return StateView(key, self.names, self.lists[key])
 
-    def penalty(self) -> Tensor:
+    def penalty(self, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
 
-        Frozen parameters without a gradient have no part in it.
+        Frozen parameters without a gradient have no part in it. `given`: values in place of the
+        parameters of these names.
         """
-        moving = [entry.requires_grad or entry.grad is not None for entry in self.params]
-        lists = (self.params, self.lists["anchor"], self.lists["importance"])
+        values = given or {}
+        moving = [
+            name in values or entry.requires_grad or entry.grad is not None
+            for name, entry in zip(self.names, self.params, strict=True)
+        ]
+        params = [values.get(*pair) for pair in zip(self.names, self.params, strict=True)]
+        lists = (params, self.lists["anchor"], self.lists["importance"])
         return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
 
     @torch.no_grad()
@@ -147,11 +152,17 @@ class ParameterState:
         return all(
             entry.shape == parameter.shape
             and entry.device == parameter.device
-            and entry.dtype == (self._dtype_of(key) or state_dtype(parameter.dtype))
+            and entry.dtype == self._dtype_of(key, parameter)
             and same_layout(entry.shape, entry.stride(), parameter.stride())
             for key, entries in self.lists.items()
             for entry, parameter in zip(entries, self.params, strict=True)
         )
+
+    def _dtype_of(self, key: str, parameter: Tensor) -> torch.dtype:
+        wide = state_dtype(parameter.dtype)
+        if self.dtype is None or key not in CONSOLIDATED or wide == torch.float64:
+            return wide
+        return self.dtype
 
     @torch.no_grad()
     def adopt(self, old: ParameterState, owner: str) -> list[str]:
@@ -188,12 +199,13 @@ class ParameterState:
         }
 
     def load_state_dict(self, given: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over such copies; ValueError for other names or shapes."""
+        """Take over such copies, whatever wrappers' prefixes; ValueError for other parameters."""
         for key in self.lists:
-            if set(given[key]) != set(self.names):
-                odd = sorted(set(given[key]) ^ set(self.names))
+            entries = canonical_names(given[key])
+            if set(entries) != set(self.names):
+                odd = sorted(set(entries) ^ set(self.names))
                 raise ValueError(f"'{key}' is of other parameters: {', '.join(odd)}")
-            self.view(key).assign(given[key])
+            self.view(key).assign(entries)
 
     def __getstate__(self) -> dict[str, Any]:
         # The memory of a list as a whole, since its tensors are parts of it: pickle would write it

@@ -24,7 +24,7 @@ def quadratic_penalty_backward(
 ) -> list[Tensor]:
     """2 * grad * importance * (parameter - anchor), in the dtype of `params`."""
     return [
-        torch.empty_like(theta).copy_(2 * grad.to(wide(omega)) * wide(omega) * (wide(theta) - wide(anchor)))
+        torch.empty_like(theta).copy_(2 * grad * wide(omega) * (wide(theta) - wide(anchor)))
         for theta, anchor, omega in zip(params, anchors, importances, strict=True)
     ]
 
