@@ -219,6 +219,9 @@ class Method:
     def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
         return self.heads.narrow(self.model(inputs), active)
 
+    def _check_unpulled(self, remedy: str) -> None:
+        """RuntimeError if the pull is in the gradients before an optimizer's pass adds it."""
+
     def _after_step(self) -> None:
         """After a step, whoever took it."""
 

@@ -81,6 +81,7 @@ class Combined(Method):
     _state = _delegated("protector", "_state")
     penalty = _delegated("protector", "penalty")
     add_penalty_grad_ = _delegated("protector", "add_penalty_grad_")
+    _check_unpulled = _delegated("protector", "_check_unpulled")
     loss = _delegated("learner", "loss")
     _predict = _delegated("learner", "_predict")
 

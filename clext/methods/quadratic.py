@@ -88,6 +88,8 @@ class QuadraticPenalty(Method):
         value = self._on_state(lambda state: state.penalty(given))
         penalty = self.strength * (value + self.constant)
         if given is None and penalty.requires_grad:
+            if not torch.compiler.is_compiling():
+                penalty.register_hook(lambda _: self._step.follow_backward(self._state))
             if self._step.follows_path:
                 self._step.begin_by_penalty(self._state)
             else:  # a count that a compiled loss advanced would compile it anew in each step
@@ -99,7 +101,7 @@ class QuadraticPenalty(Method):
 
         Call it once in a step, on complete gradients; after it they may be clipped or dropped.
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
-        RuntimeError: these gradients hold the pull already.
+        RuntimeError: these gradients hold the pull already, by this or by `penalty` in the loss.
         """
         scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
@@ -123,6 +125,9 @@ class QuadraticPenalty(Method):
 
     def _follow_step(self) -> None:
         """What the step that was kept adds to the path integral."""
+
+    def _check_unpulled(self, remedy: str) -> None:
+        self._step.check_unpulled(self._state, remedy)
 
     def refresh_parameters(self) -> None:
         """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
