@@ -13,6 +13,7 @@ from clext.core.inputs import described as described_entry
 from clext.core.parameters import trainable_parameters
 from clext.core.supervision import checked_rows
 from clext.methods.parts.attachment import Attachment
+from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
 from clext.methods.parts.options import checked_strength, described, warn_if_unused
 
@@ -137,8 +138,12 @@ class Method:
         self.steps += self.has_own_loss
         return value
 
-    def penalty(self) -> Tensor:
-        """What is to be added to the loss, strength included: 0-dim, differentiable. Here zero."""
+    def penalty(self, params: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: ARG002
+        """What is to be added to the loss, strength included: 0-dim, differentiable. Here zero.
+
+        `params`: of these values by parameter name in place of the model's, as
+        `torch.func.functional_call` takes them; then nothing is noted of a step.
+        """
         return torch.zeros((), device=next(self.model.parameters()).device)
 
     def add_penalty_grad_(self, scaler: object = None) -> Tensor:  # noqa: ARG002
@@ -206,6 +211,17 @@ class Method:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"{self.name}: the state does not fit: {reason}") from error
 
+    def flat_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict` as contiguous tensors by name, for safetensors or torch's DCP.
+
+        "importance.<parameter>", "anchor.<parameter>" and so on; "json" holds what is no tensor.
+        """
+        return flattened(self.state_dict())
+
+    def load_flat_state_dict(self, flat: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`; prefixes that a wrapper gave to the parameters do not matter."""
+        self.load_state_dict(nested(flat))
+
     @property
     def parts(self) -> tuple[Method, ...]:
         """The methods of a combination; else this one."""
@@ -227,6 +243,9 @@ class Method:
 
     def _predict(self, inputs: Inputs, active: range | None) -> Tensor:
         return self.heads.narrow(self.heads.outputs(inputs), active)
+
+    def _check_unpulled(self, remedy: str) -> None:
+        """RuntimeError if the pull is in the gradients before an optimizer's pass adds it."""
 
     def _after_step(self) -> None:
         """After a step, whoever took it."""

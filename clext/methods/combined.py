@@ -94,6 +94,7 @@ class Combined(Method):
     _state = delegated("protector", "_state")
     penalty = delegated("protector", "penalty")
     add_penalty_grad_ = delegated("protector", "add_penalty_grad_")
+    _check_unpulled = delegated("protector", "_check_unpulled")
     loss = delegated("learner", "loss")
     _predict = delegated("learner", "_predict")
 

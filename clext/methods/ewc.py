@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from clext.core.checks import count_or_all, integer, number
@@ -45,6 +46,7 @@ class EWC(QuadraticPenalty):
         samples: how many samples F_k is measured on, the first that the loader gives: shuffle it.
             None: all.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "ewc"
@@ -67,9 +69,10 @@ class EWC(QuadraticPenalty):
         weighting: str = "mean",
         samples: int | None = None,
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, **supervision)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = self._choice("anchors", anchors)
