@@ -13,6 +13,7 @@ from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
 from clext.importance.rule import LayerRule
 from clext.importance.rules import register_rule
 from clext.importance.scp import sliced_cramer_importance
+from clext.importance.second_moment import second_moment
 
 __all__ = [
     "FISHER_KINDS",
@@ -22,5 +23,6 @@ __all__ = [
     "fisher_information",
     "output_sensitivity",
     "register_rule",
+    "second_moment",
     "sliced_cramer_importance",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
+from clext.core.inputs import mapped
 from clext.importance.call import Call
 from clext.importance.rules import rule_for
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
 
+    from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
     from clext.importance.rule import LayerRule
 
@@ -53,7 +55,7 @@ class Capture:
         self.packs: list[PackedSequence] = []
         self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
 
-    def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
+    def forward(self, x: Inputs) -> tuple[Any, list[Call]]:
         """The outputs, and the calls through which they may depend on parameters."""
         calls: list[Call] = []
         self.packs = []
@@ -78,7 +80,7 @@ class Capture:
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
             handles += [module.register_forward_pre_hook(look) for module in self._recurrent]
-            outputs = self._forward(x.clone())  # a model may change its input in place
+            outputs = self._forward(mapped(Tensor.clone, x))  # it may be changed in place
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from clext.core.inputs import taken
 from clext.importance.agreement import rules_agree
 from clext.importance.call import Call, Piece, pieces_of
 from clext.importance.capture import output_gradients
@@ -22,6 +23,7 @@ from clext.importance.layout import (
     moving,
     possible_layouts,
 )
+from clext.importance.passes import flat
 from clext.importance.rules.norms import ScaleRule
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
     from torch.nn.utils.rnn import PackedSequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.capture import Capture
 
 _LOW_PRECISION_TOLERANCE = 0.1
@@ -101,21 +104,21 @@ class CoverageFinder:
         self._known: dict[object, Coverage] = {}
         self._unmixed: set[object] = set()  # sets of calls
 
-    def find(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
-        """The coverage of the pass of `x` that made `outputs` and `calls`.
+    def find(self, x: Inputs, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
+        """The coverage of the pass of `x` that made `outputs` [rows, outputs] and `calls`.
 
-        Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
+        Its rows are told apart by `samples`: all, or 1 to take all of them as one sample's.
         """
         graph, packs = Graph(outputs), self._capture.packs
         hooked, calls = calls, self._with_graph(graph, calls, samples)
         moves = moving(graph.nodes, samples) if samples > 1 else []
         possible = _possible(calls, samples, packs)
-        kind = self._kind(calls, possible, moves, (samples, len(x)))
+        kind = self._kind(calls, possible, moves, (samples, len(outputs)))
         known = self._known.get(kind)
         if known is not None and not _any_moves(moves, known):
             known = replace(known, calls=calls)
             return self._settle(outputs, known, kind) if known.unsettled else known
-        if _used(calls, x) not in self._unmixed and mixes(self._capture, x, outputs):
+        if _used(calls, outputs) not in self._unmixed and mixes(self._capture, x, outputs):
             found, lasting = Coverage(singly=self._trainable, mixed=True), True
         else:
             found, lasting = self._probe(outputs, calls, possible, moves, samples)
@@ -123,9 +126,9 @@ class CoverageFinder:
                 self._by_graph |= found.singly
                 calls = self._with_graph(graph, hooked, samples)
                 possible = _possible(calls, samples, packs)
-                kind = self._kind(calls, possible, moves, (samples, len(x)))
+                kind = self._kind(calls, possible, moves, (samples, len(outputs)))
                 found, lasting = self._probe(outputs, calls, possible, moves, samples)
-            self._unmixed.add(_used(calls, x))
+            self._unmixed.add(_used(calls, outputs))
         if lasting and not _any_moves(moves, found):
             self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
@@ -220,9 +223,9 @@ class CoverageFinder:
         )
 
 
-def _used(calls: Sequence[Call], x: Tensor) -> object:
+def _used(calls: Sequence[Call], outputs: Tensor) -> object:
     """What says whether samples mix: the calls, in any order and number, and how many samples."""
-    return len(x), frozenset(call.kind for call in calls)
+    return len(outputs), frozenset(call.kind for call in calls)
 
 
 def _weights(outputs: Tensor) -> Tensor:
@@ -299,29 +302,29 @@ def _any_moves(moves: Sequence[Node], coverage: Coverage) -> bool:
     return any(moves_samples(node, dim) for node, dim in pairs)
 
 
-def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:
+def mixes(capture: Capture, x: Inputs, outputs: Tensor) -> bool:
     """Whether samples change each other's outputs: a few in another order are compared with all.
 
     `outputs` are those of `x`. All passes have gradients: some layers calculate otherwise without.
     """
-    if len(x) == 1:
+    whole, count = outputs.detach(), len(outputs)
+    if count == 1:
         return False
-    whole = outputs.detach()
     # Relative to how much samples differ: what all have in common tells nothing.
     spread = (whole - whole.mean(0)).abs().max()
     tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
     rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(whole.device)
     for group in order.chunk(_GROUPS):
         try:
-            few, _ = capture.forward(x[group])
+            few, _ = capture.forward(taken(x, group))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model for one size of batches
-            few, _ = capture.forward(x[group.repeat(len(x))[: len(x)]])
+            few, _ = capture.forward(taken(x, group.repeat(count)[:count]))
             few = few[: len(group)]
-        if not isinstance(few, Tensor) or few.shape != whole[group].shape:
+        if not isinstance(few, Tensor) or flat(few).shape != whole[group].shape:
             return True
-        if bool((few.detach() - whole[group]).abs().max() > tolerance * spread + rounding):
+        if bool((flat(few).detach() - whole[group]).abs().max() > tolerance * spread + rounding):
             return True
     return False

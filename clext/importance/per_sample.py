@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clext.core.inputs import mapped, rows, split
 from clext.core.parameters import allocate_state
 from clext.importance.capture import Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, gradients, single_outputs
+from clext.importance.passes import check_outputs, flat, gradients, single_outputs
 from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.call import Call, Path, Piece
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 
-    # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
+    # From the outputs of a batch, [samples, ...]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
     Cotangents = Callable[[Tensor], Iterable[Tensor]]
 
@@ -61,20 +63,22 @@ class PerSampleSum:
         self._parts.clear()
         return self._sums
 
-    def add(self, x: Tensor, cotangents: Cotangents) -> None:
+    def add(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
-        if len(x) == 1:
+        count = rows(x)
+        if count == 1:
             self._add_one(x, cotangents)
             return
         outputs, calls = self._capture.forward(x)
-        outputs = check_outputs(self._owner, outputs, len(x))
+        outputs = check_outputs(self._owner, outputs, count)
         weights = cotangents(outputs.detach())
+        outputs = flat(outputs)
         coverage = Coverage()
         if outputs.requires_grad:
-            coverage = self._finder.find(x, outputs, calls, len(x))
+            coverage = self._finder.find(x, outputs, calls, count)
         if coverage.mixed:
             # With gradients, as the outputs were made: some layers calculate otherwise without.
-            singles = [single_outputs(self._owner, self._forward, sample) for sample in x.split(1)]
+            singles = [single_outputs(self._owner, self._forward, one) for one in split(x, 1)]
             weights = cotangents(torch.cat([entry.detach() for entry in singles]))
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
@@ -83,14 +87,16 @@ class PerSampleSum:
         del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
             assert weight is not None
+            weight = flat(weight)
             batch.add(outputs, weight, last=following is None)
             if singly:
                 self._singles.add(x, weight.to(outputs.dtype), singly)
         batch.finish()
 
-    def _add_one(self, x: Tensor, cotangents: Cotangents) -> None:
+    def _add_one(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add one sample, whose gradient is autograd's."""
-        outputs = check_outputs(self._owner, self._forward(x.clone()), len(x))
+        outputs = self._forward(mapped(Tensor.clone, x))
+        outputs = check_outputs(self._owner, outputs, 1)
         for weight in cotangents(outputs.detach()):
             for i, gradient in gradients(outputs, self._params, weight).items():
                 self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))
