@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "projection": speed_tables.projection_table,
     "fused": speed_tables.fused_table,
     "optim": speed_tables.optim_table,
+    "state_dtype": speed_tables.state_dtype_table,
     "protocol": speed_tables.protocol_table,
     "step": speed_tables.step_table,
     "rehearsal": speed_tables.rehearsal_table,
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "course_step": speed_tables.course_step_table,
     "published": accuracy_tables.published_table,
     "sweep": accuracy_tables.sweep_table,
+    "optimizer_importance": accuracy_tables.optimizer_importance_table,
 }
 
 

@@ -79,7 +79,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]:
-    """`params` as a list; ValueError if they are no parameters, or none of the model's."""
+    """`params` as a list; ValueError if none is a parameter of the model's, or all are frozen."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     taken = isinstance(params, Iterable) and not isinstance(params, Tensor | Mapping)
@@ -92,6 +92,11 @@ def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]
         raise ValueError(
             f"{owner}: expected params to be parameters of this {type(model).__name__}, got {got}; "
             "pass list(model.parameters()) of the same model"
+        )
+    if not any(entry.requires_grad for entry in found):
+        raise ValueError(
+            f"{owner}: all these parameters of {type(model).__name__} are frozen, so they have no "
+            "gradient; call model.requires_grad_(True) before (merge_and_unload leaves them frozen)"
         )
     return found
 

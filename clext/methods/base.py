@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from clext.core.batches import check_examples
 from clext.core.checks import choice
-from clext.core.inputs import described as described_entry
 from clext.core.parameters import trainable_parameters
-from clext.core.supervision import checked_rows
 from clext.methods.parts.attachment import Attachment
+from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
 from clext.methods.parts.options import checked_strength, described, warn_if_unused
 
@@ -71,6 +70,7 @@ class Method:
     fused: tuple[str, ...] | None = ()  # state that an optimizer's pass works on; None: it cannot
     decay: float = 0.0  # weight of the old average of squares ("fisher") in that pass
     constant: float = 0.0  # of the penalty, without strength
+    takes_optimizer: bool = False  # consolidate does, in place of data
     capturable: bool = True  # in a CUDA graph the loss does the same at each replay
     _combined: ClassVar[Callable[[Method, Method], Method]]  # set where that class is defined
 
@@ -122,22 +122,16 @@ class Method:
 
         TypeError or ValueError for what is none: see `clext.Supervision`.
         """
-        whole = batch[0] if len(batch) == 1 else batch
-        inputs, labels = self.heads.split(whole)
-        if labels is None and not self.heads.gives_losses:
-            raise TypeError(
-                "loss: got inputs alone, expected labels too: loss(x, y), or a mapping with the "
-                'entry "labels"'
-            )
-        if checked_rows("loss", inputs, labels) == 0:
-            raise ValueError(f"loss: got {described_entry(inputs)}, expected at least one example")
-        more = whole[2:] if isinstance(whole, tuple) else ()
-        value = self._loss(inputs, labels, *more)
+        value = self._loss(*self.heads.arguments(batch))
         self.steps += self.has_own_loss
         return value
 
-    def penalty(self) -> Tensor:
-        """What is to be added to the loss, strength included: 0-dim, differentiable. Here zero."""
+    def penalty(self, params: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: ARG002
+        """What is to be added to the loss, strength included: 0-dim, differentiable. Here zero.
+
+        `params`: of these values by parameter name in place of the model's, as
+        `torch.func.functional_call` takes them; then nothing is noted of a step.
+        """
         return torch.zeros((), device=next(self.model.parameters()).device)
 
     def add_penalty_grad_(self, scaler: object = None) -> Tensor:  # noqa: ARG002
@@ -159,18 +153,19 @@ class Method:
         """
         return Attachment(self, optimizer)
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task: take what is to be kept of it.
 
         `dataloader`: batches, for methods that measure importance on data (MAS and SCP do without
-        labels) or keep examples; see `clext.Supervision`. ValueError: they are not such, or the
-        steps have left NaN; nothing is changed.
+        labels) or keep examples; see `clext.Supervision`. EWC(fisher="optimizer") takes the
+        optimizer in its place. ValueError: they are not such, or the steps have left NaN; nothing
+        is changed.
         """
         grad = torch.is_grad_enabled()
         # No later loss could use what is made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
-            self._end_task(dataloader)
+            self._end_task(dataloader)  # type: ignore[arg-type]  # an optimizer is EWC's to refuse
         self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
         warn_if_unused(self, steps)
 
@@ -204,6 +199,17 @@ class Method:
             reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise ValueError(f"{self.name}: the state does not fit: {reason}") from error
 
+    def flat_state_dict(self) -> dict[str, Tensor]:
+        """`state_dict` as contiguous tensors by name, for safetensors or torch's DCP.
+
+        "importance.<parameter>", "anchor.<parameter>" and so on; "json" holds what is no tensor.
+        """
+        return flattened(self.state_dict())
+
+    def load_flat_state_dict(self, flat: Mapping[str, Tensor]) -> None:
+        """As `load_state_dict`; prefixes that a wrapper gave to the parameters do not matter."""
+        self.load_state_dict(nested(flat))
+
     @property
     def parts(self) -> tuple[Method, ...]:
         """The methods of a combination; else this one."""
@@ -225,6 +231,9 @@ class Method:
 
     def _predict(self, inputs: Inputs, active: range | None) -> Tensor:
         return self.heads.narrow(self.heads.outputs(inputs), active)
+
+    def _check_unpulled(self, remedy: str) -> None:
+        """RuntimeError if the pull is in the gradients before an optimizer's pass adds it."""
 
     def _after_step(self) -> None:
         """After a step, whoever took it."""

@@ -13,10 +13,12 @@ from clext.methods.base import Examples, Method
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from torch.optim import Optimizer
+
     from clext.core.batches import Batches
 
 
-def _delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
+def delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
     """The attribute or method `name` of the method that is `part` here."""
     return property(
         lambda self: getattr(getattr(self, part), name),
@@ -58,6 +60,11 @@ class Combined(Method):
                 f"ewc) and one with a loss of its own (such as replay), got {protector.name} and "
                 f"{learner.name}"
             )
+        if protector.takes_optimizer:
+            raise ValueError(
+                f"Combined: {protector.name} takes the optimizer at the end of a task, and "
+                f"{learner.name} data; choose another fisher="
+            )
         if any(part.tasks or part.heads.blocks for part in (protector, learner)):
             raise ValueError(
                 f"Combined: combine {protector.name} and {learner.name} before their first task"
@@ -79,23 +86,24 @@ class Combined(Method):
         return self.protector if self.protector.has_strength else self.learner
 
     # The pull, and what an optimizer's pass asks for, is the protector's; the loss the learner's.
-    strength = _delegated("_weighed", "strength")
-    steps = _delegated("protector", "steps")
-    tasks = _delegated("protector", "tasks")
-    decay = _delegated("protector", "decay")
-    constant = _delegated("protector", "constant")
-    _state = _delegated("protector", "_state")
-    penalty = _delegated("protector", "penalty")
-    add_penalty_grad_ = _delegated("protector", "add_penalty_grad_")
-    loss = _delegated("learner", "loss")
-    _predict = _delegated("learner", "_predict")
+    strength = delegated("_weighed", "strength")
+    steps = delegated("protector", "steps")
+    tasks = delegated("protector", "tasks")
+    decay = delegated("protector", "decay")
+    constant = delegated("protector", "constant")
+    _state = delegated("protector", "_state")
+    penalty = delegated("protector", "penalty")
+    add_penalty_grad_ = delegated("protector", "add_penalty_grad_")
+    _check_unpulled = delegated("protector", "_check_unpulled")
+    loss = delegated("learner", "loss")
+    _predict = delegated("learner", "_predict")
 
     def update(self) -> None:
         """Both look at the step."""
         for part in self.parts:
             part.update()
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
             # It is read twice, and a loader may use the tensors of a batch again for the next one.

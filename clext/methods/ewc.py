@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from clext.core.checks import count_or_all, integer, number
-from clext.importance import FISHER_KINDS, fisher_information
+from clext.importance import FISHER_KINDS, fisher_information, second_moment
 from clext.importance.fisher import check_kind
 from clext.methods.quadratic import QuadraticPenalty
 
@@ -33,7 +34,9 @@ class EWC(QuadraticPenalty):
         model: see `Method`.
         strength: weight of the penalty.
         fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
-            `clext.importance.fisher_information`.
+            `clext.importance.fisher_information`. Or from Adam's second moment, without a pass over
+            data: "optimizer", which `consolidate(optimizer)` is given in their place; see
+            `clext.importance.second_moment`, also for its size, by which strength is to be larger.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: where it pulls to: the values after the "latest" task, or those after "all".
         weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples of
@@ -43,13 +46,14 @@ class EWC(QuadraticPenalty):
         samples: how many samples F_k is measured on, the first that the loader gives: shuffle it.
             None: all.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "ewc"
     default_strength: ClassVar[float] = 250.0
     counter_names: tuple[str, ...] = ("tasks", "steps", "constant")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "fisher": FISHER_KINDS,
+        "fisher": (*FISHER_KINDS, "optimizer"),
         "anchors": ("latest", "all"),
         "weighting": ("mean", "sum"),
     }
@@ -65,9 +69,10 @@ class EWC(QuadraticPenalty):
         weighting: str = "mean",
         samples: int | None = None,
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, **supervision)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = self._choice("anchors", anchors)
@@ -75,6 +80,12 @@ class EWC(QuadraticPenalty):
         self.samples = count_or_all(self.name, "samples", samples)
         check_kind(self.name, self.fisher, self.heads)
         self.seed = integer(self.name, "seed", seed, minimum=0)
+        self.takes_optimizer = self.fisher == "optimizer"
+        if self.takes_optimizer and self.weighting == "sum":
+            raise ValueError(
+                f'{self.name}: weighting="sum" counts samples, of which fisher="optimizer" sees '
+                'none; use weighting="mean"'
+            )
         self.constant = 0.0  # what a sum of quadratics is more than one; 0 for anchors="latest"
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -83,7 +94,18 @@ class EWC(QuadraticPenalty):
             raise ValueError('it is of an EWC with anchors="all"; make this one so')
 
     def _end_task(self, dataloader: Batches | None) -> None:
-        fisher = fisher_information(
+        fisher = self._measured(dataloader)
+        if self.anchors == "all":
+            added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
+            self.constant = self.gamma * self.constant + float(added)
+        else:
+            self._state.plan.consolidate_importance_(fisher, self.gamma)
+
+    def _measured(self, dataloader: Batches | None) -> list[Tensor]:
+        """F of the task that has ended."""
+        if self.takes_optimizer:
+            return second_moment(self._state.params, dataloader)
+        return fisher_information(
             self.model,
             self._state.params,
             dataloader,
@@ -93,8 +115,3 @@ class EWC(QuadraticPenalty):
             samples=self.samples,
             reduction=self.weighting,
         )
-        if self.anchors == "all":
-            added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
-            self.constant = self.gamma * self.constant + float(added)
-        else:
-            self._state.plan.consolidate_importance_(fisher, self.gamma)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import count_or_all, number
@@ -31,6 +32,7 @@ class MAS(QuadraticPenalty):
         samples: how many samples it is measured on, the first that the loader gives; None: all.
         estimator: gradients "per_sample", or of the mean of a "batch"; see
             `clext.importance.output_sensitivity`.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "mas"
@@ -45,9 +47,10 @@ class MAS(QuadraticPenalty):
         gamma: float = 1.0,
         estimator: str = "per_sample",
         samples: int | None = None,
+        state_dtype: torch.dtype | str | None = None,
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, **supervision)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.estimator = self._choice("estimator", estimator)
         self.samples = count_or_all(self.name, "samples", samples)

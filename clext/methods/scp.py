@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import count_or_all, integer, unknown_name
@@ -29,6 +30,7 @@ class SCP(QuadraticPenalty):
         slices: number of directions drawn, or "exact" for the expectation over all of them.
         samples: how many samples f is the mean over, the first that the loader gives; None: all.
         seed: of the draws; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "scp"
@@ -42,9 +44,10 @@ class SCP(QuadraticPenalty):
         slices: int | str = "exact",
         samples: int | None = None,
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, **supervision)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         if isinstance(slices, str):
             if slices != "exact":
                 raise unknown_name("slices of scp", slices, ["exact", "a whole number >= 1"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import SMALLEST, number
@@ -34,6 +35,7 @@ class SI(QuadraticPenalty):
         clamp: what stays at least zero: each "task"'s share, max(0, path) / (distance^2 + xi), or
             the "total", importance = max(0, importance + path / (distance^2 + xi)), from which a
             task in which a parameter made the loss rise takes away (the authors' released code).
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "si"
@@ -50,9 +52,10 @@ class SI(QuadraticPenalty):
         strength: float | None = None,
         xi: float = 0.1,
         clamp: str = "task",
+        state_dtype: torch.dtype | str | None = None,
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, **supervision)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 

@@ -256,6 +256,10 @@ def test_frozen_parameters_have_no_importance(fast_model):
         got = estimate(fast_model, params, make_batches())
         assert got[2].eq(0).all()
         assert got[0].gt(0).any()
+    fast_model.requires_grad_(False)
+    for estimate in ESTIMATES:
+        with pytest.raises(ValueError, match="are frozen, so they have no gradient"):
+            estimate(fast_model, params, make_batches())
 
 
 def test_compiled_models_are_seen_through(device):
