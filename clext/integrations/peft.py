@@ -261,7 +261,7 @@ def trained_copies(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     ]
 
 
-def _adds_a_product(layer: Any) -> bool:  # noqa: ANN401
+def _adds_a_product(layer: Any) -> bool:
     """Whether this layer of PEFT only adds s B A to the weight of one layer."""
     if not isinstance(layer, LoraLayer) or not hasattr(layer.get_base_layer(), "weight"):
         return False
