@@ -25,6 +25,7 @@ struct TensorLists {
   std::vector<void*> pointers;       // [list][tensor]
   std::vector<int64_t> row_strides;  // [tensor] elements between rows of a Rows list, else empty
   std::vector<Chunk> chunks;
+  bool compact = false;  // anchors and importances are bfloat16
 
   int64_t tensor_count() const { return static_cast<int64_t>(sizes.size()); }
 

@@ -25,10 +25,14 @@ ops/reference/path.py
     score.add_(gain.clamp(min=0) / => score.add_(gain /
 ops/reference/penalty.py
     wide(grad) + 2 * strength => wide(grad) + strength
+ops/kernels.py
+    or forward_ad._current_level >= 0 => or False
 methods/rwalk.py
     return 1.0 - self.alpha => return self.alpha
     interval_steps >= self.interval => interval_steps > self.interval
     / (self.task_steps + 1) => / (self.task_steps + 2)
+optim/plans.py
+    and value.dtype == state_dtype(parameter.dtype) => and True
 optim/adam.py
     beta1, beta2 = group => beta2, beta1 = group
 training/steps.py
@@ -44,9 +48,14 @@ methods/base.py
     self.tasks + 1, self.steps, 0 => self.tasks + 2, self.steps, 0
     self.strength = checked_strength(type(self), state => checked_strength(type(self), state
 methods/parts/state.py
-    moving = [entry.requires_grad or entry.grad is not None => moving = [True
+    name in values or entry.requires_grad or entry.grad is not None => True
+    self.dtype is None or key not in CONSOLIDATED => True
     {name: entry.clone() for => {name: entry for
     same.get(id(parameter), by_name.get(name)) => by_name.get(name)
+methods/parts/step.py
+    self._pulled.writes + 1 => self._pulled.writes
+methods/parts/flat.py
+    {key: _decoded(entry, flat) for key => {str(key): _decoded(entry, flat) for key
 methods/parts/heads.py
     self.blocks[:ended] => self.blocks[: ended + 1]
     return max((block.stop => return min((block.stop

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "projection": speed_tables.projection_table,
     "fused": speed_tables.fused_table,
     "optim": speed_tables.optim_table,
+    "state_dtype": speed_tables.state_dtype_table,
     "protocol": speed_tables.protocol_table,
     "step": speed_tables.step_table,
     "rehearsal": speed_tables.rehearsal_table,

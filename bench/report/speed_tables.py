@@ -161,6 +161,25 @@ def optim_table() -> str:
     return by_device(newest(read_lines("optim"), "optimizer", "method", "model"), head, row)
 
 
+def state_dtype_table() -> str:
+    head = ["op", "model", "bytes/element", "ms", "of copy bandwidth", "float32 / bfloat16"]
+
+    def row(e: Entry) -> list[str]:
+        optimizer, _, method = e["case"].partition(" ")
+        both = [
+            " and ".join(f"{scale * value:{form}}{unit}" for value in e[key].values())
+            for key, scale, form, unit in (
+                ("bytes_per_element", 1, "", ""),
+                ("ms", 1, ".3f", ""),
+                ("share_of_copy_bandwidth", 100, ".0f", "%"),
+            )
+        ]
+        name = step_name(optimizer, method) if method else f"`{optimizer}`"
+        return [name, e["model"], *both, times(e["ratio"], 2)]
+
+    return by_device(newest(read_lines("state_dtype"), "case", "model"), head, row)
+
+
 def protocol_table() -> str:
     head = [
         "method",

@@ -122,11 +122,13 @@ class Course:
                 self.fisher[name] = DECAY * self.fisher[name] + (1 - DECAY) * p.grad**2
 
 
-def protected(method: str, model: nn.Module, numbers: Numbers) -> clext.Method | None:
+def protected(
+    method: str, model: nn.Module, numbers: Numbers, state_dtype: torch.dtype | None = None
+) -> clext.Method | None:
     """The method in its second task: anchor and importance are there."""
     if method == "none":
         return None
-    made = METHODS[method](model, strength=STRENGTH)
+    made = METHODS[method](model, strength=STRENGTH, state_dtype=state_dtype)
     for own, (low, high) in ((made.anchor, (-0.1, 0.1)), (made.importance, (0.0, 1.0))):
         for entry, drawn in zip(own.values(), numbers.draw(low, high), strict=True):
             entry.copy_(drawn)
@@ -154,10 +156,17 @@ class Separate:
 class Fused:
     """clext.optim."""
 
-    def __init__(self, optimizer: str, method: str, shapes: Shapes, device: str) -> None:
+    def __init__(
+        self,
+        optimizer: str,
+        method: str,
+        shapes: Shapes,
+        device: str,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
         numbers = Numbers(shapes, device)
         self.model = Weights(numbers)
-        self.method = protected(method, self.model, numbers)
+        self.method = protected(method, self.model, numbers, state_dtype)
         self.optimizer = CLEXT_OPTIMIZERS[optimizer](
             self.model.parameters(), lr=LR, method=self.method
         )

@@ -93,25 +93,26 @@ def check_parameters(
             )
 
 
-def allocate_state(params: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros shaped and laid out like each of `params`, in its state dtype and on its device.
+def allocate_state(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Zeros shaped and laid out like each of `params`, on its device.
 
-    All tensors of one dtype are views of one flat buffer, each starting at a multiple of 64 bytes,
-    so that a pass over the state runs through memory once.
+    In `dtype`, or else in the state dtype of each parameter. All tensors of one dtype are views of
+    one flat buffer, each starting at a multiple of 64 bytes, so that a pass over the state runs
+    through memory once.
     """
     views: list[Tensor | None] = [None] * len(params)
-    for dtype in (torch.float32, torch.float64):
-        chosen = [i for i, entry in enumerate(params) if state_dtype(entry.dtype) == dtype]
-        step = _ALIGNMENT_BYTES // dtype.itemsize
+    dtypes = [dtype or state_dtype(entry.dtype) for entry in params]
+    for kind in dict.fromkeys(dtypes):
+        chosen = [i for i, other in enumerate(dtypes) if other == kind]
+        step = _ALIGNMENT_BYTES // kind.itemsize
         offsets, total = [], 0
         for index in chosen:
             offsets.append(total)
             total += -(-params[index].numel() // step) * step
-        if chosen:
-            buffer = torch.zeros(total, dtype=dtype, device=params[chosen[0]].device)
-            for index, offset in zip(chosen, offsets, strict=True):
-                entry = params[index]
-                views[index] = buffer.as_strided(entry.shape, entry.stride(), offset)
+        buffer = torch.zeros(total, dtype=kind, device=params[chosen[0]].device)
+        for index, offset in zip(chosen, offsets, strict=True):
+            entry = params[index]
+            views[index] = buffer.as_strided(entry.shape, entry.stride(), offset)
     return cast("list[Tensor]", views)
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clext.core.inputs import Inputs, mapped
 from clext.core.modes import buffers_kept, module_mode, run_eagerly
 from clext.core.seeding import isolated_rng
 
-# From a batch of inputs to outputs [samples, outputs]: the model, or what narrows it.
-Forward = Callable[[Tensor], Tensor]
+# From the inputs of a batch to outputs [samples, ...], by calling the model.
+Forward = Callable[[Inputs], Tensor]
 
 
 @contextmanager
@@ -100,13 +101,13 @@ def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]
     return found
 
 
-def single_outputs(owner: str, forward: Forward, sample: Tensor) -> Tensor:
-    """The outputs for one sample, [1, outputs], of a model that takes a batch of several.
+def single_outputs(owner: str, forward: Forward, sample: Inputs) -> Tensor:
+    """The outputs for one sample, [1, ...], of a model that takes a batch of several.
 
     ValueError where it cannot do without the others.
     """
     try:
-        return forward(sample.clone())
+        return forward(mapped(Tensor.clone, sample))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -119,12 +120,12 @@ def single_outputs(owner: str, forward: Forward, sample: Tensor) -> Tensor:
 
 
 def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
-    """`outputs` if it is a finite [samples, outputs] tensor; ValueError otherwise."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != samples:
+    """`outputs` if it is a finite [samples, ...] tensor; ValueError otherwise."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != samples:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"{owner}: the model returned {got}, expected logits of shape [{samples}, outputs] "
-            "(one row per sample)"
+            f"{owner}: the model returned {got}, expected outputs [{samples}, ...] (one row per "
+            "sample)"
         )
     if not bool(outputs.isfinite().all()):
         raise ValueError(
@@ -132,6 +133,11 @@ def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
             "gradient to measure"
         )
     return outputs
+
+
+def flat(outputs: Tensor) -> Tensor:
+    """Outputs [samples, ...] as [samples, outputs]."""
+    return outputs.reshape(len(outputs), -1)
 
 
 def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> dict[int, Tensor]:

@@ -87,8 +87,10 @@ class MergedPenalty(Method):
                 f"{base.name} of the model first, then give that model to peft.get_peft_model"
             )
 
-    def penalty(self) -> Tensor:
-        """The penalty: 0-dim, differentiable, to be added to the loss."""
+    def penalty(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The penalty: 0-dim, differentiable, to be added to the loss; see `Method.penalty`."""
+        if params is not None:
+            return self.base.penalty(params)
         value = MergedWeights(self.base).penalty()
         self.steps += value.requires_grad
         return self.strength * (value + self.constant)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from clext.core.inputs import mapped
 from clext.methods.base import Examples, Method
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Combined(Method):
                 f"Combined: {learner.name} was made for another model than {protector.name}; make "
                 "both for one"
             )
+        if learner.heads.options != protector.heads.options:
+            raise ValueError(
+                f"Combined: {protector.name} and {learner.name} were made with different forward, "
+                "labels, loss or likelihood; give both the same"
+            )
         if not protector.has_penalty or not learner.has_own_loss:
             raise ValueError(
                 f"Combined: expected a method with a penalty or a change of the gradient (such as "
@@ -88,6 +94,7 @@ class Combined(Method):
     _state = delegated("protector", "_state")
     penalty = delegated("protector", "penalty")
     add_penalty_grad_ = delegated("protector", "add_penalty_grad_")
+    _check_unpulled = delegated("protector", "_check_unpulled")
     loss = delegated("learner", "loss")
     _predict = delegated("learner", "_predict")
 
@@ -99,7 +106,8 @@ class Combined(Method):
     def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
-            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
+            # It is read twice, and a loader may use the tensors of a batch again for the next one.
+            dataloader = [mapped(Tensor.clone, batch) for batch in dataloader]
         self._follow_model()
         before = self.protector.state_dict()
         self.protector.consolidate(dataloader)
@@ -142,10 +150,3 @@ class Combined(Method):
 
 
 Method._combined = Combined
-
-
-def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
-    """A batch with copies of its tensors: a loader may use them again for the next one."""
-    if isinstance(batch, tuple | list):
-        return [_copied(entry) for entry in batch]
-    return batch.clone() if isinstance(batch, Tensor) else batch

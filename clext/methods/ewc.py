@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from clext.core.checks import integer, number
+from clext.core.checks import count_or_all, integer, number
 from clext.importance import FISHER_KINDS, fisher_information, second_moment
+from clext.importance.fisher import check_kind
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class EWC(QuadraticPenalty):
@@ -40,7 +43,10 @@ class EWC(QuadraticPenalty):
             the task, or their "sum", N_k times as much. By Bayes' rule a new task's mean loss over
             N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
             "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
+        samples: how many samples F_k is measured on, the first that the loader gives: shuffle it.
+            None: all.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "ewc"
@@ -61,13 +67,18 @@ class EWC(QuadraticPenalty):
         gamma: float = 1.0,
         anchors: str = "latest",
         weighting: str = "mean",
+        samples: int | None = None,
         seed: int = 0,
+        state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = self._choice("anchors", anchors)
         self.weighting = self._choice("weighting", weighting)
+        self.samples = count_or_all(self.name, "samples", samples)
+        check_kind(self.name, self.fisher, self.heads)
         self.seed = integer(self.name, "seed", seed, minimum=0)
         self.takes_optimizer = self.fisher == "optimizer"
         if self.takes_optimizer and self.weighting == "sum":
@@ -94,29 +105,13 @@ class EWC(QuadraticPenalty):
         """F of the task that has ended."""
         if self.takes_optimizer:
             return second_moment(self._state.params, dataloader)
-        samples: list[int] = []
-        if self.weighting == "sum" and _is_iterable(dataloader):
-            dataloader = _counted(dataloader, samples)
-        fisher = fisher_information(
+        return fisher_information(
             self.model,
             self._state.params,
             dataloader,
             kind=self.fisher,
             seed=self.seed + self.tasks,
-            forward=self.heads,
+            supervision=self.heads,
+            samples=self.samples,
+            reduction=self.weighting,
         )
-        if self.weighting == "sum":
-            torch._foreach_mul_(fisher, float(sum(samples)))
-        return fisher
-
-
-def _is_iterable(batches: Batches | None) -> TypeGuard[Batches]:
-    """Else the estimator has its own words for it."""
-    return hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-
-
-def _counted(batches: Batches, samples: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; once one was taken without complaint, its number of samples joins `samples`."""
-    for batch in batches:
-        yield batch
-        samples.append(len(batch[0]))

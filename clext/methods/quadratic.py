@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from clext.core.parameters import adapted_parameters, canonical_names, check_parameters
 from clext.methods.base import Method
-from clext.methods.parts.options import scale_of
+from clext.methods.parts.options import checked_state_dtype, scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from clext.core.supervision import SupervisionOptions
 
 T = TypeVar("T")
 
@@ -30,6 +35,15 @@ class QuadraticPenalty(Method):
     the pull out of `.grad` again, inexactly if that was clipped: to clip, use `add_penalty_grad_`.
 
     A subclass names its state in `state_names`: for each parameter one tensor per name.
+
+    Args:
+        model: see `Method`.
+        strength: weight of the penalty, >= 0.
+        state_dtype: torch.bfloat16 (or "bfloat16") keeps anchor and importance in half the memory,
+            with 8 significant bits: a parameter that is not bfloat16 is pulled to its value rounded
+            to these, and what a task adds is lost where it is less than 1/512 of what is there.
+            Sums, paths and averages stay float32. None: float32 (float64 for float64 parameters,
+            for which it must be None).
     """
 
     default_strength: ClassVar[float] = 1.0
@@ -38,9 +52,17 @@ class QuadraticPenalty(Method):
     state_names: tuple[str, ...] = ("anchor", "importance")
     fused: tuple[str, ...] | None = ("anchor", "importance")
 
-    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
-        super().__init__(model, strength=strength)
-        self._state = ParameterState(self._parameters_now(), self.state_names)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
+    ) -> None:
+        super().__init__(model, strength=strength, **supervision)
+        self.state_dtype = checked_state_dtype(self.name, state_dtype)
+        self._state = ParameterState(self._parameters_now(), self.state_names, self.state_dtype)
         self._step = Step("path" in self.state_names)
 
     @property
@@ -61,10 +83,19 @@ class QuadraticPenalty(Method):
     def anchor(self, values: Mapping[str, Tensor]) -> None:
         self.anchor.assign(values)
 
-    def penalty(self) -> Tensor:
-        """The penalty: 0-dim, differentiable, to be added to the loss."""
-        penalty = self.strength * (self._on_state(ParameterState.penalty) + self.constant)
-        if penalty.requires_grad:
+    def penalty(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The penalty: 0-dim, differentiable, to be added to the loss.
+
+        `params`: values by parameter name that are meant in place of the model's, as
+        `torch.func.functional_call` takes them; works under the transforms of torch.func, and is
+        not taken for a step. ValueError: a name or a shape that is no parameter's.
+        """
+        given = None if params is None else self._given(params)
+        value = self._on_state(lambda state: state.penalty(given))
+        penalty = self.strength * (value + self.constant)
+        if given is None and penalty.requires_grad:
+            if not torch.compiler.is_compiling():
+                penalty.register_hook(lambda _: self._step.follow_backward(self._state))
             if self._step.follows_path:
                 self._step.begin_by_penalty(self._state)
             else:  # a count that a compiled loss advanced would compile it anew in each step
@@ -76,7 +107,7 @@ class QuadraticPenalty(Method):
 
         Call it once in a step, on complete gradients; after it they may be clipped or dropped.
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
-        RuntimeError: these gradients hold the pull already.
+        RuntimeError: these gradients hold the pull already, by this or by `penalty` in the loss.
         """
         scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
@@ -101,6 +132,9 @@ class QuadraticPenalty(Method):
     def _follow_step(self) -> None:
         """What the step that was kept adds to the path integral."""
 
+    def _check_unpulled(self, remedy: str) -> None:
+        self._step.check_unpulled(self._state, remedy)
+
     def refresh_parameters(self) -> None:
         """Follow a change of the model: parameters added, grown, replaced, unfrozen or moved.
 
@@ -114,7 +148,7 @@ class QuadraticPenalty(Method):
         if self._state.fits(named):
             return
         check_parameters(named, type(self.model).__name__)
-        state = ParameterState(named, self.state_names)
+        state = ParameterState(named, self.state_names, self.state_dtype)
         lost = state.adopt(self._state, self.name)
         self._state = state
         self._step.end()
@@ -142,6 +176,17 @@ class QuadraticPenalty(Method):
         named = canonical_names(dict(self.model.named_parameters()))
         names, ids = (known.names, set(map(id, known.params))) if known else ((), set())
         return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
+
+    def _given(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values by canonical name; ValueError if one is of no parameter of the model."""
+        given = canonical_names(params)
+        known = canonical_names(dict(self.model.named_parameters()))
+        for name, value in given.items():
+            wanted = list(known[name].shape) if name in known else "a parameter of the model"
+            if list(value.shape) != wanted:
+                got = f"{name!r} of shape {list(value.shape)}"
+                raise ValueError(f"{self.name}: penalty was given {got}, expected {wanted}")
+        return given
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
         """`call(state)`; once more if it failed because parameters were moved, or all replaced."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import nn
 
 from clext.core.checks import SMALLEST, number
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class SI(QuadraticPenalty):
@@ -31,6 +35,7 @@ class SI(QuadraticPenalty):
         clamp: what stays at least zero: each "task"'s share, max(0, path) / (distance^2 + xi), or
             the "total", importance = max(0, importance + path / (distance^2 + xi)), from which a
             task in which a parameter made the loss rise takes away (the authors' released code).
+        state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
 
     name: ClassVar[str] = "si"
@@ -47,8 +52,10 @@ class SI(QuadraticPenalty):
         strength: float | None = None,
         xi: float = 0.1,
         clamp: str = "task",
+        state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import clext.ops._extension  # noqa: F401  (loading it defines the ops)
+from clext.ops import reference
 
 if TYPE_CHECKING:
     from clext.core.lists import TensorList
@@ -23,9 +25,11 @@ _ops: Any = torch.ops.clext
 def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
     """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`.
 
-    By backward passes, once or twice; torch.func's transforms and forward-mode derivatives do not
-    see through a custom op, and need `clext.reference.quadratic_penalty`.
+    By backward passes, once or twice. Under the transforms of torch.func (grad, vmap, jvp, ...) and
+    forward-mode differentiation, which do not see into a kernel, it is plain torch.
     """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return reference.quadratic_penalty(params, anchors, importances)
     return cast("Tensor", _ops.quadratic_penalty.default(params, anchors, importances))
 
 

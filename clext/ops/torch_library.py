@@ -127,11 +127,11 @@ def _penalty_double_backward(
     grad, lists = saved[0], saved[1:]
     params, anchors, importances = _thirds(lists)
     to_grad = [
-        (2 * omega * (wide(theta) - anchor) * wide(direction)).sum()
+        (2 * wide(omega) * (wide(theta) - wide(anchor)) * wide(direction)).sum()
         for theta, anchor, omega, direction in zip(params, anchors, importances, outer, strict=True)
     ]
     to_params = [
-        (2 * grad * omega * wide(direction)).to(direction.dtype)
+        (2 * grad * wide(omega) * wide(direction)).to(direction.dtype)
         for omega, direction in zip(importances, outer, strict=True)
     ]
     nothing = [None] * len(params)

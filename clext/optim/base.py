@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
 from clext.core.lists import widest
-from clext.optim.plans import Group, Keys, Plans, fitted, refuse_capture
+from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
 from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class FusedOptimizer(Optimizer):
     state_keys: ClassVar[Keys] = ()  # names of the state that a parameter may have
     # Options that a param group of this class has, and of its namesake, but none of other classes.
     own_options: ClassVar[Keys] = ()
+    takes_sparse: ClassVar[bool] = False  # gradients, as its namesake
 
     def __init__(
         self,
@@ -200,14 +201,21 @@ class FusedOptimizer(Optimizer):
     def _launch(self) -> None:
         method, numbers, penalty = self._protector, {"strength": 0.0, "decay": 0.0}, None
         if method is not None:
+            method._check_unpulled(
+                f"{type(self).__name__} adds it in its step: leave add_penalty_grad_() out, and "
+                "penalty() out of the loss (optimizer.penalty is its value)"
+            )
             numbers = {"strength": method.strength, "decay": method.decay}
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._plans.current(method)
+        self._plans.fill_sparse_gradients(type(self).__name__, self.takes_sparse)
         clip = None if self.max_grad_norm is None else self._clip(self.max_grad_norm, scale)
-        for part in self._plans.current(method):
+
+        def run(part: Part) -> Tensor | None:
             lr = part.group["lr"]
             if isinstance(lr, Tensor):
                 lr = _on(lr.device if lr.is_cpu else part.device, lr)
-            value = self._run(
+            return self._run(
                 part.plan,
                 part.group,
                 lr=lr,
@@ -218,6 +226,8 @@ class FusedOptimizer(Optimizer):
                 found_inf=_on(part.device, found_inf),
                 clip=_on(part.device, clip),
             )
+
+        for value in self._plans.each(method, run):
             if value is not None:
                 penalty = value if penalty is None else penalty + value.to(penalty.device)
         if self.clear_grad and found_inf is not None:

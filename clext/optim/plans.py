@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from clext.core.checks import scalar
-from clext.core.lists import state_dtype
+from clext.core.lists import same_layout, state_dtype
 from clext.core.parameters import allocate_state
 from clext.ops.plan import make_plan
 from clext.optim.protector import state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from clext.ops.plan import ReferencePlan
     from clext.optim.protector import Protector
@@ -48,6 +48,7 @@ class Plans:
         self._parts: list[Part] = []
         self._made_with: object = None  # the state of the method
         self._waiting: list[Tensor] = [entry for group in groups for entry in group["params"]]
+        self._sparse: list[Tensor] = []  # parameters whose first gradient was sparse
 
     def current(self, method: Protector | None) -> list[Part]:
         """The plans for a step with `method`."""
@@ -56,6 +57,45 @@ class Plans:
                 method._follow_model()
             self._make(method)
         return self._parts
+
+    def fill_sparse_gradients(self, owner: str, is_taken: bool) -> None:
+        """Make them dense: the pull, momentum and weight decay touch every row anyway.
+
+        RuntimeError if they are not taken: the namesake of torch does not, either.
+        """
+        for entry in self._sparse:
+            if entry.grad is not None and entry.grad.is_sparse:
+                if not is_taken:
+                    raise RuntimeError(
+                        f"{owner} does not support sparse gradients, as torch.optim.{owner} does "
+                        "not; build the layer (an Embedding, say) with sparse=False"
+                    )
+                entry.grad = entry.grad.to_dense()
+
+    def each(
+        self, method: Protector | None, step: Callable[[Part], Tensor | None]
+    ) -> Iterator[Tensor | None]:
+        """`step` of each in turn; of a model that was converted since, once more."""
+        for place in range(len(self._parts)):
+            try:
+                yield step(self._parts[place])
+            except (TypeError, ValueError):
+                if not self._follow_conversion(method):
+                    raise
+                yield step(self._parts[place])
+
+    def _follow_conversion(self, method: Protector | None) -> bool:
+        """Whether parameters had another dtype or layout than their state; not any more."""
+        known = state_of(method)
+        if method is not None:
+            method._follow_model()
+        own = ((entry, self._states[entry]) for part in self._parts for entry in part.params)
+        if state_of(method) is known and all(
+            _is_laid_out_for(entry, value) for entry, state in own for value in state.values()
+        ):
+            return False
+        self._make(method)
+        return True
 
     def _are_stale(self, method: Protector | None) -> bool:
         if state_of(method) is not self._made_with:
@@ -73,6 +113,7 @@ class Plans:
         fused = method.fused if method is not None and method.fused else ()
         places = {entry: i for i, entry in enumerate(state.params)} if state else {}
         joined = {entry for part in self._parts for entry in part.params}
+        self._sparse += [p for p in self._waiting if p.grad is not None and p.grad.is_sparse]
         parts, waiting = [], []
         for number, group in enumerate(self._groups):
             keys = self._keys_of(group)
@@ -105,7 +146,7 @@ class Plans:
             _allocate(self._states, lacking, keys)
         for key in keys:
             for entry in params:
-                if self._states[entry][key].device != entry.device:
+                if not _is_laid_out_for(entry, self._states[entry][key]):
                     self._states[entry][key] = fitted(entry, key, self._states[entry][key])
         return {key: [self._states[entry][key] for entry in params] for key in keys}
 
@@ -116,6 +157,17 @@ def _allocate(states: States, params: Sequence[Tensor], keys: Keys) -> None:
     lists = [allocate_state(scalars if key == "step" else params) for key in keys]
     for entry, *values in zip(params, *lists, strict=True):
         states[entry] = {**states.get(entry, {}), **dict(zip(keys, values, strict=True))}
+
+
+def _is_laid_out_for(parameter: Tensor, value: object) -> bool:
+    """Whether the entry of a parameter's state is in its place: dtype, device, layout."""
+    if not isinstance(value, Tensor):
+        return True
+    return (
+        value.device == parameter.device
+        and value.dtype == state_dtype(parameter.dtype)
+        and (value.dim() == 0 or same_layout(value.shape, value.stride(), parameter.stride()))
+    )
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ class SGD(FusedOptimizer):
 
     state_keys: ClassVar[tuple[str, ...]] = ("step", "momentum_buffer")
     own_options: ClassVar[tuple[str, ...]] = ("momentum", "dampening")
+    takes_sparse: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from clext.core.names import part_names
 from clext.core.seeding import generator
 from clext.methods import METHODS, Method, make_method
 from clext.methods.parts.options import option_names
+from clext.methods.parts.state import CONSOLIDATED
 from clext.training.models import mlp
 
 _EXAMPLES = 1000
@@ -58,6 +59,7 @@ def _describe(kind: type[Method]) -> str:
             "",
             f"State of the course's model after a task of {_EXAMPLES:,} images like MNIST's:",
             *(memory or ["  nothing"]),
+            *_per_parameter(kind),
         ]
     )
 
@@ -78,6 +80,17 @@ def bytes_after_a_task(kind: type[Method]) -> dict[str, int]:
         for part in ("state", "extra")
         for name, entry in state.get(part, {}).items()
     }
+
+
+def _per_parameter(kind: type[Method]) -> list[str]:
+    """What a method keeps for each parameter, if it does, in words."""
+    names = getattr(kind, "state_names", ())
+    if not names:
+        return []
+    size, saved = 4 * len(names), 2 * len(CONSOLIDATED)
+    return [
+        f"  {size} bytes for each float32 parameter, {size - saved} with state_dtype=bfloat16",
+    ]
 
 
 def _tensors(entry: Any) -> Iterator[Tensor]:  # noqa: ANN401  (of a state dict)

@@ -22,6 +22,7 @@
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
+#include "storage_dispatch.h"
 #include "tensor_lists.h"
 
 namespace clext {
@@ -40,10 +41,10 @@ CLEXT_HOST_DEVICE auto apply_element(const Op& op, const ChunkPointers& at, int6
                                      int64_t i, std::index_sequence<K...>) {
   auto run = [&](auto... value) __attribute__((always_inline)) {
     if constexpr (Op::reduction == Reduction::None) {
-      evaluate<T>(op, value...);
+      evaluate<parameter_t<T>>(op, value...);
       (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
     } else {
-      const auto result = evaluate<T>(op, value...);
+      const auto result = evaluate<parameter_t<T>>(op, value...);
       (Stream<typename ListAt<K, typename Op::lists>::type, T>::store(at[K], i, value), ...);
       return result;
     }
@@ -242,16 +243,9 @@ void apply(const TensorLists& lists, Op op, double* partials, int threads) {
 
 template <class Op>
 void apply_cpu(const TensorLists& lists, const Op& op, double* partials, int threads) {
-  switch (lists.type) {
-    case StorageType::Float32:
-      return cpu::apply<Op, float>(lists, op, partials, threads);
-    case StorageType::Float64:
-      return cpu::apply<Op, double>(lists, op, partials, threads);
-    case StorageType::BFloat16:
-      return cpu::apply<Op, BFloat16>(lists, op, partials, threads);
-    case StorageType::Float16:
-      return cpu::apply<Op, Float16>(lists, op, partials, threads);
-  }
+  with_storage<Op>(lists, [&](auto storage) {
+    cpu::apply<Op, decltype(storage)>(lists, op, partials, threads);
+  });
 }
 
 }  // namespace clext

@@ -19,7 +19,7 @@ using ChunkPointers = std::array<char*, kMaxLists>;
 template <class L, class T>
 struct Stream {
   using A = accumulate_t<T>;
-  using Element = std::conditional_t<L::storage == Storage::Parameter, T, A>;
+  using Element = element_t<L, T>;
 
   static CLEXT_HOST_DEVICE A load(const char* base, int64_t, int64_t i) {
     if constexpr (L::access == Access::Write) return A(0);

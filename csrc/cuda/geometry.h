@@ -6,6 +6,7 @@
 // never changes the order of additions, and with it the bits of a result.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -42,7 +43,7 @@ struct Geometry {
   template <int K>
   using List = typename ListAt<K, typename Op::lists>::type;
   template <int K>
-  using Element = std::conditional_t<List<K>::storage == Storage::Parameter, T, A>;
+  using Element = element_t<List<K>, T>;
   template <int K>
   static constexpr bool kIsRows = List<K>::storage == Storage::Rows;
   template <int K>
@@ -55,8 +56,8 @@ struct Geometry {
 
  private:
   template <int... K>
-  static constexpr bool any_list(Storage storage, std::integer_sequence<int, K...>) {
-    return ((List<K>::storage == storage) || ...);
+  static constexpr int smallest_bytes(std::integer_sequence<int, K...>) {
+    return std::min({static_cast<int>(sizeof(Element<K>))...});
   }
   template <int... K>
   static constexpr int loaded_bytes(std::integer_sequence<int, K...>) {
@@ -75,12 +76,10 @@ struct Geometry {
   }
 
  public:
-  static constexpr bool kHasRows = any_list(Storage::Rows, Indices{});
-  static constexpr bool kHasParameters = any_list(Storage::Parameter, Indices{});
+  static constexpr bool kHasRows = kHasList<Storage::Rows, Op>;
   // One 16-byte access of the smallest type, several of a wider one. With rows a thread reads many
   // values per element anyway, each next to its neighbour's: single elements will do.
-  static constexpr int kWidth =
-      kHasRows ? 1 : kVectorBytes / static_cast<int>(kHasParameters ? sizeof(T) : sizeof(A));
+  static constexpr int kWidth = kHasRows ? 1 : kVectorBytes / smallest_bytes(Indices{});
   static constexpr int kVectors = kHasRows ? 1 : choose_vectors(kWidth * loaded_bytes(Indices{}));
   static constexpr int64_t kVectorStride = int64_t{kThreads} * kWidth;
   static constexpr int64_t kTile = kVectorStride * kVectors;

@@ -27,6 +27,7 @@
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
+#include "storage_dispatch.h"
 #include "tensor_lists.h"
 
 namespace clext {
@@ -64,10 +65,10 @@ __device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& ch
       if constexpr (RowByRow<Op>::value) {
         apply_rows(op, argument<K>(chunk, element, values[v], i)...);
       } else if constexpr (Op::reduction == Reduction::None) {
-        evaluate<T>(op, argument<K>(chunk, element, values[v], i)...);
+        evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...);
       } else {
-        result = fold<Op::reduction>(result,
-                                     evaluate<T>(op, argument<K>(chunk, element, values[v], i)...));
+        result = fold<Op::reduction>(
+            result, evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...));
       }
     }
   }
@@ -169,22 +170,12 @@ void launch(const TensorLists& lists, Op op, double* partials, cudaStream_t stre
 template <class Op>
 void apply_cuda(const TensorLists& lists, const Op& op, double* partials, void* stream) {
   const char* name = __PRETTY_FUNCTION__;
-  const auto run = [&](auto storage) {
+  with_storage<Op>(lists, [&](auto storage) {
     using T = decltype(storage);
     // A functor over state alone sees only the accumulate type: no kernel per storage type.
-    using Seen = std::conditional_t<cuda::Geometry<Op, T>::kHasParameters, T, accumulate_t<T>>;
+    using Seen = std::conditional_t<kHasList<Storage::Parameter, Op>, T, accumulate_t<T>>;
     cuda::launch<Op, Seen>(lists, op, partials, static_cast<cudaStream_t>(stream), name);
-  };
-  switch (lists.type) {
-    case StorageType::Float32:
-      return run(float{});
-    case StorageType::Float64:
-      return run(double{});
-    case StorageType::BFloat16:
-      return run(BFloat16{});
-    case StorageType::Float16:
-      return run(Float16{});
-  }
+  });
 }
 
 }  // namespace clext

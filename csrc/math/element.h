@@ -36,11 +36,12 @@
 namespace clext {
 
 enum class Storage {
-  Parameter,  // parameters and gradients: float, double, bfloat16 or float16
-  State,      // importances, anchors, path integrals: float (double for double parameters)
-  Rows,       // several state values per element, one row per model output (a Jacobian)
-  Scalars,    // a few state values per tensor; not an argument of operator(), always last, and
-              // the only list without a place in `names`: it is called steps
+  Parameter,     // parameters and gradients: float, double, bfloat16 or float16
+  State,         // path integrals, averages, estimates: float (double for double parameters)
+  Consolidated,  // anchors and importances: as State, or bfloat16 (not for double parameters)
+  Rows,          // several state values per element, one row per model output (a Jacobian)
+  Scalars,       // a few state values per tensor; not an argument of operator(), always last, and
+                 // the only list without a place in `names`: it is called steps
 };
 
 enum class Access {
@@ -73,6 +74,9 @@ using ReadAndClearParameter = List<Storage::Parameter, Access::ReadAndClear>;
 using ReadState = List<Storage::State, Access::Read>;
 using WriteState = List<Storage::State, Access::Write>;
 using UpdateState = List<Storage::State, Access::Update>;
+using ReadConsolidated = List<Storage::Consolidated, Access::Read>;
+using WriteConsolidated = List<Storage::Consolidated, Access::Write>;
+using UpdateConsolidated = List<Storage::Consolidated, Access::Update>;
 using ReadRows = List<Storage::Rows, Access::Read>;
 using WriteRows = List<Storage::Rows, Access::Write>;
 using ReadScalars = List<Storage::Scalars, Access::Read>;
@@ -97,6 +101,14 @@ template <class First, class... Rest>
 struct ListAt<0, Lists<First, Rest...>> {
   using type = First;
 };
+
+// Whether one of the lists is stored so.
+template <Storage S, class L>
+struct AnyList;
+template <Storage S, class... L>
+struct AnyList<S, Lists<L...>> : std::bool_constant<((L::storage == S) || ...)> {};
+template <Storage S, class Op>
+static constexpr bool kHasList = AnyList<S, typename Op::lists>::value;
 
 // The lists of several `Lists`, one after the other.
 template <class... L>

@@ -52,7 +52,7 @@ struct AccumulateAbs {
 
 struct ConsolidateImportance {
   static constexpr const char* name = "consolidate_importance_";
-  using lists = Lists<UpdateState, WriteState, ReadState, ReadParameter>;
+  using lists = Lists<UpdateConsolidated, WriteConsolidated, ReadState, ReadParameter>;
   static constexpr const char* names[] = {"importances", "anchors", "estimate", "params"};
   static constexpr Number numbers[] = {{"gamma", Number::Fraction}};
   static constexpr Reduction reduction = Reduction::None;
@@ -71,7 +71,7 @@ struct ConsolidateImportance {
 // anchor. Returns the element's share of the constant's increase.
 struct ConsolidateAllAnchors {
   static constexpr const char* name = "consolidate_all_anchors_";
-  using lists = Lists<UpdateState, UpdateState, ReadState, ReadParameter>;
+  using lists = Lists<UpdateConsolidated, UpdateConsolidated, ReadState, ReadParameter>;
   static constexpr const char* names[] = {"importances", "anchors", "estimate", "params"};
   static constexpr Number numbers[] = {{"gamma", Number::Fraction}};
   static constexpr Reduction reduction = Reduction::Sum;

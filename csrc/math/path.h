@@ -79,7 +79,7 @@ struct AccumulateRiemannianWalkScore {
 // SI's end of a task. The anchor still holds theta at the start of the task.
 struct ConsolidatePathIntegral {
   static constexpr const char* name = "consolidate_path_integral_";
-  using lists = Lists<UpdateState, UpdateState, UpdateState, ReadParameter>;
+  using lists = Lists<UpdateConsolidated, UpdateConsolidated, UpdateState, ReadParameter>;
   static constexpr const char* names[] = {"importances", "anchors", "path", "params"};
   static constexpr Number numbers[] = {{"xi", Number::Positive}};
   static constexpr Reduction reduction = Reduction::None;
@@ -101,7 +101,8 @@ struct ConsolidatePathIntegral {
 // RWalk's end of a task: the lists of its three passes together.
 struct RiemannianWalkEnd {
   static constexpr const char* name = "consolidate_riemannian_walk_";
-  using lists = Lists<WriteState, WriteState, UpdateState, UpdateState, ReadState, ReadParameter>;
+  using lists = Lists<WriteConsolidated, WriteConsolidated, UpdateState, UpdateState, ReadState,
+                      ReadParameter>;
   static constexpr const char* names[] = {"importances", "anchors", "score",
                                           "task_score",  "fisher",  "params"};
   static constexpr Number numbers[] = {{"mix", Number::Fraction}};
@@ -139,7 +140,7 @@ struct Maximum {
 // Last pass: Fisher and score, each scaled to [0, 1], add up.
 struct ConsolidateRiemannianWalk {
   static constexpr const char* name = RiemannianWalkEnd::name;
-  using lists = Lists<WriteState, WriteState, ReadState, ReadState, ReadParameter>;
+  using lists = Lists<WriteConsolidated, WriteConsolidated, ReadState, ReadState, ReadParameter>;
   static constexpr const char* names[] = {"importances", "anchors", "fisher", "score", "params"};
   static constexpr Reduction reduction = Reduction::None;
 

@@ -7,7 +7,7 @@ namespace clext {
 
 struct QuadraticPenalty {
   static constexpr const char* name = "quadratic_penalty";
-  using lists = Lists<ReadParameter, ReadState, ReadState>;
+  using lists = Lists<ReadParameter, ReadConsolidated, ReadConsolidated>;
   static constexpr const char* names[] = {"params", "anchors", "importances"};
   static constexpr Reduction reduction = Reduction::Sum;
 
@@ -20,7 +20,7 @@ struct QuadraticPenalty {
 
 struct QuadraticPenaltyBackward {
   static constexpr const char* name = "quadratic_penalty_backward";
-  using lists = Lists<WriteParameter, ReadParameter, ReadState, ReadState>;
+  using lists = Lists<WriteParameter, ReadParameter, ReadConsolidated, ReadConsolidated>;
   static constexpr const char* names[] = {"grads", "params", "anchors", "importances"};
   static constexpr Reduction reduction = Reduction::None;
 
@@ -42,7 +42,7 @@ struct QuadraticPenaltyBackward {
 template <bool Keeps>
 struct AddQuadraticPenaltyGrad {
   static constexpr const char* name = "add_quadratic_penalty_grad_";
-  using lists = joined_t<Lists<UpdateParameter, ReadParameter, ReadState, ReadState>,
+  using lists = joined_t<Lists<UpdateParameter, ReadParameter, ReadConsolidated, ReadConsolidated>,
                          std::conditional_t<Keeps, Lists<WriteState, WriteState>, Lists<>>>;
   static constexpr const char* names[] = {"grads",       "params",     "anchors",
                                           "importances", "task_grads", "starts"};

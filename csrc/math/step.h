@@ -29,15 +29,15 @@ struct ProtectionLists {
 };
 template <>
 struct ProtectionLists<Protection::Pull> {
-  using type = Lists<ReadState, ReadState>;
+  using type = Lists<ReadConsolidated, ReadConsolidated>;
 };
 template <>
 struct ProtectionLists<Protection::Path> {
-  using type = Lists<ReadState, ReadState, UpdateState>;
+  using type = Lists<ReadConsolidated, ReadConsolidated, UpdateState>;
 };
 template <>
 struct ProtectionLists<Protection::Walk> {
-  using type = Lists<ReadState, ReadState, UpdateState, UpdateState>;
+  using type = Lists<ReadConsolidated, ReadConsolidated, UpdateState, UpdateState>;
 };
 
 }  // namespace detail

@@ -34,8 +34,11 @@ CLEXT_HOST_DEVICE float float_of(uint32_t bits) {
 
 }  // namespace detail
 
-// The accumulate type A of a storage type T; importances, anchors and paths are stored in A as
-// well.
+// Parameters in T whose anchors and importances are in bfloat16, half of what they take otherwise.
+template <class T>
+struct Compact {};
+
+// The accumulate type A of a storage type T; state is stored in A as well.
 template <class T>
 struct Accumulate {
   using type = float;
@@ -45,7 +48,25 @@ struct Accumulate<double> {
   using type = double;
 };
 template <class T>
+struct Accumulate<Compact<T>> : Accumulate<T> {};
+template <class T>
 using accumulate_t = typename Accumulate<T>::type;
+
+// How a list is stored.
+template <Storage S, class T>
+struct Stored {
+  using type = std::conditional_t<S == Storage::Parameter, T, accumulate_t<T>>;
+};
+template <Storage S, class T>
+struct Stored<S, Compact<T>> : Stored<S, T> {};
+template <class T>
+struct Stored<Storage::Consolidated, Compact<T>> {
+  using type = BFloat16;
+};
+template <class L, class T>
+using element_t = typename Stored<L::storage, T>::type;
+template <class T>
+using parameter_t = typename Stored<Storage::Parameter, T>::type;
 
 CLEXT_HOST_DEVICE float to_accumulate(float value) { return value; }
 CLEXT_HOST_DEVICE double to_accumulate(double value) { return value; }

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <map>
 #include <string_view>
+#include <utility>
 
 namespace clext {
 
@@ -118,9 +119,40 @@ bool has_memory(const at::TensorImpl& tensor) {
   return !tensor.key_set().has_any(without) && tensor.has_storage();
 }
 
+// What entry i of each list is made of.
+struct Dtypes {
+  at::ScalarType leading;
+  at::ScalarType consolidated;  // anchors and importances: the state's, or bfloat16
+};
+
+Dtypes dtypes_of(const Context& where, const std::vector<ListArgument>& arguments, size_t layout,
+                 size_t i) {
+  const at::ScalarType leading = leading_dtype(where, arguments, layout, i);
+  const auto is_consolidated = [](const auto& a) { return a.storage == Storage::Consolidated; };
+  const auto first = std::find_if(arguments.begin(), arguments.end(), is_consolidated);
+  const bool is_compact = first != arguments.end() && leading != at::kDouble &&
+                          first->tensors[i].defined() &&
+                          first->tensors[i].scalar_type() == at::kBFloat16;
+  return {leading, is_compact ? at::kBFloat16 : state_dtype(leading)};
+}
+
+void check_dtype(const Context& where, const ListArgument& argument, size_t a, size_t i,
+                 const Dtypes& dtypes) {
+  const bool is_parameter = argument.storage == Storage::Parameter;
+  const at::ScalarType expected = is_parameter ? dtypes.leading
+                                  : argument.storage == Storage::Consolidated
+                                      ? dtypes.consolidated
+                                      : state_dtype(dtypes.leading);
+  const at::ScalarType found = argument.tensors[i].scalar_type();
+  TORCH_CHECK_TYPE(found == expected, where.at(a, i), " has dtype ", name_of(found), ", expected ",
+                   name_of(expected),
+                   is_parameter ? ""
+                                : " (state is float64 for float64 parameters, else float32; then "
+                                  "anchors and importances may both be bfloat16)");
+}
+
 void check_tensor(const Context& where, const std::vector<ListArgument>& arguments, size_t a,
-                  size_t i, at::ScalarType leading, const at::Tensor& reference,
-                  at::Device device) {
+                  size_t i, const Dtypes& dtypes, const at::Tensor& reference, at::Device device) {
   const ListArgument& argument = arguments[a];
   const at::Tensor& tensor = argument.tensors[i];
   TORCH_CHECK_VALUE(tensor.defined(), where.at(a, i), " is undefined, expected a tensor");
@@ -141,11 +173,7 @@ void check_tensor(const Context& where, const std::vector<ListArgument>& argumen
       where.at(a, i),
       " was made in torch.inference_mode(), expected a normal tensor since it is "
       "written outside of it; clone() it here");
-  const bool is_parameter = argument.storage == Storage::Parameter;
-  const at::ScalarType dtype = is_parameter ? leading : state_dtype(leading);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, where.at(a, i), " has dtype ",
-                   name_of(tensor.scalar_type()), ", expected ", name_of(dtype),
-                   is_parameter ? "" : " (state is float64 for float64 parameters, else float32)");
+  check_dtype(where, argument, a, i, dtypes);
   if (argument.storage == Storage::Rows) {
     TORCH_CHECK_VALUE(tensor.dim() == reference.dim() + 1, where.at(a, i), " has shape ",
                       tensor.sizes(), ", expected one row per output of shape ", reference.sizes(),
@@ -232,40 +260,43 @@ void* pointer_of(const at::Tensor& tensor, Access access) {
                                 : tensor.mutable_data_ptr();
 }
 
-// Every condition on the arguments; returns the leading dtype of each entry.
-std::vector<at::ScalarType> check_all(const Context& where,
-                                      const std::vector<ListArgument>& arguments, size_t layout) {
+// Every condition on the arguments; returns the dtypes of each entry.
+std::vector<Dtypes> check_all(const Context& where, const std::vector<ListArgument>& arguments,
+                              size_t layout) {
   const at::TensorList references = arguments[layout].tensors;
-  std::vector<at::ScalarType> leading;
+  std::vector<Dtypes> dtypes;
   for (size_t i = 0; i < references.size(); ++i) {
-    leading.push_back(leading_dtype(where, arguments, layout, i));
+    dtypes.push_back(dtypes_of(where, arguments, layout, i));
     const at::Tensor& reference = references[i];
     TORCH_CHECK_VALUE(reference.defined(), where.at(layout, i), " is undefined, expected a tensor");
     const at::Device device = references[0].device();
-    check_tensor(where, arguments, layout, i, leading[i], reference, device);
+    check_tensor(where, arguments, layout, i, dtypes[i], reference, device);
     TORCH_CHECK_VALUE(reference.is_non_overlapping_and_dense(), where.at(layout, i), " of shape ",
                       reference.sizes(), " has strides ", reference.strides(),
                       ", expected a dense tensor without overlap; make it contiguous()");
     for (size_t a = 0; a < arguments.size(); ++a) {
-      if (a != layout) check_tensor(where, arguments, a, i, leading[i], reference, device);
+      if (a != layout) check_tensor(where, arguments, a, i, dtypes[i], reference, device);
     }
   }
   check_overlap(where, arguments);
-  return leading;
+  return dtypes;
 }
 
 // Sorts the tensors by storage type and cuts them into chunks; pointers are still missing.
-void make_groups(Prepared& prepared, at::TensorList references,
-                 const std::vector<at::ScalarType>& leading, size_t list_count) {
-  std::map<StorageType, size_t> group_of;
+void make_groups(Prepared& prepared, at::TensorList references, const std::vector<Dtypes>& dtypes,
+                 size_t list_count) {
+  std::map<std::pair<StorageType, bool>, size_t> group_of;
   for (size_t i = 0; i < references.size(); ++i) {
-    const StorageType type = *storage_type(leading[i]);
-    const auto [found, is_new] = group_of.try_emplace(type, prepared.groups.size());
-    if (is_new) prepared.groups.push_back({type, static_cast<int>(list_count), {}, {}, {}, {}});
+    const StorageType type = *storage_type(dtypes[i].leading);
+    const bool compact = dtypes[i].consolidated == at::kBFloat16;
+    const auto [found, is_new] = group_of.try_emplace({type, compact}, prepared.groups.size());
+    if (is_new) {
+      prepared.groups.push_back({type, static_cast<int>(list_count), {}, {}, {}, {}, compact});
+    }
     TensorLists& group = prepared.groups[found->second];
     prepared.positions.push_back({found->second, group.sizes.size()});
     group.sizes.push_back(references[i].numel());
-    if (state_dtype(leading[i]) == at::kDouble) prepared.state_dtype = at::kDouble;
+    if (dtypes[i].leading == at::kDouble) prepared.state_dtype = at::kDouble;
   }
   const int64_t chunk_size = prepared.device->is_cuda() ? kCudaChunkSize : kCpuChunkSize;
   for (TensorLists& group : prepared.groups) {
@@ -291,9 +322,9 @@ Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
   const at::TensorList references = arguments[layout].tensors;
   Prepared prepared;
   if (references.empty()) return prepared;
-  const std::vector<at::ScalarType> leading = check_all(where, arguments, layout);
+  const std::vector<Dtypes> dtypes = check_all(where, arguments, layout);
   prepared.device = references[0].device();
-  make_groups(prepared, references, leading, arguments.size());
+  make_groups(prepared, references, dtypes, arguments.size());
   for (size_t a = 0; a < arguments.size(); ++a) {
     for (size_t i = 0; i < references.size(); ++i) {
       const at::Tensor tensor = lay_out(where, arguments[a], a, i, references[i], prepared.copies);

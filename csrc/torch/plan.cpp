@@ -41,7 +41,9 @@ ParameterPlan::ParameterPlan(std::vector<std::string> names, std::vector<at::Ten
                     "' is on ", device, ", expected a device that this build has kernels for");
   std::vector<ListArgument> lists = {{{"params", Storage::Parameter, Access::Read}, params_}};
   for (const auto& [name, tensors] : state_) {
-    lists.push_back({{name.c_str(), Storage::State, Access::Update}, tensors});
+    const bool consolidated = name == "anchor" || name == "importance";
+    const Storage storage = consolidated ? Storage::Consolidated : Storage::State;
+    lists.push_back({{name.c_str(), storage, Access::Update}, tensors});
   }
   if (!steps_.empty()) lists.push_back({{"steps", Storage::Scalars, Access::Update}, steps_});
   check_lists("ParameterPlan", lists, names_);

@@ -98,23 +98,24 @@ double reduce(const std::vector<double>& partials, Reduction reduction, StorageT
   return static_cast<double>(result);
 }
 
-// A value and a gradient, the gradient stored in T: Update, Read, both storages, Sum.
-template <class T>
+// A value and a gradient, the gradient stored in T, anchors and importances in C: Update, Read, all
+// storages, Sum.
+template <class T, class C = accumulate_t<T>>
 void penalty_and_gradient(double value_tolerance, double grad_tolerance) {
   using A = accumulate_t<T>;
   constexpr StorageType kStateType =
       std::is_same_v<A, double> ? StorageType::Float64 : StorageType::Float32;
   auto params = make_tensors<T>(1);
-  auto anchors = make_tensors<A>(2);
-  auto importances = make_tensors<A>(3, true);
+  auto anchors = make_tensors<C>(2);
+  auto importances = make_tensors<C>(3, true);
   const auto grads_before = make_tensors<T>(4);
   Tensors<T> first_grads;
   std::vector<double> first_partials;
   for (const int threads : {1, 2, 3, 8}) {
     auto grads = grads_before;
-    const TensorLists lists =
-        launch_of(storage_type<T>(),
-                  {pointers(grads), pointers(params), pointers(anchors), pointers(importances)});
+    TensorLists lists = launch_of(storage_type<T>(), {pointers(grads), pointers(params),
+                                                      pointers(anchors), pointers(importances)});
+    lists.compact = !std::is_same_v<C, A>;
     std::vector<double> partials(lists.chunks.size(), -1);
     apply_cpu(lists, AddQuadraticPenaltyGrad<false>{0.5}, partials.data(), threads);
     if (threads == 1) {
@@ -128,11 +129,13 @@ void penalty_and_gradient(double value_tolerance, double grad_tolerance) {
                                             grads[t].size() * sizeof(T)) == 0,
             "the gradient does not depend on the number of threads");
       for (size_t i = 0; i < params[t].size(); ++i) {
-        const double difference = to_accumulate(params[t][i]) - double(anchors[t][i]);
-        expected += 0.5 * importances[t][i] * difference * difference;
+        const double importance = to_accumulate(importances[t][i]);
+        const double difference =
+            double(to_accumulate(params[t][i])) - double(to_accumulate(anchors[t][i]));
+        expected += 0.5 * importance * difference * difference;
         check_near(to_accumulate(grads[t][i]),
-                   to_accumulate(grads_before[t][i]) + importances[t][i] * difference,
-                   grad_tolerance, "gradient");
+                   to_accumulate(grads_before[t][i]) + importance * difference, grad_tolerance,
+                   "gradient");
       }
     }
     check_near(reduce<A>(partials, Reduction::Sum, kStateType), expected, value_tolerance, "value");
@@ -299,6 +302,23 @@ void written_lists_are_not_read() {
   }
 }
 
+// Computed in float, rounded once. 1.5 * (1 + 3 * 2^-7) lies in the middle of two numbers of
+// bfloat16: rounded down, it would not get up again by 2^-9.
+void consolidation_rounds_once() {
+  std::vector<BFloat16> importance = {from_accumulate<BFloat16>(1 + 0x3p-7f)};
+  std::vector<BFloat16> anchor = {from_accumulate<BFloat16>(7)};
+  std::vector<float> estimate = {0x1p-9f};
+  std::vector<float> param = {1 + 0x1p-8f + 0x1p-20f};
+  TensorLists lists{StorageType::Float32, 4, {1}, {}, {}, {{0, 0, 1}}, true};
+  lists.pointers = {importance.data(), anchor.data(), estimate.data(), param.data()};
+  apply_cpu(lists, ConsolidateImportance{1.5}, nullptr, 1);
+  const float exact = 1.5f * (1 + 0x3p-7f) + 0x1p-9f;
+  check(importance[0].bits == from_accumulate<BFloat16>(exact).bits, "importance rounded once");
+  const float twice = to_accumulate(from_accumulate<BFloat16>(1.5f * (1 + 0x3p-7f))) + 0x1p-9f;
+  check(importance[0].bits != from_accumulate<BFloat16>(twice).bits, "which makes a difference");
+  check(to_accumulate(anchor[0]) == 1 + 0x1p-7f, "the anchor is the parameter, rounded");
+}
+
 }  // namespace
 
 int main() {
@@ -307,6 +327,10 @@ int main() {
   penalty_and_gradient<double>(1e-12, 1e-14);
   penalty_and_gradient<BFloat16>(1e-5, 8e-3);
   penalty_and_gradient<Float16>(1e-5, 1e-3);
+  penalty_and_gradient<float, BFloat16>(1e-5, 1e-5);
+  penalty_and_gradient<BFloat16, BFloat16>(1e-5, 8e-3);
+  penalty_and_gradient<Float16, BFloat16>(1e-5, 1e-3);
+  consolidation_rounds_once();
   maximum_over_all_tensors();
   for (const int64_t outputs : {1, 3, 10, 300}) rows(outputs);
   for (const int64_t count : {0, 1, 2, 3, 4, 5, 8, 11, 16}) products_of_rows<float>(count);

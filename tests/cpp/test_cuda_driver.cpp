@@ -32,6 +32,10 @@ constexpr StorageType kStorageType = std::is_same_v<T, float>      ? StorageType
                                      : std::is_same_v<T, double>   ? StorageType::Float64
                                      : std::is_same_v<T, BFloat16> ? StorageType::BFloat16
                                                                    : StorageType::Float16;
+template <class T>
+constexpr StorageType kStorageType<Compact<T>> = kStorageType<T>;
+template <class T>
+constexpr bool kIsCompact = !std::is_same_v<T, parameter_t<T>>;
 
 // All tensors of all lists of one op in one allocation, each `shift` elements off alignment.
 template <class Op, class T>
@@ -40,7 +44,7 @@ struct Case {
 
   std::vector<uint4> storage;
   std::vector<typename G::A> scalars;  // two of each tensor, for functors that take them
-  TensorLists lists{kStorageType<T>, G::kLists, {}, {}, {}, {}};
+  TensorLists lists{kStorageType<T>, G::kLists, {}, {}, {}, {}, kIsCompact<T>};
   int64_t row_count;
   double scale;  // a power of two: what is added up is exact
 
@@ -90,7 +94,8 @@ struct Case {
   template <int K>
   void fill_list() {
     using E = typename G::template Element<K>;
-    constexpr bool kIsState = G::template List<K>::storage == Storage::State;
+    constexpr Storage kStorage = G::template List<K>::storage;
+    constexpr bool kIsState = kStorage == Storage::State || kStorage == Storage::Consolidated;
     uint64_t random = K + 1;
     for (int64_t t = 0; t < lists.tensor_count(); ++t) {
       const int64_t rows = G::template kIsRows<K> ? row_count : 1;
@@ -149,6 +154,9 @@ void compare_in_types(const Op& op) {
 template <class Op>
 void compare(const Op& op) {
   compare_in_types<Op, float, double, BFloat16, Float16>(op);
+  if constexpr (kHasList<Storage::Consolidated, Op>) {
+    compare_in_types<Op, Compact<float>, Compact<BFloat16>, Compact<Float16>>(op);
+  }
 }
 
 // The Gram matrix of the rows by both drivers, and the same bits off alignment.
@@ -253,6 +261,9 @@ void compare_step(Op op) {
   op.proximal = true;
   op.decoupled = true;
   compare_in_types<Op, float, BFloat16>(op);
+  if constexpr (kHasList<Storage::Consolidated, Op>) {
+    compare_in_types<Op, Compact<float>, Compact<BFloat16>>(op);
+  }
   op.found_inf = &found;
   compare_in_types<Op, float>(op);
 }

@@ -23,6 +23,8 @@ KINDS = [
     if op.name in ("add_quadratic_penalty_grad_", "consolidate_importance_", "sliced_importance_")
 ]
 
+WITH_ANCHORS = [op for op in KINDS if any(arg.name == "anchors" for arg in op.lists)]
+
 every_kind = pytest.mark.parametrize("op", KINDS, ids=str)
 
 
@@ -80,6 +82,8 @@ def test_other_dtype(op, dtype, device):
     for arg in op.lists:
         if arg.name == "params" and dtype.is_floating_point:
             continue  # then it is the others that do not fit
+        if arg.kind == "consolidated" and dtype == torch.bfloat16:
+            continue  # which fits, if both are
         arguments = sample(op, THREE, device)
         arguments[arg.name][1] = arguments[arg.name][1].to(dtype)
         message = rf"{arg.name}\[1\] has dtype \S+, expected \S*float"
@@ -93,6 +97,24 @@ def test_state_is_float64_for_float64_parameters_alone(op, device):
         arguments[arg.name][1] = arguments[arg.name][1].double()
         message = rf"{arg.name}\[1\] has dtype \S*float64, expected \S*float32"
         assert_refused(op, arguments, message, TypeError)
+
+
+@pytest.mark.parametrize("op", WITH_ANCHORS, ids=str)
+def test_anchors_and_importances_are_bfloat16_together_and_not_for_float64(op, device):
+    for name in ("anchors", "importances"):
+        arguments = sample(op, THREE, device)
+        arguments[name][1] = arguments[name][1].bfloat16()
+        first, second = (arg.name for arg in op.lists if arg.kind == "consolidated")
+        found, expected = "float32", "bfloat16"
+        if name == second:
+            found, expected = expected, found
+        message = rf"{second}\[1\] has dtype {found}, expected {expected} \(.* may both be bfloat16"
+        assert_refused(op, arguments, message, TypeError)
+    arguments = sample(op, (Entry((2, 3), torch.float64),), device)
+    for name in (first, second):
+        arguments[name] = [entry.bfloat16() for entry in arguments[name]]
+    message = rf"{first}\[0\] has dtype bfloat16, expected float64"
+    assert_refused(op, arguments, message, TypeError)
 
 
 @every_kind

@@ -17,7 +17,7 @@ from optim_cases import (
 from torch.nn import functional as F
 from torch.optim import lr_scheduler
 
-from clext import optim
+from clext import SI, optim
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_kind = pytest.mark.parametrize("case", PLAIN)
@@ -267,13 +267,78 @@ def test_gradients_are_left_alone_otherwise(case, device, plan):
         assert parameter._version > version
 
 
-@every_kind
-def test_sparse_gradients_are_refused_by_name(case, device):
+@pytest.mark.parametrize("case", ["sgd", "sgd momentum", "sgd maximize"])
+@pytest.mark.parametrize("clear", [True, False], ids=["to none", "to zero"])
+def test_sgd_takes_sparse_gradients_as_torch_does(case, clear, device):
+    kind, namesake, options = CASES[case]
+    options = {**options, "weight_decay": 0.0}  # which torch refuses here
+    models = []
+    for each in (kind, namesake):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(9, 3, sparse=True), torch.nn.Linear(3, 2))
+        optimizer = each(model.to(device, torch.float64).parameters(), **options)
+        for rows in ([1, 1, 4], [0, 4], [8]):
+            model(torch.tensor(rows, device=device)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=clear)
+        models.append(model)
+    assert_same_parameters(*models)
+
+
+@pytest.mark.parametrize("case", ["adam", "adamw"])
+def test_adam_refuses_sparse_gradients_as_torch_does(case, device):
     embedding = torch.nn.Embedding(4, 2, sparse=True, device=device)
-    optimizer = CASES[case][0](embedding.named_parameters(), **CASES[case][2])
-    embedding(torch.tensor([1], device=device)).sum().backward()
-    with pytest.raises(TypeError, match=r"parameter 'weight' has layout .*sparse=False"):
+    for kind in CASES[case][:2]:
+        optimizer = kind(embedding.parameters(), **CASES[case][2])
+        embedding.zero_grad()
+        embedding(torch.tensor([1], device=device)).sum().backward()
+        before = embedding.weight.clone()
+        with pytest.raises(RuntimeError, match="^Adam.? does not support sparse gradients"):
+            optimizer.step()
+        assert torch.equal(embedding.weight, before)
+
+
+@every_kind
+@pytest.mark.parametrize("kind", [None, SI])
+def test_a_model_that_is_converted_takes_the_state_along(case, kind, device):
+    (model, optimizer), (twin, other) = make_pair(case, device)
+    if kind is not None:  # without importance
+        options = {**CASES[case][2], "method": kind(model)}
+        optimizer = CASES[case][0](model.parameters(), **options)
+    for number, form in enumerate((torch.contiguous_format, torch.channels_last, None)):
+        steps = range(5 * number, 5 * number + 5)
+        train(model, optimizer, steps)
+        train(twin, other, steps)
+        if form is not None:
+            model.conv.to(memory_format=form)
+            assert model.conv.weight.is_contiguous(memory_format=form)
+    assert_same_parameters(model, twin)
+
+
+def test_a_converted_model_goes_on_in_its_new_dtype(device):
+    model, optimizer = make_pair("adam", device, torch.float32)[0]
+    train(model, optimizer, range(3))
+    kept = optimizer.state[model.conv.weight]["exp_avg"].clone()
+    model.double()
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state[model.conv.weight]
+    assert {entry.dtype for entry in state.values()} == {torch.float64}
+    torch.testing.assert_close(state["exp_avg"], 0.9 * kept.double())
+    assert state["step"].item() == 4
+
+
+def test_a_bad_option_is_said_once(device):
+    """Not taken for a conversion, after which the step is tried again."""
+    model, optimizer = make_pair("adam", device)[0]
+    train(model, optimizer, range(1))
+    optimizer.param_groups[0]["lr"] = -1.0
+    loss_of(model, 1).backward()
+    with pytest.raises(ValueError, match="lr is -1, expected") as caught:
         optimizer.step()
+    assert caught.value.__context__ is None
 
 
 # ----------------------------------------------------------------------------- mixed precision

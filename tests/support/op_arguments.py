@@ -28,7 +28,10 @@ STATE_KEYS = {
 
 @dataclass(frozen=True)
 class ListArg:
-    """A list of tensors. `kind`: parameter, state or rows. `access`: read, update or write."""
+    """A list of tensors. `access`: read, update or write.
+
+    `kind`: parameter, state, consolidated (state that may be bfloat16 instead of float32) or rows.
+    """
 
     name: str
     kind: str
@@ -98,6 +101,15 @@ def state(name: str, access: str = "read") -> ListArg:
 def weights(name: str, access: str = "read") -> ListArg:
     """State that is never negative, and 0 for half of the elements."""
     return ListArg(name, "state", access, nonnegative=True)
+
+
+def anchors(access: str = "read") -> ListArg:
+    return ListArg("anchors", "consolidated", access)
+
+
+def importances(access: str = "read") -> ListArg:
+    """Never negative, as `weights`."""
+    return ListArg("importances", "consolidated", access, nonnegative=True)
 
 
 NAN, INF = float("nan"), float("inf")

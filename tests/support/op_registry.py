@@ -17,9 +17,11 @@ from op_arguments import (
     Op,
     TensorArg,
     above_zero,
+    anchors,
     at_least_zero,
     fraction,
     grads,
+    importances,
     params,
     state,
     weights,
@@ -31,12 +33,12 @@ _STEP = {"params": 2.5, "starts": 2.0, "task_grads": 3.0}
 OPS = (
     Op(
         "quadratic_penalty",
-        (params(), state("anchors"), weights("importances")),
+        (params(), anchors(), importances()),
         (Example({"params": 3.0, "anchors": 1.0, "importances": 0.5}, {"returns": 2.0}),),
     ),
     Op(
         "quadratic_penalty_backward",
-        (TensorArg("grad", ()), params(), state("anchors"), weights("importances")),
+        (TensorArg("grad", ()), params(), anchors(), importances()),
         (
             Example(
                 {"grad": 3.0, "params": 3.0, "anchors": 1.0, "importances": 0.5}, {"returns": 6.0}
@@ -48,8 +50,8 @@ OPS = (
         (
             grads("update"),
             params(),
-            state("anchors"),
-            weights("importances"),
+            anchors(),
+            importances(),
             at_least_zero("strength", 0.75),
         ),
         (
@@ -178,8 +180,8 @@ OPS = (
     Op(
         "consolidate_importance_",
         (
-            weights("importances", "update"),
-            state("anchors", "write"),
+            importances("update"),
+            anchors("write"),
             weights("estimate"),
             params(),
             fraction("gamma", 0.75),
@@ -194,8 +196,8 @@ OPS = (
     Op(
         "consolidate_all_anchors_",
         (
-            weights("importances", "update"),
-            state("anchors", "update"),
+            importances("update"),
+            anchors("update"),
             weights("estimate"),
             params(),
             fraction("gamma", 0.75),
@@ -216,8 +218,8 @@ OPS = (
     Op(
         "consolidate_path_integral_",
         (
-            weights("importances", "update"),
-            state("anchors", "update"),
+            importances("update"),
+            anchors("update"),
             state("path", "update"),
             params(),
             above_zero("xi", 0.125),
@@ -239,8 +241,8 @@ OPS = (
     Op(
         "consolidate_path_integral_",
         (
-            weights("importances", "update"),
-            state("anchors", "update"),
+            importances("update"),
+            anchors("update"),
             state("path", "update"),
             params(),
             above_zero("xi", 0.125),
@@ -264,8 +266,8 @@ OPS = (
     Op(
         "consolidate_riemannian_walk_",
         (
-            weights("importances", "write"),
-            state("anchors", "write"),
+            importances("write"),
+            anchors("write"),
             weights("score", "update"),
             weights("task_score", "update"),
             weights("fisher"),

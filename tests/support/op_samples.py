@@ -23,12 +23,21 @@ class Entry:
     """What entry i of every list of a call looks like; `dtype` is the parameter's.
 
     `layout`: contiguous, transposed, channels_last (4 dimensions), or unaligned (contiguous, from
-    the second element of a larger block of memory on).
+    the second element of a larger block of memory on). `compact`: anchors and importances are
+    bfloat16 instead of float32.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    compact: bool = False
+
+    def dtype_of(self, kind: str) -> torch.dtype:
+        """Of the entry of a list of this kind."""
+        if kind == "parameter":
+            return self.dtype
+        is_compact = self.compact and kind == "consolidated" and self.dtype != torch.float64
+        return torch.bfloat16 if is_compact else state_dtype(self.dtype)
 
 
 # Every kind of tensor that a call may mix; the empty one and the scalar among them.
@@ -43,6 +52,10 @@ ASSORTMENT = (
     Entry((1,), torch.float64),
     Entry((CHUNK + 5,)),
     Entry((3, 4, 5), torch.float64, "transposed"),
+    Entry((CHUNK + 7,), compact=True),
+    Entry((4, 9), torch.bfloat16, "transposed", compact=True),
+    Entry((1033,), torch.float16, "unaligned", compact=True),
+    Entry((), compact=True),
 )
 
 
@@ -87,8 +100,7 @@ def sample(op: Op, entries: tuple[Entry, ...], device: str = "cpu", seed: int = 
     def tensor(arg: ListArg, entry: Entry) -> Tensor:
         rows = arg.kind == "rows"
         values = normal((ROWS, *entry.shape) if rows else entry.shape)
-        dtype = entry.dtype if arg.kind == "parameter" else state_dtype(entry.dtype)
-        values = (values.relu() if arg.nonnegative else values).to(dtype)
+        values = (values.relu() if arg.nonnegative else values).to(entry.dtype_of(arg.kind))
         return lay_out(values.to(device), entry.layout, rows)
 
     arguments: Arguments = {}

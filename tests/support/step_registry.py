@@ -11,11 +11,13 @@ from op_arguments import (
     Scalar,
     TensorArg,
     Unused,
+    anchors,
     any_number,
     at_least_zero,
     below_one,
     fraction,
     grads,
+    importances,
     params,
     state,
     weights,
@@ -29,8 +31,8 @@ def _protection(level: str) -> tuple[Arg, ...]:
     return (
         state("path", "update") if number >= 2 else Unused("path"),
         weights("fisher", "update") if number >= 3 else Unused("fisher"),
-        state("anchors") if number >= 1 else Unused("anchors"),
-        weights("importances") if number >= 1 else Unused("importances"),
+        anchors() if number >= 1 else Unused("anchors"),
+        importances() if number >= 1 else Unused("importances"),
     )
 
 

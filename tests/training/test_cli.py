@@ -179,6 +179,7 @@ def test_info_on_a_method_is_its_docstring_its_options_and_what_it_keeps():
         assert all(f"  {n}={v}\n" in said for n, v in option_values(kind).items())
     kept = dict(re.findall(r"^  (\w+) +([\d.]+ \w+)$", said, re.MULTILINE))
     assert {kept["anchor"], kept["importance"]} == {"5.6 MiB"}  # 1,462,538 floats
+    assert "  8 bytes for each float32 parameter, 4 with state_dtype=bfloat16\n" in said
     assert kept["memory"] == "3.0 MiB"  # 1,000 images of 784 floats
 
 

@@ -6,6 +6,7 @@ import inspect
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from clext.core.checks import number
@@ -29,6 +30,14 @@ def checked_strength(kind: type[Method], given: object) -> float:
     if strength != 0 and not kind.has_strength:
         raise ValueError(f"{kind.name} has no penalty, so no strength; leave it out")
     return strength
+
+
+def checked_state_dtype(owner: str, given: object) -> torch.dtype | None:
+    """torch.bfloat16, by its name too, or None; ValueError for anything else."""
+    name = str(given).removeprefix("torch.")
+    if name not in ("None", "bfloat16"):
+        raise ValueError(f"{owner}: state_dtype must be torch.bfloat16 or None, got {given!r}")
+    return torch.bfloat16 if name == "bfloat16" else None
 
 
 def scale_of(scaler: Any) -> float:  # noqa: ANN401

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clext import ops
 from clext.core.lists import same_layout, state_dtype
-from clext.core.parameters import allocate_state
+from clext.core.parameters import allocate_state, canonical_names
 from clext.ops.plan import make_plan
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from clext.ops.plan import ReferencePlan
 
+# What a task leaves and the steps after it only read: these may be in bfloat16.
+CONSOLIDATED = ("anchor", "importance")
 # These begin as a copy of the parameters, all other state as zeros.
 COPIES_OF_PARAMETERS = ("anchor", "interval_start")
 ALL_FROZEN = (
@@ -68,11 +70,25 @@ class ParameterState:
     Args:
         named: the parameters.
         keys: names of the lists.
+        dtype: of anchor and importance; None: the state dtype of each parameter, as all else is.
+
+    Raises:
+        ValueError: there is a `dtype`, and a parameter is float64.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], keys: Sequence[str]) -> None:
-        self.names, self.params = list(named), list(named.values())
-        self.lists = {key: allocate_state(self.params) for key in keys}
+    def __init__(
+        self, named: Mapping[str, Tensor], keys: Sequence[str], dtype: torch.dtype | None = None
+    ) -> None:
+        self.names, self.params, self.dtype = list(named), list(named.values()), dtype
+        for name, entry in named.items():
+            if dtype is not None and entry.dtype == torch.float64:
+                raise ValueError(
+                    f"parameter '{name}' is float64, whose state is float64: leave "
+                    f"state_dtype={dtype} out"
+                )
+        self.lists = {
+            key: allocate_state(self.params, dtype if key in CONSOLIDATED else None) for key in keys
+        }
         self.scratch: dict[str, list[Tensor]] = {}
         for key in COPIES_OF_PARAMETERS:
             if key in self.lists:
@@ -92,15 +108,21 @@ class ParameterState:
         """The tensors of `key` by parameter name."""
         return StateView(key, self.names, self.lists[key])
 
-    def penalty(self) -> Tensor:
+    def penalty(self, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
 
         Frozen parameters without a gradient have no part in it; ValueError if there are no others.
+        `given`: values in place of the parameters of these names.
         """
-        moving = [entry.requires_grad or entry.grad is not None for entry in self.params]
+        values = given or {}
+        moving = [
+            name in values or entry.requires_grad or entry.grad is not None
+            for name, entry in zip(self.names, self.params, strict=True)
+        ]
         if not any(moving):
             raise ValueError(ALL_FROZEN)
-        lists = (self.params, self.lists["anchor"], self.lists["importance"])
+        params = [values.get(*pair) for pair in zip(self.names, self.params, strict=True)]
+        lists = (params, self.lists["anchor"], self.lists["importance"])
         return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
 
     @torch.no_grad()
@@ -136,11 +158,17 @@ class ParameterState:
         return all(
             entry.shape == parameter.shape
             and entry.device == parameter.device
-            and entry.dtype == state_dtype(parameter.dtype)
+            and entry.dtype == self._dtype_of(key, parameter)
             and same_layout(entry.shape, entry.stride(), parameter.stride())
-            for entries in self.lists.values()
+            for key, entries in self.lists.items()
             for entry, parameter in zip(entries, self.params, strict=True)
         )
+
+    def _dtype_of(self, key: str, parameter: Tensor) -> torch.dtype:
+        wide = state_dtype(parameter.dtype)
+        if self.dtype is None or key not in CONSOLIDATED or wide == torch.float64:
+            return wide
+        return self.dtype
 
     @torch.no_grad()
     def adopt(self, old: ParameterState, owner: str) -> list[str]:
@@ -177,18 +205,20 @@ class ParameterState:
         }
 
     def load_state_dict(self, given: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over such copies; ValueError for other names or shapes."""
+        """Take over such copies, whatever wrappers' prefixes; ValueError for other parameters."""
         for key in self.lists:
-            if set(given[key]) != set(self.names):
-                odd = sorted(set(given[key]) ^ set(self.names))
+            entries = canonical_names(given[key])
+            if set(entries) != set(self.names):
+                odd = sorted(set(entries) ^ set(self.names))
                 raise ValueError(f"'{key}' is of other parameters: {', '.join(odd)}")
-            self.view(key).assign(given[key])
+            self.view(key).assign(entries)
 
     def __getstate__(self) -> dict[str, Any]:
         # The memory of a list as a whole, since its tensors are parts of it: pickle would write it
         # for each of them. No copies: what goes to another process has to live until it has come.
         return {
             "named": dict(zip(self.names, self.params, strict=True)),
+            "dtype": self.dtype,
             "memory": {key: _memory(entries) for key, entries in self.lists.items()},
             "places": {
                 key: [(e.dtype, e.shape, e.stride(), e.storage_offset()) for e in entries]
@@ -199,7 +229,8 @@ class ParameterState:
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Parameters may have another layout by now than their state had.
-        self.__init__(state["named"], list(state["memory"]))  # type: ignore[misc]
+        keys = list(state["memory"])
+        self.__init__(state["named"], keys, state["dtype"])  # type: ignore[misc]
         for key, entries in self.lists.items():
             memory = {buffer.dtype: buffer for buffer in state["memory"][key]}
             for entry, (dtype, *place) in zip(entries, state["places"][key], strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -16,6 +16,29 @@ if TYPE_CHECKING:
     from clext.methods.parts.state import ParameterState
 
 
+class _Mark(NamedTuple):
+    """The first gradient that there is, and how often it had been written."""
+
+    place: int
+    gradient: weakref.ref[Tensor]
+    writes: int
+
+    def is_same(self, other: _Mark | None) -> bool:
+        """Whether it is that gradient still, and was not written since."""
+        return (
+            other is not None
+            and self.gradient() is other.gradient()
+            and self.writes == other.writes
+        )
+
+
+def _mark(state: ParameterState) -> _Mark | None:
+    for place, entry in enumerate(state.params):
+        if entry.grad is not None:
+            return _Mark(place, weakref.ref(entry.grad), entry.grad._version)
+    return None
+
+
 class Step:
     """Where a step began, by which gradient of the task, and which gradients hold its pull.
 
@@ -26,8 +49,7 @@ class Step:
     def __init__(self, follows_path: bool) -> None:
         self.follows_path = follows_path
         self.kept_by: Literal["pull", "penalty"] | None = None
-        # The first gradient that holds the pull: its place, and its count of writes at that time.
-        self._pulled: tuple[int, weakref.ref[Tensor], int] | None = None
+        self._pulled: _Mark | None = None  # of gradients that hold the pull
 
     def end(self) -> None:
         """The step is over."""
@@ -42,18 +64,14 @@ class Step:
         evaluation began; a step that was dropped has moved nothing.
 
         Raises:
-            RuntimeError: the gradients are those of the last pull, at most added to since.
+            RuntimeError: see `check_unpulled`.
             ValueError: everything is frozen, so that nothing is pulled.
         """
-        if self._pulled is not None:
-            place, gradient, writes = self._pulled
-            now = state.params[place].grad
-            # To clear and fill it again takes two writes, one more backward pass of this step one.
-            if now is not None and now is gradient() and now._version <= writes + 1:
-                raise RuntimeError(
-                    "add_penalty_grad_() was called twice on the same gradients, so the pull would "
-                    "count twice; call it once in a step, after the last backward pass"
-                )
+        self.check_unpulled(
+            state,
+            "call add_penalty_grad_() once in a step, after the last backward pass, with penalty() "
+            "not in the loss",
+        )
         if self.follows_path and not state.scratch:
             state.keep_steps()
         first = None
@@ -65,14 +83,39 @@ class Step:
                 torch._foreach_copy_(state.scratch[key], entries)
         elif self.follows_path and scale != 1:
             torch._foreach_div_(state.scratch["task_gradient"], scale)
-        for place, entry in enumerate(state.params):
-            if entry.grad is not None:
-                self._pulled = place, weakref.ref(entry.grad), entry.grad._version
-                break
-        else:
+        self._pulled = _mark(state)
+        if self._pulled is None:
             raise ValueError(ALL_FROZEN)
         self.kept_by = "pull"
         return value / scale
+
+    def check_unpulled(self, state: ParameterState, remedy: str) -> None:
+        """RuntimeError if the gradients are those of the last pull, at most added to since."""
+        if self._pulled is None:
+            return
+        now = state.params[self._pulled.place].grad
+        # To clear and fill it again takes two writes, one more backward pass of this step one.
+        if (
+            now is None
+            or now is not self._pulled.gradient()
+            or now._version > self._pulled.writes + 1
+        ):
+            return
+        raise RuntimeError(
+            f"the pull is in these gradients already and would count twice; {remedy}"
+        )
+
+    def follow_backward(self, state: ParameterState) -> None:
+        """The penalty is being differentiated: gradients that this pass leaves hold the pull."""
+        before = _mark(state)
+
+        def end() -> None:
+            after = _mark(state)
+            if after is not None and not after.is_same(before):
+                self._pulled = after
+
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(end)
 
     def begin_by_penalty(self, state: ParameterState) -> None:
         """The penalty is in the loss: keep the parameters as they are at its last evaluation."""
@@ -98,5 +141,6 @@ class Step:
         state.plan.add_quadratic_penalty_grad_(0.0)  # keeps the gradients
         torch._foreach_copy_(starts, began)
         anchors, importances = state.lists["anchor"], state.lists["importance"]
-        # The pull the other way round: 2 * strength * importance * (anchor - step_start).
-        ops.add_quadratic_penalty_grad_(gradients, anchors, starts, importances, strength)
+        torch._foreach_neg_(gradients)  # the op adds
+        ops.add_quadratic_penalty_grad_(gradients, starts, anchors, importances, strength)
+        torch._foreach_neg_(gradients)

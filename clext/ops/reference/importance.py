@@ -45,7 +45,7 @@ def consolidate_importance_(
 ) -> None:
     """Set importance to gamma * importance + estimate, anchor to the parameter."""
     for omega, anchor, new, theta in zip(importances, anchors, estimate, params, strict=True):
-        omega.mul_(gamma).add_(new)
+        omega.copy_(gamma * wide(omega) + new)
         anchor.copy_(theta)
 
 
@@ -65,12 +65,12 @@ def consolidate_all_anchors_(
     """
     terms = []
     for omega, anchor, new, theta in zip(importances, anchors, estimate, params, strict=True):
-        old = gamma * omega
+        old = gamma * wide(omega)
         merged = old + new
         # Where nothing is important yet the anchor is free: it becomes the parameter.
         share = torch.where(merged > 0, new / merged, 1.0)
-        delta = wide(theta) - anchor
+        delta = wide(theta) - wide(anchor)
         terms.append((old * share * delta.square()).sum())
         omega.copy_(merged)
-        anchor.add_(share * delta)
+        anchor.copy_(wide(anchor) + share * delta)
     return total(terms)

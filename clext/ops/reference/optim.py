@@ -131,7 +131,7 @@ def _step(
         theta, task_grad = wide(param), factor * wide(gradient)
         grad = clipped * wide(gradient)
         if anchors:
-            anchor, omega = anchors[index], importances[index]
+            anchor, omega = wide(anchors[index]), wide(importances[index])
             tension = omega * (theta - anchor)
             terms.append((tension * (theta - anchor)).sum())
             grad = grad + pull * tension

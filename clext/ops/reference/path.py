@@ -88,11 +88,10 @@ def consolidate_path_integral_(
     what tasks before have added: importance = max(0, importance + path / (step^2 + xi)).
     """
     for omega, anchor, gain, theta in zip(importances, anchors, path, params, strict=True):
-        step = wide(theta) - anchor
+        step = wide(theta) - wide(anchor)
         share = (gain if clamp_total else gain.clamp(min=0)) / (step.square() + xi)
-        omega.add_(share)
-        if clamp_total:
-            omega.clamp_(min=0)
+        merged = wide(omega) + share
+        omega.copy_(merged.clamp(min=0) if clamp_total else merged)
         anchor.copy_(theta)
         gain.zero_()
 

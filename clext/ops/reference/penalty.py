@@ -12,7 +12,7 @@ from clext.ops.reference.arithmetic import total, wide
 def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
     """Sum of importance * (parameter - anchor)^2 (0-dim), differentiable in `params`."""
     terms = [
-        (omega * (theta.to(omega.dtype) - anchor).square()).sum()
+        (wide(omega) * (wide(theta) - wide(anchor)).square()).sum()
         for theta, anchor, omega in zip(params, anchors, importances, strict=True)
     ]
     return total(terms)
@@ -24,7 +24,7 @@ def quadratic_penalty_backward(
 ) -> list[Tensor]:
     """2 * grad * importance * (parameter - anchor), in the dtype of `params`."""
     return [
-        torch.empty_like(theta).copy_(2 * grad.to(omega.dtype) * omega * (wide(theta) - anchor))
+        torch.empty_like(theta).copy_(2 * grad * wide(omega) * (wide(theta) - wide(anchor)))
         for theta, anchor, omega in zip(params, anchors, importances, strict=True)
     ]
 
@@ -40,8 +40,8 @@ def add_quadratic_penalty_grad_(
     """Add the gradient of strength * `quadratic_penalty` to `grads`; returns its value."""
     terms = []
     for grad, theta, anchor, omega in zip(grads, params, anchors, importances, strict=True):
-        delta = wide(theta) - anchor
-        weighted = omega * delta
+        delta = wide(theta) - wide(anchor)
+        weighted = wide(omega) * delta
         terms.append((weighted * delta).sum())
         grad.copy_(wide(grad) + 2 * strength * weighted)
     return strength * total(terms)
