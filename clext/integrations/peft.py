@@ -204,7 +204,7 @@ class MergedWeights:
         trained = [
             (entry, *known[id(original)])
             for entry, original in pairs
-            if id(original) in known and (entry.requires_grad or entry.grad is not None)
+            if id(original) in known and entry.requires_grad
         ]
         self.trained = tuple([entry[i] for entry in trained] for i in range(3))
         self.params = [entry for change in self.changes for entry in change.factors]
