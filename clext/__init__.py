@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clext import ops as ops
     from clext import optim as optim
     from clext import reference as reference
+    from clext.core.supervision import Supervision as Supervision
     from clext.data.idx import DataError as DataError
     from clext.data.scenario import Scenario as Scenario
     from clext.methods import AGEM as AGEM
@@ -51,6 +52,7 @@ _PACKAGES = ("course", "data", "importance", "methods", "ops", "optim", "referen
 _NAMES = {
     "methods": "AGEM DGR EWC GEM MAS METHODS SCP SI Baseline Combined ICaRL Joint LwF Method "
     "Replay RWalk",
+    "core.supervision": "Supervision",
     "data.idx": "DataError",
     "data.scenario": "Scenario",
     "ops._extension": "build_info",

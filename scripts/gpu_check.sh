@@ -82,14 +82,15 @@ step kernels "$python" scripts/check_kernels.py --optional clext/_C.*.so
 
 for part in $parts; do
   case $part in
-    tests) step tests "$python" -m pytest -q -rfE tests ;;
+    # The adapters are Python around methods tested here, and their frameworks are no part of this.
+    tests) step tests "$python" -m pytest -q -rfE --ignore=tests/integrations tests ;;
     sanitizer)
       if sanitizer=$(find_sanitizer); then
         # torch's caching allocator would hide accesses beyond a tensor in its large blocks.
         export PYTORCH_NO_CUDA_MEMORY_CACHING=1
         for tool in memcheck racecheck initcheck; do
           step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 86 \
-            "$python" -m pytest -q -m sanitize -k cuda tests
+            "$python" -m pytest -q -m sanitize -k cuda --ignore=tests/integrations tests
         done
         unset PYTORCH_NO_CUDA_MEMORY_CACHING
       else

@@ -110,6 +110,41 @@ def sweep_table() -> str:
     return markdown(["method", "strength", "options", "seed", "average accuracy"], rows)
 
 
+def optimizer_importance_table() -> str:
+    """EWC by the empirical Fisher and by Adam's second moment, at several strengths."""
+    entries = read_lines("optimizer_importance")
+    runs = [e for e in entries if "fisher" in e]
+    if not runs:
+        return NOT_MEASURED
+
+    def mean(found: list[Entry], key: str) -> str:
+        values = [100 * e[key] for e in found]
+        return mean_and_scatter(values)
+
+    rows = []
+    for fisher, strength in sorted({(e["fisher"] or "", e["strength"]) for e in runs}):
+        found = [e for e in runs if (e["fisher"] or "", e["strength"]) == (fisher, strength)]
+        rows.append(
+            [
+                f'EWC, `"{fisher}"`' if fisher else "plain fine-tuning",
+                f"{strength:g}" if fisher else "",
+                mean(found, "average_accuracy"),
+                mean(found, "learning_accuracy"),
+                f"{1000 * fmean(e['consolidate_seconds'] for e in found):.0f}" if fisher else "",
+            ]
+        )
+    head = ["`fisher=`", "strength", "all tasks at the end, %", "just learned, %"]
+    pairs = [e for e in entries if "comparison" in e]
+    facts = [fmean(e[key] for e in pairs) for key in ("correlation", "rank_correlation")]
+    ratio = fmean(e["fisher_by_moment"] for e in pairs)
+    return (
+        f"{markdown([*head, 'consolidate, ms a task'], rows)}\n\n"
+        f"After the first task the two correlate by {facts[0]:.3f} (their ranks by "
+        f"{facts[1]:.3f}), and the empirical Fisher is {ratio:.0f} times the second moment at "
+        f"batches of 128. Means of {len(pairs)} seeds. {where(runs)}"
+    )
+
+
 def compared() -> list[Entry]:
     """The runs of `clext compare`, as entries of the sweep."""
     entries = []

@@ -1,4 +1,4 @@
-"""Writes the tables of both READMEs from bench/results: `python bench/report/report.py`.
+"""Writes the tables of the documents from bench/results: `python bench/report/report.py`.
 
 With --check nothing is written; the exit code is 1 where a table differs from the results.
 """
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 from report import accuracy_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "frameworks.md"]
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_tables.accuracy_table,
@@ -32,12 +32,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": speed_tables.step_table,
     "rehearsal": speed_tables.rehearsal_table,
     "plan": speed_tables.plan_table,
+    "frameworks": speed_tables.frameworks_table,
     "importance": speed_tables.importance_table,
     "course": accuracy_tables.course_table,
     "course_sizes": speed_tables.course_sizes_table,
     "course_step": speed_tables.course_step_table,
     "published": accuracy_tables.published_table,
     "sweep": accuracy_tables.sweep_table,
+    "optimizer_importance": accuracy_tables.optimizer_importance_table,
 }
 
 

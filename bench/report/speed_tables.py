@@ -252,6 +252,27 @@ def rehearsal_table() -> str:
     return by_device(lines, head, row)
 
 
+def frameworks_table() -> str:
+    head = [
+        "framework",
+        "lines of glue",
+        "parameters differ from the loop by hand by",
+        "a step without, ms",
+        "with the method",
+    ]
+
+    def row(e: Entry) -> list[str]:
+        return [
+            e["framework"],
+            str(len(e["glue"])),
+            "0" if e["difference"] == 0 else f"{e['difference']:.0e}",
+            f"{e['ms']['without']:.2f}",
+            f"+{e['overhead_ms']:.2f}",
+        ]
+
+    return by_device(newest(read_lines("frameworks"), "framework"), head, row)
+
+
 def importance_table() -> str:
     """Everything as a multiple of a plain forward and backward pass over the same data."""
     others = ["vmap", "loop", "backpack", "curvlinops product", "100 backward passes"]

@@ -80,6 +80,11 @@ def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
     raise ValueError(f"{owner}: {option} must be an integer >= {minimum}, got {value!r}")
 
 
+def count_or_all(owner: str, option: str, value: object) -> int | None:
+    """`value` as an int >= 1, or None for all there are, else ValueError."""
+    return None if value is None else integer(owner, option, value, minimum=1)
+
+
 def flag(owner: str, option: str, value: object) -> bool:
     """`value` if it is a bool, else ValueError."""
     if not isinstance(value, bool):

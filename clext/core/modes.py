@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,3 +67,24 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         for module, buffers in kept:
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+class _Called(nn.Module):
+    """A call of `model` by a function, as a module in which torch.func replaces parameters."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = partial(call)  # no submodule: it may be the model itself
+
+    def forward(self, *args: object) -> Tensor:
+        return self._call(*args)
+
+
+def call_with(
+    model: nn.Module, values: Mapping[str, Tensor], call: Callable[..., Tensor], *args: object
+) -> Tensor:
+    """`call(*args)`, which calls `model`, with these values as its parameters and buffers."""
+    named = {f"model.{name}": value for name, value in values.items()}
+    found: Tensor = torch.func.functional_call(_Called(model, call), named, args)
+    return found

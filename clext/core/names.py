@@ -15,11 +15,20 @@ PRECISIONS = ("fp32", "bf16")
 # The options of each method, as its class has them (a test compares).
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "baseline": (),
-    "ewc": ("strength", "fisher", "gamma", "anchors", "weighting", "seed", "state_dtype"),
-    "mas": ("strength", "gamma", "estimator", "state_dtype"),
+    "ewc": (
+        "strength",
+        "fisher",
+        "gamma",
+        "anchors",
+        "weighting",
+        "samples",
+        "seed",
+        "state_dtype",
+    ),
+    "mas": ("strength", "gamma", "estimator", "samples", "state_dtype"),
     "si": ("strength", "xi", "clamp", "state_dtype"),
     "rwalk": ("strength", "alpha", "interval", "eps", "mix", "variant", "state_dtype"),
-    "scp": ("strength", "slices", "seed", "state_dtype"),
+    "scp": ("strength", "slices", "samples", "seed", "state_dtype"),
     "lwf": ("strength", "balance", "temperature", "scale"),
     "replay": ("strength", "budget", "policy", "batch", "balance", "seed"),
     "icarl": ("budget", "features", "norm", "temperature"),

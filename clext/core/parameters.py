@@ -40,15 +40,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-# What wrappers put before the names of a model's parameters: torch.compile, DDP, FSDP, PEFT.
-_COMPILED = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module)\.")
-_WRAPPED = re.compile(r"^(module\.|base_model\.model\.)+")
+# What wrappers put into the names of a model's parameters: torch.compile, DDP, FSDP, PEFT.
+_ADAPTED = re.compile(r"(^|(?<=\.))(base_layer|original_module)\.")
+_INSIDE = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|base_model\.model)\.")
+_WRAPPED = re.compile(r"^(module\.)+")
 
 
 def canonical_names(named: Mapping[str, T]) -> dict[str, T]:
     """The same by the names that they have without wrappers, where these are still distinct."""
-    names = [_WRAPPED.sub("", _COMPILED.sub("", name)) for name in named]
+    names = [_WRAPPED.sub("", _ADAPTED.sub("", _INSIDE.sub("", name))) for name in named]
     return dict(zip(names if len(set(names)) == len(names) else named, named.values(), strict=True))
+
+
+def adapted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that an adapter of PEFT has frozen, and changes what they do, by canonical name."""
+    adapted = {name: p for name, p in model.named_parameters() if _ADAPTED.search(name)}
+    return canonical_names({name: p for name, p in adapted.items() if not p.requires_grad})
 
 
 def check_parameters(

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext import ops
-from clext.core.batches import read_batches, read_inputs
 from clext.core.checks import integer
 from clext.core.modes import module_mode
+from clext.core.supervision import Supervision
 from clext.course.base import CourseMethod, Device, Tensors
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ def add_mean_importance_(
 
 def cross_entropies(method: CourseMethod) -> Iterator[Tensor]:
     """The loss of each batch (x, y), of which more entries (a task's number) are not looked at."""
-    pairs = (batch[:2] for batch in method.dataloader)  # type: ignore[union-attr]  # is there then
-    for x, y in read_batches(method._owner, pairs, torch.device(method.device)):
+    supervision = Supervision(method.model)
+    for x, y in supervision.read(method._owner, method.dataloader, torch.device(method.device)):
+        assert y is not None  # as it is read
         yield F.cross_entropy(method.model(x), y)
 
 
@@ -116,7 +117,9 @@ class Measured(CourseMethod):
 
     def _outputs(self) -> Iterator[Tensor]:
         """Those of the model for each batch, of which only the inputs are looked at."""
-        for x in read_inputs(self._owner, self.dataloader, torch.device(self.device)):
+        supervision = Supervision(self.model)
+        device = torch.device(self.device)
+        for x, _ in supervision.read(self._owner, self.dataloader, device, labelled=False):
             yield self.model(x)
 
     def _quadratic(self) -> tuple[Tensors, Tensors]:

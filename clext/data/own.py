@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from clext.core.batches import check_alike, check_examples, class_labels, described
+from clext.core.batches import check_alike, check_examples, class_labels
+from clext.core.inputs import described
 from clext.data.datasets import Split
 from clext.data.task import Task
 

@@ -10,6 +10,7 @@ from clext.importance.fallback import SlowImportanceWarning
 from clext.importance.fisher import FISHER_KINDS, fisher_information
 from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
 from clext.importance.scp import sliced_cramer_importance
+from clext.importance.second_moment import second_moment
 
 __all__ = [
     "FISHER_KINDS",
@@ -17,5 +18,6 @@ __all__ = [
     "SlowImportanceWarning",
     "fisher_information",
     "output_sensitivity",
+    "second_moment",
     "sliced_cramer_importance",
 ]

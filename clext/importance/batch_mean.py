@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from clext import ops
+from clext.core.inputs import mapped, rows
 from clext.core.parameters import allocate_state
 from clext.importance.passes import check_outputs, gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
     from clext.importance.per_sample import Cotangents
 
@@ -36,9 +38,10 @@ class BatchMeanSum:
         self._accumulate = ops.accumulate_abs_ if absolute else ops.accumulate_square_
         self.sums = allocate_state(params)
 
-    def add(self, x: Tensor, cotangents: Cotangents) -> None:
+    def add(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
-        outputs = check_outputs(self._owner, self._forward(x.clone()), len(x))
+        count = rows(x)
+        outputs = check_outputs(self._owner, self._forward(mapped(Tensor.clone, x)), count)
         for cotangent in cotangents(outputs.detach()):
-            found = gradients(outputs, self._params, cotangent / len(x))
-            self._accumulate([self.sums[i] for i in found], list(found.values()), float(len(x)))
+            found = gradients(outputs, self._params, cotangent / count)
+            self._accumulate([self.sums[i] for i in found], list(found.values()), float(count))

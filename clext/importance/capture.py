@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from clext.core.inputs import mapped
 from clext.core.lists import widest
 from clext.importance.layout import WHOLE, Layout
 from clext.importance.rules import rule_for
@@ -19,16 +20,44 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
 
+    from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
     from clext.importance.rule import LayerRule, Use
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a parameter becomes the tensor in a call, by selections alone: each entry is an entry of
+    the parameter, and no entry of it comes twice. A function of gradients goes back as they do.
+
+    `steps`: back from the call's tensor to the parameter. `key`: equal for equal selections.
+    """
+
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    key: tuple[object, ...] = ()
+    shape: tuple[int, ...] | None = None  # of the call's tensor; None: the parameter's own
+
+    def start(self, like: Tensor) -> Tensor:
+        """Zeros for what is to go back to `like`."""
+        return like if self.shape is None else like.new_zeros(self.shape)
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """What arrives at the parameter."""
+        for step in self.steps:
+            gradient = step(gradient)
+        return gradient
+
+
+DIRECT = Path()
 
 
 @dataclass(eq=False)
 class Call:
     """One call of a layer in a forward pass: its tensors as rows of samples, see rule.py.
 
-    `places`: name of a parameter -> its index. As long as nothing else is said, all rows are those
-    of one sample.
+    `places`: name of a parameter -> its index. `path`: the way to the parameters, where they are
+    not used as they are. `order`: the output's dimensions as the rule counts them. As long as
+    nothing else is said, all rows are those of one sample.
     """
 
     rule: LayerRule
@@ -36,6 +65,9 @@ class Call:
     inputs: Tensor
     edge: GradientEdge
     output_shape: torch.Size
+    path: Path = DIRECT
+    order: tuple[int, ...] | None = None
+    kind: object = None  # of the call; None: the rule says it
     layout: Layout = WHOLE
     samples: int = 1
 
@@ -115,7 +147,7 @@ class Capture:
                 self._layers[module] = (rule, places)
         self.without_rule = frozenset(without_rule)
 
-    def forward(self, x: Tensor) -> tuple[Any, list[Call]]:
+    def forward(self, x: Inputs) -> tuple[Any, list[Call]]:
         """The outputs, and the calls through which they may depend on parameters."""
         calls: list[Call] = []
 
@@ -133,7 +165,7 @@ class Capture:
                 # First of all hooks, to see the layer's own output.
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
-            outputs = self._forward(x.clone())  # a model may change its input in place
+            outputs = self._forward(mapped(Tensor.clone, x))  # it may be changed in place
         finally:
             for handle in handles:
                 handle.remove()

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from clext.core.inputs import taken
 from clext.core.lists import state_dtype
 from clext.importance.capture import Call, output_gradients
 from clext.importance.layout import Layout, may_reorder, possible_layouts
+from clext.importance.passes import flat
 from clext.importance.rule import identity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.capture import Capture
 
 # How far the rules' gradient may be from autograd's, relative to its own terms: above rounding
@@ -83,14 +86,14 @@ class CoverageFinder:
         self._trainable = [i for i, entry in enumerate(params) if entry.requires_grad]
         self._known: dict[object, Coverage] = {}
 
-    def find(self, x: Tensor, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
-        """The coverage of the pass of `x` that made `outputs` and `calls`.
+    def find(self, x: Inputs, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
+        """The coverage of the pass of `x` that made `outputs` [rows, outputs] and `calls`.
 
-        Its rows are told apart by `samples`: len(x), or 1 to take all of them as one sample's.
+        Its rows are told apart by `samples`: all, or 1 to take all of them as one sample's.
         """
         # Of one sample there is no layout that the data could change.
         sizes = [call.leading for call in calls] if samples > 1 else []
-        kind = (samples, len(x), *(call.rule for call in calls), *sizes)
+        kind = (samples, len(outputs), *(call.rule for call in calls), *sizes)
         reorders = samples > 1 and may_reorder(outputs, samples)
         if kind in self._known and not reorders:
             return self._known[kind]
@@ -200,29 +203,29 @@ def _gradient(
     return total
 
 
-def mixes(capture: Capture, x: Tensor, outputs: Tensor) -> bool:
+def mixes(capture: Capture, x: Inputs, outputs: Tensor) -> bool:
     """Whether samples change each other's outputs: a few in another order are compared with all.
 
     `outputs` are those of `x`. All passes have gradients: some layers calculate otherwise without.
     """
-    if len(x) == 1:
+    whole, count = outputs.detach(), len(outputs)
+    if count == 1:
         return False
-    whole = outputs.detach()
     # Relative to how much samples differ: what all have in common tells nothing.
     spread = (whole - whole.mean(0)).abs().max()
     tolerance = _SAME_TOLERANCE.get(whole.dtype, _LOW_PRECISION_TOLERANCE)
     rounding = 16 * torch.finfo(whole.dtype).eps * whole.abs().max()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(whole.device)
     for group in order.chunk(_GROUPS):
         try:
-            few, _ = capture.forward(x[group])
+            few, _ = capture.forward(taken(x, group))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model for one size of batches
-            few, _ = capture.forward(x[group.repeat(len(x))[: len(x)]])
+            few, _ = capture.forward(taken(x, group.repeat(count)[:count]))
             few = few[: len(group)]
-        if not isinstance(few, Tensor) or few.shape != whole[group].shape:
+        if not isinstance(few, Tensor) or flat(few).shape != whole[group].shape:
             return True
-        if bool((few.detach() - whole[group]).abs().max() > tolerance * spread + rounding):
+        if bool((flat(few).detach() - whole[group]).abs().max() > tolerance * spread + rounding):
             return True
     return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -11,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clext.core.inputs import flatten, split, taken
 from clext.core.lists import state_dtype
-from clext.importance.passes import gradients, single_outputs
+from clext.core.modes import call_with
+from clext.importance.passes import flat, gradients, single_outputs
 from clext.importance.rule import identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
     from clext.importance.rule import Function
 
@@ -54,14 +56,17 @@ class SingleSamples:
     ) -> None:
         self._owner, self._params, self._forward = owner, params, forward
         self._sums, self._function = sums, function
-        self._module = _Called(model, forward)
+        self._model = model
         self._use_vmap = True
         self._agreed: set[object] = set()
 
-    def add(self, x: Tensor, cotangent: Tensor, chosen: Iterable[int]) -> None:
-        """Add the samples of one batch to the sums of the parameters `chosen`."""
+    def add(self, x: Inputs, cotangent: Tensor, chosen: Iterable[int]) -> None:
+        """Add the samples of one batch to the sums of the parameters `chosen`.
+
+        `cotangent`: of outputs [samples, outputs].
+        """
         chosen = sorted(chosen)
-        kind = (tuple(chosen), x.shape[1:])
+        kind = (tuple(chosen), *(entry.shape[1:] for entry in flatten(x)[0]))
         if self._use_vmap:
             try:
                 if kind not in self._agreed:
@@ -80,13 +85,13 @@ class SingleSamples:
         for i, entry in zip(chosen, found, strict=True):
             self._sums[i].add_(entry)
 
-    def _agrees(self, x: Tensor, cotangent: Tensor, chosen: list[int]) -> bool:
+    def _agrees(self, x: Inputs, cotangent: Tensor, chosen: list[int]) -> bool:
         """Whether torch.func finds autograd's gradients, for the first and the last sample.
 
         It puts other tensors in the parameters' place, which does not reach what the model holds
         of them elsewhere, nor hooks on them.
         """
-        x = x[[0, -1]]
+        x = taken(x, torch.tensor([0, -1], device=cotangent.device))
         draws = torch.Generator().manual_seed(0)
         weights = torch.randn(2, cotangent.shape[1], generator=draws).to(cotangent)
         expected = self._by_loop(x, weights, chosen, identity)
@@ -101,56 +106,49 @@ class SingleSamples:
         )
 
     def _by_vmap(
-        self, x: Tensor, cotangent: Tensor, chosen: list[int], function: Function
+        self, x: Inputs, cotangent: Tensor, chosen: list[int], function: Function
     ) -> list[Tensor]:
         """The sums over samples of function(gradient) by the parameters `chosen`."""
         index = {id(self._params[i]): k for k, i in enumerate(chosen)}
-        named = {name: entry.detach() for name, entry in self._module.named_parameters()}
-        places = {n: index[id(p)] for n, p in self._module.named_parameters() if id(p) in index}
+        named = {name: entry.detach() for name, entry in self._model.named_parameters()}
+        places = {n: index[id(p)] for n, p in self._model.named_parameters() if id(p) in index}
         values = {name: named.pop(name) for name in places}
+        tensors, rebuild = flatten(x)
 
-        def weighted_output(values: dict[str, Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
-            x = x.unsqueeze(0).clone()
-            outputs: Tensor = torch.func.functional_call(self._module, (values, named), (x,))
-            return (outputs.squeeze(0) * cotangent).sum()
+        def weighted_output(
+            values: dict[str, Tensor], cotangent: Tensor, *sample: Tensor
+        ) -> Tensor:
+            x = rebuild([entry.unsqueeze(0).clone() for entry in sample])
+            outputs = call_with(self._model, {**values, **named}, self._forward, x)
+            return (outputs.reshape(-1) * cotangent).sum()
 
         gradients_of = torch.vmap(
-            torch.func.grad(weighted_output), in_dims=(None, 0, 0), randomness="different"
+            torch.func.grad(weighted_output),
+            in_dims=(None, 0, *(0 for _ in tensors)),
+            randomness="different",
         )
         sums = [torch.zeros_like(self._sums[i]) for i in chosen]
         sample_bytes = sum(entry.numel() * entry.element_size() for entry in values.values())
         size = max(1, _CHUNK_BYTES // max(1, sample_bytes))
-        for part, weights in zip(x.split(size), cotangent.split(size), strict=True):
+        for parts in zip(*(entry.split(size) for entry in (cotangent, *tensors)), strict=True):
             with sdpa_kernel(SDPBackend.MATH):  # the kind of attention that vmap can batch
-                found = gradients_of(values, part, weights)
+                found = gradients_of(values, *parts)
             for name, gradient in found.items():
                 wide = gradient.detach().to(state_dtype(gradient.dtype))
                 sums[places[name]].add_(function(wide).sum(0))
         return sums
 
     def _by_loop(
-        self, x: Tensor, cotangent: Tensor, chosen: list[int], function: Function
+        self, x: Inputs, cotangent: Tensor, chosen: list[int], function: Function
     ) -> list[Tensor]:
         """As `_by_vmap`."""
         params = [self._params[i] for i in chosen]
         sums = [torch.zeros_like(self._sums[i]) for i in chosen]
-        for sample, weights in zip(x.split(1), cotangent.split(1), strict=True):
-            outputs = single_outputs(self._owner, self._forward, sample)
+        for sample, weights in zip(split(x, 1), cotangent.split(1), strict=True):
+            outputs = flat(single_outputs(self._owner, self._forward, sample))
             for k, gradient in gradients(outputs, params, weights).items():
                 sums[k].add_(function(gradient.to(sums[k].dtype)))
         return sums
-
-
-class _Called(nn.Module):
-    """A call of `model` by `forward`, as a module in which torch.func replaces parameters."""
-
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.model = model
-        self._call = partial(forward)  # no submodule: it may be the model itself
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(x)
 
 
 def warn_slow(model: nn.Module, params: Sequence[Tensor], chosen: Iterable[int]) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clext.core.batches import class_labels, read_batches
 from clext.core.checks import choice, integer
-from clext.core.lists import state_dtype
+from clext.core.inputs import rows
 from clext.core.seeding import generator
+from clext.core.supervision import Supervision
 from clext.importance.batch_mean import BatchMeanSum
 from clext.importance.passes import (
     averaged,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
 
 FISHER_KINDS = ("empirical", "exact", "sample", "batch")
@@ -35,21 +36,29 @@ def fisher_information(
     *,
     kind: str = "empirical",
     seed: int = 0,
-    forward: Forward | None = None,
+    supervision: Supervision | None = None,
+    samples: int | None = None,
+    reduction: str = "mean",
 ) -> list[Tensor]:
-    """The mean over samples of (d log p(y | x) / d parameter)^2, p the softmax of the outputs.
+    """The mean over samples of (d log p(y | x) / d parameter)^2.
+
+    p is the likelihood that `supervision` says, by default the softmax of the outputs. A sample may
+    be a sequence: log p is summed over its positions that count.
 
     Args:
-        model: maps a batch of inputs to logits [samples, classes]; left as it was.
+        model: left as it was.
         params: parameters of `model`; frozen ones get 0.
-        batches: iterable of (x, y), y integer classes [samples]; how samples are split into
-            batches does not matter (but for "batch").
+        batches: iterable of batches; how samples are split into batches does not matter (but for
+            "batch").
         kind: where y comes from. "empirical": the label of the data. "exact": the expectation over
-            the model's own p, at the price of one backward pass per class. "sample": one draw from
+            the model's own p, at the price of one backward pass per output. "sample": one draw from
             p. "batch": the label, but the square of each batch's mean gradient; cheap on any
             model and common, though its size then falls with the batch size.
         seed: of the draws for "sample".
-        forward: what gives the logits for a batch of inputs, by calling `model`; None: `model`.
+        supervision: what of a batch goes into the model, and how labels follow from its outputs;
+            None: batches (x, y) and classes y.
+        samples: how many are measured, the first that `batches` gives; None: all.
+        reduction: "mean" over samples, or their "sum".
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -58,55 +67,58 @@ def fisher_information(
         ValueError: the data or the outputs are not as described, or not finite.
     """
     choice("fisher_information", "kind", kind, FISHER_KINDS)
+    choice("fisher_information", "reduction", reduction, ("mean", "sum"))
     seed = integer("fisher_information", "seed", seed, minimum=0)
+    supervision = Supervision(model) if supervision is None else supervision
+    check_kind("fisher_information", kind, supervision)
     owner = f"Fisher information ({kind})"
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed):
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
-        sums = kind_of_sum(
-            owner, model, params, model if forward is None else forward, absolute=False
-        )
+        forward: Forward = supervision
+        if supervision.gives_losses:
+            forward = supervision.losses if kind == "batch" else supervision.each_loss
+        sums = kind_of_sum(owner, model, params, forward, absolute=False)
         draws = generator(seed)
-        samples = 0
-        for x, y in read_batches(owner, batches, params[0].device):
-            sums.add(x, _score_functions(owner, kind, y, draws))
-            samples += len(x)
-        return averaged(owner, sums.sums, samples)
+        count = 0
+        device = params[0].device
+        for x, y in supervision.read(owner, batches, device, samples=samples):
+            sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
+            count += rows(x)
+        return averaged(owner, sums.sums, count if reduction == "mean" else 1)
+
+
+def check_kind(owner: str, kind: str, supervision: Supervision) -> None:
+    """ValueError where labels are to be drawn from p, and only losses are known."""
+    if supervision.gives_losses and kind in ("exact", "sample"):
+        raise ValueError(
+            f'{owner}: fisher="{kind}" takes labels from the likelihood of the outputs, and loss= '
+            'gives losses alone; take "empirical" or "batch", or forward= and likelihood='
+        )
 
 
 def _score_functions(
-    owner: str, kind: str, y: Tensor, draws: torch.Generator
+    owner: str,
+    kind: str,
+    supervision: Supervision,
+    x: Inputs,
+    y: Tensor | None,
+    draws: torch.Generator,
 ) -> Callable[[Tensor], Iterable[Tensor]]:
-    """From logits to the gradients of log p(label) by the logits, one for each label counted."""
+    """From outputs to the gradients of log p(labels) by them, one for each choice of labels."""
 
-    def cotangents(logits: Tensor) -> Iterator[Tensor]:
-        probabilities = _softmax(logits)
+    def cotangents(outputs: Tensor) -> Iterator[Tensor]:
+        if supervision.gives_losses:  # -log p themselves
+            yield -torch.ones_like(outputs)
+            return
+        likelihood = supervision.likelihood
+        labels = supervision.fitted(owner, outputs, x, y)
+        likelihood.check_values(owner, outputs, labels)
         if kind == "exact":
-            for label in range(logits.shape[1]):
-                # Squared later, so that the label counts with its probability.
-                weight = probabilities[:, label : label + 1].sqrt()
-                labels = torch.full((len(logits),), label, device=logits.device)
-                yield weight * _score(probabilities, labels)
+            yield from likelihood.weighted_scores(outputs, labels)
         elif kind == "sample":
-            yield _score(probabilities, _draw(probabilities, draws))
+            yield likelihood.drawn_score(outputs, labels, draws)
         else:
-            yield _score(probabilities, class_labels(owner, y, len(logits), range(logits.shape[1])))
+            yield likelihood.score(outputs, labels)
 
     return cotangents
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.to(state_dtype(logits.dtype)).softmax(dim=1)
-
-
-def _score(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """D log p(label) / d logits: one at the label, minus p."""
-    score = -probabilities
-    return score.scatter_add_(1, labels.unsqueeze(1), torch.ones_like(probabilities[:, :1]))
-
-
-def _draw(probabilities: Tensor, draws: torch.Generator) -> Tensor:
-    """One label per row; drawn on the CPU, so that the seed means the same on every device."""
-    uniform = torch.rand(len(probabilities), 1, generator=draws).to(probabilities)
-    labels = (probabilities.cumsum(dim=1) <= uniform).sum(dim=1)
-    return labels.clamp_(max=probabilities.shape[1] - 1)  # a sum may round to less than 1

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from clext.core.batches import read_inputs
 from clext.core.checks import choice
+from clext.core.inputs import rows
+from clext.core.supervision import Supervision
 from clext.importance.batch_mean import BatchMeanSum
 from clext.importance.passes import averaged, evaluation, parameter_list
 from clext.importance.per_sample import PerSampleSum
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clext.core.batches import Batches
-    from clext.importance.passes import Forward
 
 MAS_ESTIMATORS = ("per_sample", "batch")
 
@@ -27,17 +27,20 @@ def output_sensitivity(
     batches: Batches | None,
     *,
     estimator: str = "per_sample",
-    forward: Forward | None = None,
+    supervision: Supervision | None = None,
+    samples: int | None = None,
 ) -> list[Tensor]:
     """The mean over samples of |d ||f(x)||^2 / d parameter|, f the outputs of the model.
 
     Args:
-        model: maps a batch of inputs to outputs [samples, outputs]; left as it was.
+        model: left as it was; its outputs are flattened to [samples, outputs].
         params: parameters of `model`; frozen ones get 0.
-        batches: iterable of x, (x,) or (x, y); y is not looked at.
+        batches: iterable of batches; labels are not looked at.
         estimator: "per_sample", or "batch" for the absolute value of each batch's mean gradient
             (the same for a batch of one sample, smaller for larger ones).
-        forward: what gives the outputs for a batch of inputs, by calling `model`; None: `model`.
+        supervision: what of a batch goes into the model, and how labels follow from its outputs;
+            None: x, or (x, ...).
+        samples: how many are measured, the first that `batches` gives; None: all.
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -48,13 +51,13 @@ def output_sensitivity(
     choice("output_sensitivity", "estimator", estimator, MAS_ESTIMATORS)
     owner = f"MAS importance ({estimator})"
     kind_of_sum = BatchMeanSum if estimator == "batch" else PerSampleSum
-    samples = 0
+    count = 0
+    supervision = Supervision(model) if supervision is None else supervision
     params = parameter_list(owner, model, params)
     with evaluation(model, params, seed=0):
-        sums = kind_of_sum(
-            owner, model, params, model if forward is None else forward, absolute=True
-        )
-        for x in read_inputs(owner, batches, params[0].device):
+        sums = kind_of_sum(owner, model, params, supervision, absolute=True)
+        device = params[0].device
+        for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
             sums.add(x, lambda outputs: [2 * outputs])
-            samples += len(x)
-        return averaged(owner, sums.sums, samples)
+            count += rows(x)
+        return averaged(owner, sums.sums, count)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clext.core.inputs import Inputs, mapped
 from clext.core.modes import buffers_kept, module_mode, run_eagerly
 from clext.core.seeding import isolated_rng
 
-# From a batch of inputs to outputs [samples, outputs]: the model, or what narrows it.
-Forward = Callable[[Tensor], Tensor]
+# From the inputs of a batch to outputs [samples, ...], by calling the model.
+Forward = Callable[[Inputs], Tensor]
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]:
-    """`params` as a list; ValueError if they are no parameters, or none of the model's."""
+    """`params` as a list; ValueError if none is a parameter of the model's, or all are frozen."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")
     taken = isinstance(params, Iterable) and not isinstance(params, Tensor | Mapping)
@@ -92,16 +93,21 @@ def parameter_list(owner: str, model: nn.Module, params: object) -> list[Tensor]
             f"{owner}: expected params to be parameters of this {type(model).__name__}, got {got}; "
             "pass list(model.parameters()) of the same model"
         )
+    if not any(entry.requires_grad for entry in found):
+        raise ValueError(
+            f"{owner}: all these parameters of {type(model).__name__} are frozen, so they have no "
+            "gradient; call model.requires_grad_(True) before (merge_and_unload leaves them frozen)"
+        )
     return found
 
 
-def single_outputs(owner: str, forward: Forward, sample: Tensor) -> Tensor:
-    """The outputs for one sample, [1, outputs], of a model that takes a batch of several.
+def single_outputs(owner: str, forward: Forward, sample: Inputs) -> Tensor:
+    """The outputs for one sample, [1, ...], of a model that takes a batch of several.
 
     ValueError where it cannot do without the others.
     """
     try:
-        return forward(sample.clone())
+        return forward(mapped(Tensor.clone, sample))
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -114,12 +120,12 @@ def single_outputs(owner: str, forward: Forward, sample: Tensor) -> Tensor:
 
 
 def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
-    """`outputs` if it is a finite [samples, outputs] tensor; ValueError otherwise."""
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[0] != samples:
+    """`outputs` if it is a finite [samples, ...] tensor; ValueError otherwise."""
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != samples:
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(
-            f"{owner}: the model returned {got}, expected logits of shape [{samples}, outputs] "
-            "(one row per sample)"
+            f"{owner}: the model returned {got}, expected outputs [{samples}, ...] (one row per "
+            "sample)"
         )
     if not bool(outputs.isfinite().all()):
         raise ValueError(
@@ -127,6 +133,11 @@ def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
             "gradient to measure"
         )
     return outputs
+
+
+def flat(outputs: Tensor) -> Tensor:
+    """Outputs [samples, ...] as [samples, outputs]."""
+    return outputs.reshape(len(outputs), -1)
 
 
 def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> dict[int, Tensor]:

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from clext.core.inputs import rows, split
 from clext.core.parameters import allocate_state
 from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, single_outputs
+from clext.importance.passes import check_outputs, flat, single_outputs
 from clext.importance.rule import add_joint_, identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from clext.core.inputs import Inputs
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 
-    # From the outputs of a batch, [samples, outputs]: by each of these, of the same shape, the
+    # From the outputs of a batch, [samples, ...]: by each of these, of the same shape, the
     # outputs are weighted and summed, and that number is differentiated for each sample.
     Cotangents = Callable[[Tensor], Iterable[Tensor]]
 
@@ -50,25 +52,28 @@ class PerSampleSum:
         self.sums = allocate_state(params)
         self._singles = SingleSamples(owner, model, params, forward, self.sums, self._function)
 
-    def add(self, x: Tensor, cotangents: Cotangents) -> None:
+    def add(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
+        count = rows(x)
         outputs, calls = self._capture.forward(x)
-        outputs = check_outputs(self._owner, outputs, len(x))
+        outputs = check_outputs(self._owner, outputs, count)
         weights = cotangents(outputs.detach())
+        outputs = flat(outputs)
         coverage = Coverage()
         if outputs.requires_grad:
-            coverage = self._finder.find(x, outputs, calls, len(x))
+            coverage = self._finder.find(x, outputs, calls, count)
         if coverage.mixed:
             # With gradients, as the outputs were made: some layers calculate otherwise without.
-            singles = [single_outputs(self._owner, self._forward, sample) for sample in x.split(1)]
+            singles = [single_outputs(self._owner, self._forward, one) for one in split(x, 1)]
             weights = cotangents(torch.cat([entry.detach() for entry in singles]))
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
-        uses = coverage.uses(calls, len(x))
-        batch = _Batch(self.sums, uses, self._function, frees_graph=len(x) > 1)
+        uses = coverage.uses(calls, count)
+        batch = _Batch(self.sums, uses, self._function, frees_graph=count > 1)
         del calls, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
             assert weight is not None
+            weight = flat(weight)
             batch.add(outputs, weight, last=following is None)
             if coverage.singly:
                 self._singles.add(x, weight.to(outputs.dtype), coverage.singly)

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from clext import ops
-from clext.core.batches import read_inputs
 from clext.core.checks import integer
+from clext.core.inputs import rows, split
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
+from clext.core.supervision import Supervision
 from clext.importance.capture import Call, Capture, output_gradients
 from clext.importance.coverage import CoverageFinder
 from clext.importance.passes import (
     averaged,
     check_outputs,
     evaluation,
+    flat,
     parameter_list,
     single_outputs,
 )
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from clext.core.batches import Batches
     from clext.importance.coverage import Uses
-    from clext.importance.passes import Forward
 
 # Bound on the derivatives by layers' outputs held at once.
 _CHUNK_BYTES = 256 * 2**20
@@ -40,7 +41,8 @@ def sliced_cramer_importance(
     *,
     slices: int | str = "exact",
     seed: int = 0,
-    forward: Forward | None = None,
+    supervision: Supervision | None = None,
+    samples: int | None = None,
 ) -> list[Tensor]:
     """The mean over directions xi of (d (xi . f) / d parameter)^2, f the mean output on the data.
 
@@ -48,13 +50,15 @@ def sliced_cramer_importance(
     min(outputs, slices) times.
 
     Args:
-        model: maps a batch of inputs to outputs [samples, outputs]; left as it was.
+        model: left as it was; its outputs are flattened to [samples, outputs].
         params: parameters of `model`; frozen ones get 0.
-        batches: iterable of x, (x,) or (x, y); y is not looked at.
+        batches: iterable of batches; labels are not looked at.
         slices: number of directions drawn, or "exact" for the expectation over all of them (the
             mean square of the derivatives of the single outputs).
         seed: of the draws.
-        forward: what gives the outputs for a batch of inputs, by calling `model`; None: `model`.
+        supervision: what of a batch goes into the model, and how labels follow from its outputs;
+            None: x, or (x, ...).
+        samples: how many are measured, the first that `batches` gives; None: all.
 
     Returns:
         One tensor per parameter, with its shape and strides, in its state dtype.
@@ -66,29 +70,30 @@ def sliced_cramer_importance(
         slices = integer("sliced_cramer_importance", "slices", slices, minimum=1)
     seed = integer("sliced_cramer_importance", "seed", seed, minimum=0)
     owner = "SCP importance"
-    samples = 0
+    count = 0
+    supervision = Supervision(model) if supervision is None else supervision
     jacobian: _Jacobian | None = None
     params = parameter_list(owner, model, params)
-    forward = model if forward is None else forward
     with evaluation(model, params, seed):
-        capture = Capture(model, params, forward, lambda rule: rule.gives_rows)
+        capture = Capture(model, params, supervision, lambda rule: rule.gives_rows)
         finder = CoverageFinder(capture, params)
-        for x in read_inputs(owner, batches, params[0].device):
+        device = params[0].device
+        for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
             outputs, calls = capture.forward(x)
-            outputs = check_outputs(owner, outputs, len(x))
+            outputs = flat(check_outputs(owner, outputs, rows(x)))
             if jacobian is None:
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:
                 coverage = finder.find(x, outputs, calls, samples=1)
                 if coverage.mixed:
                     # f is the mean of what each sample gives by itself.
-                    for sample in x.split(1):
-                        jacobian.add(single_outputs(owner, forward, sample), {})
+                    for sample in split(x, 1):
+                        jacobian.add(flat(single_outputs(owner, supervision, sample)), {})
                 else:
                     jacobian.add(outputs, coverage.uses(calls, samples=1))
-            samples += len(x)
-        assert jacobian is not None  # read_inputs gives at least one batch
-        return averaged(owner, jacobian.squares(), samples**2)
+            count += len(outputs)
+        assert jacobian is not None  # there is at least one batch
+        return averaged(owner, jacobian.squares(), count**2)
 
 
 class _Jacobian:

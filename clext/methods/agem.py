@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from clext.core.checks import integer
+from clext.core.inputs import taken
 from clext.methods.projection import GradientProjection
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from clext.core.supervision import SupervisionOptions
 
 
 class AGEM(GradientProjection):
@@ -41,8 +47,9 @@ class AGEM(GradientProjection):
         per_task: int = 256,
         batch: int = 256,
         seed: int = 0,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, per_task=per_task, seed=seed)
+        super().__init__(model, strength=strength, per_task=per_task, seed=seed, **supervision)
         self.batch = integer(self.name, "batch", batch, minimum=1)
 
     def _row_count(self) -> int:
@@ -52,8 +59,7 @@ class AGEM(GradientProjection):
         inputs, labels = self._examples
         if len(labels) > self.batch:
             drawn = torch.randperm(len(labels), generator=self._random)[: self.batch]
-            drawn = drawn.to(labels.device)
-            inputs, labels = inputs.index_select(0, drawn), labels.index_select(0, drawn)
+            inputs, labels = taken(self._examples, drawn.to(labels.device))
         self._write_row(rows, 0, params, inputs, labels)
 
     def _weights(self, gram: Tensor) -> Tensor:

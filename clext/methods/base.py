@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import check_examples, checked_batch, labelled
+from clext.core.batches import check_examples
 from clext.core.checks import choice
 from clext.core.parameters import trainable_parameters
 from clext.methods.parts.attachment import Attachment
@@ -18,14 +17,17 @@ from clext.methods.parts.options import checked_strength, described, warn_if_unu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Unpack
 
     from torch.optim import Optimizer
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
 
-# What a task is trained on: tensors with one row for each example. A row of each is what the loss
-# takes: inputs and labels, and what a method has added.
-Examples = tuple[Tensor, ...]
+# What a task is trained on: inputs and labels, and what a method has added, with one row for each
+# example. A row of each is what the loss takes.
+Examples = tuple[Any, ...]
 
 
 class Method:
@@ -51,6 +53,9 @@ class Method:
         model: its trainable parameters are meant; frozen ones are not touched. ValueError if there
             are none, or one that no state can be kept for.
         strength: weight of what keeps the past, >= 0; may be changed at any time.
+        options: what of a batch goes into the model and how labels follow from its outputs, for
+            others than (x, y) with classes y: `forward`, `labels`, `loss`, `likelihood`; see
+            `clext.Supervision`.
     """
 
     name: ClassVar[str]
@@ -65,12 +70,19 @@ class Method:
     fused: tuple[str, ...] | None = ()  # state that an optimizer's pass works on; None: it cannot
     decay: float = 0.0  # weight of the old average of squares ("fisher") in that pass
     constant: float = 0.0  # of the penalty, without strength
+    takes_optimizer: bool = False  # consolidate does, in place of data
     capturable: bool = True  # in a CUDA graph the loss does the same at each replay
     _combined: ClassVar[Callable[[Method, Method], Method]]  # set where that class is defined
 
-    def __init__(self, model: nn.Module, *, strength: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        **supervision: Unpack[SupervisionOptions],
+    ) -> None:
         trainable_parameters(model)
-        self.model, self.heads = model, Heads(model)
+        self.model, self.heads = model, Heads(model, **supervision)
         self.strength = checked_strength(type(self), strength)
         self.tasks = 0  # ended so far
         self.steps = 0  # of this task that the method had a part in
@@ -104,12 +116,13 @@ class Method:
             self.heads.load_state_dict(before)
             raise
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        """The loss without the penalty, 0-dim, of inputs [N, ...] and labels int [N].
+    def loss(self, *batch: Any) -> Tensor:  # noqa: ANN401  (as the loader gives them)
+        """The loss without the penalty, 0-dim, of (x, y), of a whole batch as one argument, or of
+        rows of what `begin_task` returned.
 
-        Or of rows of what `begin_task` returned; TypeError or ValueError for anything else.
+        TypeError or ValueError for what is none: see `clext.Supervision`.
         """
-        value = self._loss(*checked_batch(batch))
+        value = self._loss(*self.heads.arguments(batch))
         self.steps += self.has_own_loss
         return value
 
@@ -140,22 +153,23 @@ class Method:
         """
         return Attachment(self, optimizer)
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task: take what is to be kept of it.
 
-        `dataloader`: batches (x, y), for methods that measure importance on data (MAS and SCP do
-        without y) or keep examples. ValueError: they are not such, or the steps have left NaN;
-        nothing is changed.
+        `dataloader`: batches, for methods that measure importance on data (MAS and SCP do without
+        labels) or keep examples; see `clext.Supervision`. EWC(fisher="optimizer") takes the
+        optimizer in its place. ValueError: they are not such, or the steps have left NaN; nothing
+        is changed.
         """
         grad = torch.is_grad_enabled()
         # No later loss could use what is made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
-            self._end_task(dataloader)
+            self._end_task(dataloader)  # type: ignore[arg-type]  # an optimizer is EWC's to refuse
         self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
         warn_if_unused(self, steps)
 
-    def predict(self, inputs: Tensor, *, active: range | None = None) -> Tensor:
+    def predict(self, inputs: Inputs, *, active: range | None = None) -> Tensor:
         """A score for each example and output [N, active]; `active`: others (an earlier head)."""
         check_range("predict: active", active)
         return self._predict(inputs, self.heads.active if active is None else active)
@@ -212,12 +226,11 @@ class Method:
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         return examples
 
-    def _loss(self, *batch: Tensor) -> Tensor:
-        inputs, labels = labelled(self.name, batch)
-        return F.cross_entropy(self.heads(inputs), labels)
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401, ARG002
+        return self.heads.loss(inputs, labels)
 
-    def _predict(self, inputs: Tensor, active: range | None) -> Tensor:
-        return self.heads.narrow(self.model(inputs), active)
+    def _predict(self, inputs: Inputs, active: range | None) -> Tensor:
+        return self.heads.narrow(self.heads.outputs(inputs), active)
 
     def _check_unpulled(self, remedy: str) -> None:
         """RuntimeError if the pull is in the gradients before an optimizer's pass adds it."""

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from clext.core.inputs import mapped
 from clext.methods.base import Examples, Method
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from torch.optim import Optimizer
+
     from clext.core.batches import Batches
 
 
-def _delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
+def delegated(part: str, name: str) -> Any:  # noqa: ANN401  (of whatever type it is there)
     """The attribute or method `name` of the method that is `part` here."""
     return property(
         lambda self: getattr(getattr(self, part), name),
@@ -46,11 +49,21 @@ class Combined(Method):
                 f"Combined: {learner.name} was made for another model than {protector.name}; make "
                 "both for one"
             )
+        if learner.heads.options != protector.heads.options:
+            raise ValueError(
+                f"Combined: {protector.name} and {learner.name} were made with different forward, "
+                "labels, loss or likelihood; give both the same"
+            )
         if not protector.has_penalty or not learner.has_own_loss:
             raise ValueError(
                 f"Combined: expected a method with a penalty or a change of the gradient (such as "
                 f"ewc) and one with a loss of its own (such as replay), got {protector.name} and "
                 f"{learner.name}"
+            )
+        if protector.takes_optimizer:
+            raise ValueError(
+                f"Combined: {protector.name} takes the optimizer at the end of a task, and "
+                f"{learner.name} data; choose another fisher="
             )
         if any(part.tasks or part.heads.blocks for part in (protector, learner)):
             raise ValueError(
@@ -73,27 +86,28 @@ class Combined(Method):
         return self.protector if self.protector.has_strength else self.learner
 
     # The pull, and what an optimizer's pass asks for, is the protector's; the loss the learner's.
-    strength = _delegated("_weighed", "strength")
-    steps = _delegated("protector", "steps")
-    tasks = _delegated("protector", "tasks")
-    decay = _delegated("protector", "decay")
-    constant = _delegated("protector", "constant")
-    _state = _delegated("protector", "_state")
-    penalty = _delegated("protector", "penalty")
-    add_penalty_grad_ = _delegated("protector", "add_penalty_grad_")
-    _check_unpulled = _delegated("protector", "_check_unpulled")
-    loss = _delegated("learner", "loss")
-    _predict = _delegated("learner", "_predict")
+    strength = delegated("_weighed", "strength")
+    steps = delegated("protector", "steps")
+    tasks = delegated("protector", "tasks")
+    decay = delegated("protector", "decay")
+    constant = delegated("protector", "constant")
+    _state = delegated("protector", "_state")
+    penalty = delegated("protector", "penalty")
+    add_penalty_grad_ = delegated("protector", "add_penalty_grad_")
+    _check_unpulled = delegated("protector", "_check_unpulled")
+    loss = delegated("learner", "loss")
+    _predict = delegated("learner", "_predict")
 
     def update(self) -> None:
         """Both look at the step."""
         for part in self.parts:
             part.update()
 
-    def consolidate(self, dataloader: Batches | None = None) -> None:
+    def consolidate(self, dataloader: Batches | Optimizer | None = None) -> None:
         """End a task for both; if the learner cannot, the protector is put back."""
         if isinstance(dataloader, Iterator):
-            dataloader = [_copied(batch) for batch in dataloader]  # it is read twice
+            # It is read twice, and a loader may use the tensors of a batch again for the next one.
+            dataloader = [mapped(Tensor.clone, batch) for batch in dataloader]
         self._follow_model()
         before = self.protector.state_dict()
         self.protector.consolidate(dataloader)
@@ -136,10 +150,3 @@ class Combined(Method):
 
 
 Method._combined = Combined
-
-
-def _copied(batch: Any) -> Any:  # noqa: ANN401  (whatever a user's loader gives)
-    """A batch with copies of its tensors: a loader may use them again for the next one."""
-    if isinstance(batch, tuple | list):
-        return [_copied(entry) for entry in batch]
-    return batch.clone() if isinstance(batch, Tensor) else batch

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import labelled
 from clext.core.checks import flag, integer, number, softening
+from clext.core.inputs import one_tensor
 from clext.core.parameters import device_of
 from clext.core.seeding import Seeds, restored
 from clext.core.seeding import generator as cpu_generator
@@ -28,8 +28,11 @@ from clext.optim import Adam
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
     from clext.methods.base import Examples
 
 
@@ -92,8 +95,9 @@ class DGR(Rehearsal):
         generator: nn.Module | None = None,
         generator_lr: float = 1e-3,
         seed: int = 0,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, balance=balance)
+        super().__init__(model, strength=strength, balance=balance, **supervision)
         self.distill = flag(self.name, "distill", distill)
         self.temperature = softening(self.name, temperature)
         self.scale = self._choice("scale", scale)
@@ -121,13 +125,13 @@ class DGR(Rehearsal):
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         if examples is not None:
-            self._make_ready(examples[0])
+            self._make_ready(one_tensor(self.name, examples[0]))
         return examples
 
-    def _loss(self, *batch: Tensor) -> Tensor:
-        inputs, labels = labelled(self.name, batch)
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
+        inputs = one_tensor(self.name, inputs)
         # First of all that can fail: a batch that the model does not take has taught nothing.
-        current = super()._loss(inputs, labels)
+        current = super()._loss(inputs, labels, *more)
         if self._ready_for != self.tasks:
             self._make_ready(inputs)
         if self._teacher is None or self._previous is None:
@@ -171,7 +175,7 @@ class DGR(Rehearsal):
         if self.generator is not None and (self.steps or self._previous is not None):
             check_teacher(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
-        self._teacher, self._previous = Teacher(self.model), previous
+        self._teacher, self._previous = Teacher(self.model, self.heads.logits), previous
 
     # ------------------------------------------------------------------ the generator
 
@@ -234,7 +238,7 @@ class DGR(Rehearsal):
             self._optimizer = self._new_optimizer(self.generator)
             self._optimizer.load_state_dict(copy.deepcopy(extra["optimizer"]))
         if "previous" in extra:
-            self._teacher = Teacher.load(self.model, extra["teacher"])
+            self._teacher = Teacher.load(self.model, extra["teacher"], self.heads.logits)
             self._previous = _frozen_copy(self.generator)
             self._previous.load_state_dict(extra["previous"])
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from clext.core.checks import integer, number
-from clext.importance import FISHER_KINDS, fisher_information
+from clext.core.checks import count_or_all, integer, number
+from clext.importance import FISHER_KINDS, fisher_information, second_moment
+from clext.importance.fisher import check_kind
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class EWC(QuadraticPenalty):
@@ -31,13 +34,17 @@ class EWC(QuadraticPenalty):
         model: see `Method`.
         strength: weight of the penalty.
         fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
-            `clext.importance.fisher_information`.
+            `clext.importance.fisher_information`. Or from Adam's second moment, without a pass over
+            data: "optimizer", which `consolidate(optimizer)` is given in their place; see
+            `clext.importance.second_moment`, also for its size, by which strength is to be larger.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: where it pulls to: the values after the "latest" task, or those after "all".
         weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples of
             the task, or their "sum", N_k times as much. By Bayes' rule a new task's mean loss over
             N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
             "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
+        samples: how many samples F_k is measured on, the first that the loader gives: shuffle it.
+            None: all.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.
         state_dtype: of anchor and importance; see `QuadraticPenalty`.
     """
@@ -46,7 +53,7 @@ class EWC(QuadraticPenalty):
     default_strength: ClassVar[float] = 250.0
     counter_names: tuple[str, ...] = ("tasks", "steps", "constant")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "fisher": FISHER_KINDS,
+        "fisher": (*FISHER_KINDS, "optimizer"),
         "anchors": ("latest", "all"),
         "weighting": ("mean", "sum"),
     }
@@ -60,15 +67,25 @@ class EWC(QuadraticPenalty):
         gamma: float = 1.0,
         anchors: str = "latest",
         weighting: str = "mean",
+        samples: int | None = None,
         seed: int = 0,
         state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, state_dtype=state_dtype)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.fisher = self._choice("fisher", fisher)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.anchors = self._choice("anchors", anchors)
         self.weighting = self._choice("weighting", weighting)
+        self.samples = count_or_all(self.name, "samples", samples)
+        check_kind(self.name, self.fisher, self.heads)
         self.seed = integer(self.name, "seed", seed, minimum=0)
+        self.takes_optimizer = self.fisher == "optimizer"
+        if self.takes_optimizer and self.weighting == "sum":
+            raise ValueError(
+                f'{self.name}: weighting="sum" counts samples, of which fisher="optimizer" sees '
+                'none; use weighting="mean"'
+            )
         self.constant = 0.0  # what a sum of quadratics is more than one; 0 for anchors="latest"
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -77,33 +94,24 @@ class EWC(QuadraticPenalty):
             raise ValueError('it is of an EWC with anchors="all"; make this one so')
 
     def _end_task(self, dataloader: Batches | None) -> None:
-        samples: list[int] = []
-        if self.weighting == "sum" and _is_iterable(dataloader):
-            dataloader = _counted(dataloader, samples)
-        fisher = fisher_information(
-            self.model,
-            self._state.params,
-            dataloader,
-            kind=self.fisher,
-            seed=self.seed + self.tasks,
-            forward=self.heads,
-        )
-        if self.weighting == "sum":
-            torch._foreach_mul_(fisher, float(sum(samples)))
+        fisher = self._measured(dataloader)
         if self.anchors == "all":
             added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
             self.constant = self.gamma * self.constant + float(added)
         else:
             self._state.plan.consolidate_importance_(fisher, self.gamma)
 
-
-def _is_iterable(batches: Batches | None) -> TypeGuard[Batches]:
-    """Else the estimator has its own words for it."""
-    return hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-
-
-def _counted(batches: Batches, samples: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches; once one was taken without complaint, its number of samples joins `samples`."""
-    for batch in batches:
-        yield batch
-        samples.append(len(batch[0]))
+    def _measured(self, dataloader: Batches | None) -> list[Tensor]:
+        """F of the task that has ended."""
+        if self.takes_optimizer:
+            return second_moment(self._state.params, dataloader)
+        return fisher_information(
+            self.model,
+            self._state.params,
+            dataloader,
+            kind=self.fisher,
+            seed=self.seed + self.tasks,
+            supervision=self.heads,
+            samples=self.samples,
+            reduction=self.weighting,
+        )

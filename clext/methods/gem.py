@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from clext.core.checks import number
 from clext.methods.projection import GradientProjection
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from clext.core.supervision import SupervisionOptions
 
 # Of the iterations that the solver is given, for each unknown; its own default is 3.
 _ITERATIONS = 100
@@ -52,8 +57,9 @@ class GEM(GradientProjection):
         margin: float = 0.5,
         ridge: float = 0.0,
         seed: int = 0,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, per_task=per_task, seed=seed)
+        super().__init__(model, strength=strength, per_task=per_task, seed=seed, **supervision)
         self.margin = number(self.name, "margin", margin, minimum=0.0)
         self.ridge = number(self.name, "ridge", ridge, minimum=0.0)
 

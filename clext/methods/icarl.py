@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import added_logits, check_alike, owned
+from clext.core.batches import added_logits, check_alike, class_labels, owned
 from clext.core.checks import flag, integer, softening
+from clext.core.inputs import one_tensor
 from clext.core.parameters import device_of
 from clext.methods.base import Method
 from clext.methods.parts.exemplars import (
@@ -26,8 +27,11 @@ from clext.methods.parts.teacher import Teacher, check_teacher
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
     from clext.methods.base import Examples
 
 
@@ -82,8 +86,9 @@ class ICaRL(Method):
         features: str | int | None = None,
         norm: bool = True,
         temperature: float = 1.0,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.budget = integer(self.name, "budget", budget, minimum=1)
         if not isinstance(features, str | int | None) or isinstance(features, bool):
             raise ValueError(f"{self.name}: features must be a layer's name, got {features!r}")
@@ -122,7 +127,8 @@ class ICaRL(Method):
             exemplars_per_set(self.name, self._sets, coming, self.budget)
             self._current = self._classes = None
             return None
-        inputs, labels = own = owned(examples[0]), examples[1].long() + self.heads.start
+        inputs = one_tensor(self.name, owned(examples[0]))
+        inputs, labels = own = inputs, examples[1].long() + self.heads.start
         classes = labels.unique().tolist()
         exemplars_per_set(self.name, self._sets, classes, self.budget)
         if (kept := joined(self._sets)) is not None:
@@ -168,11 +174,12 @@ class ICaRL(Method):
                 old[part.start : part.stop] = False
         return old
 
-    def _loss(self, *batch: Tensor) -> Tensor:
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
         """Of a batch of what `begin_task` returned, or of inputs and local labels."""
+        inputs = one_tensor(self.name, inputs)
+        labels = class_labels("loss", labels, len(inputs))
         self._means = None  # the model is about to change
-        inputs, labels = batch[:2]
-        targets = added_logits(self.name, batch)
+        targets = added_logits(len(inputs), more)
         logits = self.heads.logits(inputs)
         if targets is None:
             labels = labels + self.heads.start
@@ -232,6 +239,7 @@ class ICaRL(Method):
         for inputs, labels in self.heads.read_examples(self.name, dataloader, self.tasks):
             known = inputs if known is None else known
             check_alike(self.name, inputs, known, "of the other examples")
+            inputs = one_tensor(self.name, inputs)
             batches.append((inputs.clone(), labels))  # a loader may use its tensors again
         inputs, labels = map(torch.cat, zip(*batches, strict=True))
         coming = labels.unique().tolist()
@@ -246,7 +254,8 @@ class ICaRL(Method):
             rows = (labels == label).nonzero().flatten()
             order = herd(features[rows], counts[label], norm=self.norm)
             sets.setdefault(label, []).append(inputs[rows[order]])
-        self._sets, self._previous = dict(sorted(sets.items())), Teacher(self.model)
+        self._sets = dict(sorted(sets.items()))
+        self._previous = Teacher(self.model, self.heads.logits)
         self._current = self._classes = self._means = None
 
     # ------------------------------------------------------------------ state
@@ -265,5 +274,5 @@ class ICaRL(Method):
         self._sets = map_sets(extra["exemplars"], lambda entry: entry.to(device, copy=True))
         self._classes = None if extra["classes"] is None else list(extra["classes"])
         given = extra["previous"]
-        self._previous = None if given is None else Teacher.load(self.model, given)
+        self._previous = Teacher.load(self.model, given, self.heads.logits)
         self._current = self._means = None

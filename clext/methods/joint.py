@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clext.core.batches import check_alike, labelled, owned
+from clext.core.batches import check_alike, owned
+from clext.core.inputs import concatenated, mapped
 from clext.core.parameters import device_of
 from clext.methods.base import Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from typing import Unpack
 
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
     from clext.methods.base import Examples
 
 
@@ -36,11 +40,17 @@ class Joint(Method):
     name: ClassVar[str] = "joint"
     has_own_loss: ClassVar[bool] = True
 
-    def __init__(self, model: torch.nn.Module, *, strength: float | None = None) -> None:
-        super().__init__(model, strength=strength)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        strength: float | None = None,
+        **supervision: Unpack[SupervisionOptions],
+    ) -> None:
+        super().__init__(model, strength=strength, **supervision)
         # Inputs and global labels of each task begun, by its number: a task that is begun again
         # replaces what it was.
-        self._examples: dict[int, tuple[Tensor, Tensor]] = {}
+        self._examples: dict[int, Examples] = {}
 
     def _follow_model(self) -> None:
         self._examples = self._each(lambda entry: entry.to(device_of(self.model)))
@@ -49,24 +59,25 @@ class Joint(Method):
         if examples is None:
             return None
         inputs, labels = examples
-        new = owned(inputs), labels.long() + self.heads.start
+        new = owned(inputs), self.heads.with_start(inputs, labels)
         earlier = [pair for task, pair in self._examples.items() if task != self.tasks]
         for known, _ in earlier[:1]:
             check_alike(self.name, inputs, known, "of the tasks before")
         self._examples[self.tasks] = new
-        return tuple(map(torch.cat, zip(*earlier, new, strict=True))) if earlier else new
+        together: Examples = concatenated([*earlier, new])
+        return together if earlier else new
 
-    def _loss(self, *batch: Tensor) -> Tensor:
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401, ARG002
         if self.tasks not in self._examples:
             raise RuntimeError(
                 f"{self.name} has not seen the examples of this task: call begin_task((inputs, "
                 "labels)) with all of them, and train on rows of what it returns"
             )
-        return self.heads.cross_entropy(*labelled(self.name, batch))
+        return self.heads.loss_over_tasks(inputs, labels)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    def _each(self, function: Callable[[Tensor], Tensor]) -> dict[int, Examples]:
         """The examples with `function` of each tensor."""
-        return {task: (function(x), function(y)) for task, (x, y) in self._examples.items()}
+        return {task: mapped(function, pair) for task, pair in self._examples.items()}
 
     def _save(self) -> dict[str, Any]:
         copies = {task: list(pair) for task, pair in self._each(torch.clone).items()}
@@ -76,6 +87,6 @@ class Joint(Method):
         super()._load(state)
         device = device_of(self.model)
         self._examples = {
-            task: (inputs.to(device, copy=True), labels.to(device, copy=True))
-            for task, (inputs, labels) in state["extra"]["examples"].items()
+            task: mapped(lambda entry: entry.to(device, copy=True), tuple(pair))
+            for task, pair in state["extra"]["examples"].items()
         }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch.nn.functional as F
-
 from clext.core.batches import added_logits
 from clext.core.checks import softening
+from clext.core.inputs import rows
 from clext.core.parameters import device_of
 from clext.methods.parts.teacher import (
     SCALES,
@@ -20,10 +19,13 @@ from clext.methods.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from torch import Tensor, nn
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
     from clext.methods.base import Examples
 
 
@@ -68,8 +70,9 @@ class LwF(Rehearsal):
         balance: str = "sum",
         temperature: float = 2.0,
         scale: str = "squared",
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, balance=balance)
+        super().__init__(model, strength=strength, balance=balance, **supervision)
         self.temperature = softening(self.name, temperature)
         self.scale = self._choice("scale", scale)
         self._teacher: Teacher | None = None  # the model at the end of the last task
@@ -83,12 +86,11 @@ class LwF(Rehearsal):
             return examples
         return (*examples, self._teacher.record(examples[0]))
 
-    def _loss(self, *batch: Tensor) -> Tensor:
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
         """With the teacher's logits for all outputs, [N, outputs], as third argument or without."""
         if self._teacher is None:
-            return super()._loss(*batch)
-        inputs, labels = batch[:2]
-        recorded = added_logits(self.name, batch)
+            return super()._loss(inputs, labels, *more)
+        recorded = added_logits(rows(inputs), more)
         teacher = self._teacher(inputs) if recorded is None else recorded
         logits = self.heads.logits(inputs)
         self.heads.check_width(self.name, logits.shape[1], teacher.shape[1])
@@ -96,12 +98,12 @@ class LwF(Rehearsal):
             distillation_loss(logits[:, now], teacher[:, then], self.temperature, self.scale)
             for now, then in old_heads(self.heads, self.tasks, teacher.shape[1])
         ]
-        current = F.cross_entropy(self.heads.narrow(logits), labels)
+        current = self.heads.loss_of(self.heads.narrow(logits), inputs, labels)
         return self._balanced(current, self._over_tasks(losses))
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         check_teacher(self.name, self.model)
-        self._teacher = Teacher(self.model)
+        self._teacher = Teacher(self.model, self.heads.logits)
 
     def _save(self) -> dict[str, Any]:
         return {"extra": {} if self._teacher is None else {"teacher": self._teacher.state_dict()}}
@@ -109,4 +111,4 @@ class LwF(Rehearsal):
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         given = state["extra"].get("teacher")
-        self._teacher = None if given is None else Teacher.load(self.model, given)
+        self._teacher = Teacher.load(self.model, given, self.heads.logits)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from clext.core.checks import number
+from clext.core.checks import count_or_all, number
 from clext.importance import MAS_ESTIMATORS, output_sensitivity
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class MAS(QuadraticPenalty):
@@ -26,6 +29,7 @@ class MAS(QuadraticPenalty):
         strength: weight of the penalty.
         gamma: what is left of the old importance after each task, in [0, 1]: with 1 the tasks add
             up, as in the paper; with 0 only the latest task counts.
+        samples: how many samples it is measured on, the first that the loader gives; None: all.
         estimator: gradients "per_sample", or of the mean of a "batch"; see
             `clext.importance.output_sensitivity`.
         state_dtype: of anchor and importance; see `QuadraticPenalty`.
@@ -42,11 +46,14 @@ class MAS(QuadraticPenalty):
         strength: float | None = None,
         gamma: float = 1.0,
         estimator: str = "per_sample",
+        samples: int | None = None,
         state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, state_dtype=state_dtype)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.gamma = number(self.name, "gamma", gamma, minimum=0.0, maximum=1.0)
         self.estimator = self._choice("estimator", estimator)
+        self.samples = count_or_all(self.name, "samples", samples)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         sensitivity = output_sensitivity(
@@ -54,6 +61,7 @@ class MAS(QuadraticPenalty):
             self._state.params,
             dataloader,
             estimator=self.estimator,
-            forward=self.heads,
+            supervision=self.heads,
+            samples=self.samples,
         )
         self._state.plan.consolidate_importance_(sensitivity, self.gamma)

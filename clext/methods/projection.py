@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clext.core.batches import check_alike
 from clext.core.checks import integer
+from clext.core.inputs import concatenated, mapped, rows, split, taken
 from clext.core.modes import buffers_kept
 from clext.core.parameters import allocate_rows, device_of
 from clext.core.seeding import generator, restored
@@ -19,8 +20,11 @@ from clext.ops.kernels import gradient_gram, project_gradient_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
 
 
 class GradientProjection(Method):
@@ -40,12 +44,18 @@ class GradientProjection(Method):
     fused: tuple[str, ...] | None = None
 
     def __init__(
-        self, model: nn.Module, *, strength: float | None, per_task: int, seed: int
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None,
+        per_task: int,
+        seed: int,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.per_task = integer(self.name, "per_task", per_task, minimum=1)
         self.seed = integer(self.name, "seed", seed, minimum=0)
-        self._examples: tuple[Tensor, ...] = ()  # inputs and labels, one task after the other
+        self._examples: tuple[Any, ...] = ()  # inputs and labels, one task after the other
         self._sizes: list[int] = []  # how many of each task
         self._random = generator(self.seed)
         self._rows: list[Tensor] = []  # for each parameter its gradients of the past
@@ -100,12 +110,12 @@ class GradientProjection(Method):
         rows: list[Tensor],
         k: int,
         params: list[nn.Parameter],
-        inputs: Tensor,
+        inputs: Inputs,
         labels: Tensor,
     ) -> None:
         """The gradient of the mean loss of these examples, zero where a parameter has no part."""
-        loss = self.heads.cross_entropy(inputs, labels)
-        with torch.autocast(inputs.device.type, enabled=False):  # for the forward pass alone
+        loss = self.heads.loss_over_tasks(inputs, labels)
+        with torch.autocast(labels.device.type, enabled=False):  # for the forward pass alone
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
         with torch.no_grad():
             torch._foreach_copy_([entry[k] for entry in rows], list(grads))
@@ -120,48 +130,51 @@ class GradientProjection(Method):
 
     # ------------------------------------------------------------------ the examples
 
-    def _kept_tasks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _kept_tasks(self) -> Iterator[tuple[Inputs, Tensor]]:
         """Inputs and labels of each task."""
-        inputs, labels = self._examples
-        return zip(inputs.split(self._sizes), labels.split(self._sizes), strict=True)
+        return iter(split(self._examples, self._sizes))
 
     def _follow_model(self) -> None:
         device = device_of(self.model)
-        self._examples = tuple(entry.to(device) for entry in self._examples)
+        self._examples = mapped(lambda entry: entry.to(device), self._examples)
 
     def _end_task(self, dataloader: Batches | None) -> None:
         """Draw the examples to keep, uniformly: those with the largest of random keys."""
         random = copy.deepcopy(self._random)  # what fails below has drawn nothing
-        chosen: tuple[Tensor, ...] = ()
+        chosen: tuple[Any, ...] = ()
         for x, y in self.heads.read_examples(self.name, dataloader, self.tasks):
             for known in (chosen or self._examples)[:1]:
                 check_alike(self.name, x, known, "in the memory")
-            keys = torch.rand(len(x), dtype=torch.float64, generator=random).to(x.device)
-            pool: tuple[Tensor, ...] = (x, y, keys)
+            keys = torch.rand(len(y), dtype=torch.float64, generator=random).to(y.device)
+            pool = (x, y, keys)
             if chosen:
-                pool = tuple(map(torch.cat, zip(chosen, pool, strict=True)))
+                pool = concatenated([chosen, pool])
             best = pool[2].topk(min(self.per_task, len(pool[2]))).indices
-            chosen = tuple(entry[best] for entry in pool)
+            chosen = taken(pool, best)
         new = chosen[:2]
         if self._examples:
-            new = tuple(map(torch.cat, zip(self._examples, new, strict=True)))
+            new = concatenated([self._examples, new])
         self._examples, self._random = new, random
-        self._sizes = [*self._sizes, len(chosen[0])]
+        self._sizes = [*self._sizes, len(chosen[1])]
 
     # ------------------------------------------------------------------ state
 
     def _save(self) -> dict[str, Any]:
         extra: dict[str, Any] = {"random": self._random.get_state(), "sizes": list(self._sizes)}
         for name, entry in zip(("inputs", "labels"), self._examples, strict=False):
-            extra[name] = entry.clone()
+            extra[name] = mapped(Tensor.clone, entry)
         return {"extra": extra}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
         extra, device = state["extra"], device_of(self.model)
         names = ("inputs", "labels") if extra.get("sizes") else ()
-        self._examples = tuple(extra[name].to(device, copy=True) for name in names)
+        self._examples = tuple(
+            mapped(lambda entry: entry.to(device, copy=True), extra[name]) for name in names
+        )
         self._sizes = list(extra.get("sizes", ()))
+        if names and rows(self._examples[0]) != sum(self._sizes):
+            raise ValueError(f"it has {rows(self._examples[0])} examples, expected {self._sizes}")
         self._random = restored(self.seed, extra.get("random"))
 
     def __getstate__(self) -> dict[str, Any]:

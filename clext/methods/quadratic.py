@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from clext.core.parameters import canonical_names, check_parameters
+from clext.core.parameters import adapted_parameters, canonical_names, check_parameters
 from clext.methods.base import Method
 from clext.methods.parts.options import checked_state_dtype, scale_of
 from clext.methods.parts.state import ParameterState, StateView
 from clext.methods.parts.step import Step
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from clext.core.supervision import SupervisionOptions
 
 T = TypeVar("T")
 
@@ -53,8 +58,9 @@ class QuadraticPenalty(Method):
         *,
         strength: float | None = None,
         state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.state_dtype = checked_state_dtype(self.name, state_dtype)
         self._state = ParameterState(self._parameters_now(), self.state_names, self.state_dtype)
         self._step = Step("path" in self.state_names)
@@ -155,6 +161,14 @@ class QuadraticPenalty(Method):
             )
 
     def _follow_model(self) -> None:
+        known = dict(zip(map(id, self._state.params), self._state.lists["importance"], strict=True))
+        for name, parameter in adapted_parameters(self.model).items():
+            if id(parameter) in known and bool(known[id(parameter)].any()):
+                raise ValueError(
+                    f"{self.name} protects '{name}', which is frozen now while an adapter changes "
+                    "what it does, so the penalty would be 0; use "
+                    f"clext.integrations.peft.MergedPenalty({self.name}) in its place"
+                )
         self.refresh_parameters()
 
     def _parameters_now(self, known: ParameterState | None = None) -> dict[str, nn.Parameter]:
@@ -175,13 +189,13 @@ class QuadraticPenalty(Method):
         return given
 
     def _on_state(self, call: Callable[[ParameterState], T]) -> T:
-        """`call(state)`; once more if it failed because parameters were moved or converted."""
+        """`call(state)`; once more if it failed because parameters were moved, or all replaced."""
         try:
             return call(self._state)
         except (TypeError, ValueError):
             if self._state.fits(self._parameters_now(self._state)):
                 raise
-        self.refresh_parameters()
+        self._follow_model()
         return call(self._state)
 
     def _save(self) -> dict[str, Any]:

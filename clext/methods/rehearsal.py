@@ -10,8 +10,11 @@ from clext.methods.base import Method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Unpack
 
     from torch import Tensor, nn
+
+    from clext.core.supervision import SupervisionOptions
 
 
 class Rehearsal(Method):
@@ -33,9 +36,14 @@ class Rehearsal(Method):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("sum", "tasks")}
 
     def __init__(
-        self, model: nn.Module, *, strength: float | None = None, balance: str = "sum"
+        self,
+        model: nn.Module,
+        *,
+        strength: float | None = None,
+        balance: str = "sum",
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength)
+        super().__init__(model, strength=strength, **supervision)
         self.balance = self._choice("balance", balance)
 
     def _balanced(self, current: Tensor, old: Tensor) -> Tensor:

@@ -6,18 +6,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from clext.core.batches import labelled
-from clext.core.checks import integer
+from clext.core.batches import check_alike
+from clext.core.checks import count_or_all, integer
+from clext.core.inputs import concatenated, rows
 from clext.core.parameters import device_of
 from clext.methods.parts.buffer import POLICIES, ReplayBuffer
 from clext.methods.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Unpack
 
     from torch import Tensor, nn
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
 
 
 class Replay(Rehearsal):
@@ -29,7 +33,8 @@ class Replay(Rehearsal):
     takes examples of a task in at its end, all in one pass (in the paper: batch by batch as they
     come, in one epoch; what is kept has the same distribution).
 
-    What is kept is bounded by the budget: inputs, a label and a random key for each example.
+    What is kept is bounded by the budget: inputs, a label and a random key for each example. Inputs
+    may be several tensors; the loss of a sequence is the mean over its positions that count.
 
     Args:
         model: see `Method`.
@@ -60,28 +65,31 @@ class Replay(Rehearsal):
         batch: int | None = None,
         balance: str = "sum",
         seed: int = 0,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, balance=balance)
+        super().__init__(model, strength=strength, balance=balance, **supervision)
         self.budget = integer(self.name, "budget", budget, minimum=1)
         self.policy = self._choice("policy", policy)
-        self.batch = None if batch is None else integer(self.name, "batch", batch, minimum=1)
+        self.batch = count_or_all(self.name, "batch", batch)
         self.seed = integer(self.name, "seed", seed, minimum=0)
         self._buffer = ReplayBuffer(self.budget, self.policy, self.seed)
 
     def _follow_model(self) -> None:
         self._buffer.to(device_of(self.model))
 
-    def _loss(self, *batch: Tensor) -> Tensor:
-        inputs, labels = labelled(self.name, batch)
+    def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
         if len(self._buffer) == 0:
-            return super()._loss(inputs, labels)
-        old, old_labels = self._buffer.sample(self.batch or len(inputs))
-        losses = self.heads.cross_entropy(
-            torch.cat([inputs, old]),
-            torch.cat([labels + self.heads.start, old_labels]),
+            return super()._loss(inputs, labels, *more)
+        count = rows(inputs)
+        check_alike(self.name, inputs, self._buffer.rows[0], "in the memory", types=False)
+        check_alike("loss", labels, self._buffer.rows[1], "in the memory", "labels y", types=False)
+        old, old_labels = self._buffer.sample(self.batch or count)
+        losses = self.heads.loss_over_tasks(
+            concatenated([inputs, old]),
+            torch.cat([self.heads.with_start(inputs, labels), old_labels]),
             reduction="none",
         )
-        return self._balanced(losses[: len(inputs)].mean(), losses[len(inputs) :].mean())
+        return self._balanced(losses[:count].mean(), losses[count:].mean())
 
     def _end_task(self, dataloader: Batches | None) -> None:
         examples = self.heads.read_examples(self.name, dataloader, self.tasks)

@@ -14,7 +14,10 @@ from clext.methods.quadratic import QuadraticPenalty
 from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class RWalk(QuadraticPenalty):
@@ -85,6 +88,7 @@ class RWalk(QuadraticPenalty):
         mix: float = 0.5,
         variant: str = "paper",
         state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
         self.variant = self._choice("variant", variant)
         self._is_released = self.variant == "released"
@@ -94,7 +98,7 @@ class RWalk(QuadraticPenalty):
             self.state_names = (*self.state_names, "running_fisher")
             self.counter_names = (*self.counter_names, "task_steps")
             self.fused = None
-        super().__init__(model, strength=strength, state_dtype=state_dtype)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.alpha = number(self.name, "alpha", alpha, minimum=SMALLEST, maximum=1.0)
         self.interval = integer(self.name, "interval", interval, minimum=1)
         self.eps = number(self.name, "eps", eps, minimum=SMALLEST)

@@ -11,7 +11,10 @@ from clext.core.checks import SMALLEST, number
 from clext.methods.quadratic import QuadraticPenalty
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from clext.core.batches import Batches
+    from clext.core.supervision import SupervisionOptions
 
 
 class SI(QuadraticPenalty):
@@ -50,8 +53,9 @@ class SI(QuadraticPenalty):
         xi: float = 0.1,
         clamp: str = "task",
         state_dtype: torch.dtype | str | None = None,
+        **supervision: Unpack[SupervisionOptions],
     ) -> None:
-        super().__init__(model, strength=strength, state_dtype=state_dtype)
+        super().__init__(model, strength=strength, state_dtype=state_dtype, **supervision)
         self.xi = number(self.name, "xi", xi, minimum=SMALLEST)
         self.clamp = self._choice("clamp", clamp)
 

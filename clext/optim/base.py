@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
 from clext.core.lists import widest
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
-from clext.optim.protector import Attached, Protector
+from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -102,6 +102,7 @@ class FusedOptimizer(Optimizer):
 
     def _begin(self) -> None:
         self._penalty: Tensor | None = None  # before the last step
+        self._saved_beside: dict[str, Any] | None = None  # what a loaded state says of its method
         self._protector = self._method  # whose work the pass does
         self._attachment: Attached | None = None  # of a method that is called around the step
         if self._method is not None and self._method.fused is None:
@@ -171,6 +172,9 @@ class FusedOptimizer(Optimizer):
                 f"step() of {self._method.name} counts on the host, which a graph does not repeat; "
                 "capture optimizer.launch() and call optimizer.after_replay() after each replay"
             )
+            if self._saved_beside is not None:
+                warn_if_other(type(self).__name__, self._method, self._saved_beside)
+                self._saved_beside = None
         self._launch()
         self.after_replay()
 
@@ -269,10 +273,18 @@ class FusedOptimizer(Optimizer):
             raise
         self._plans = Plans(self.param_groups, self.state, self._keys_of)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a method adds the entry "method": what it has seen when this was saved."""
+        state_dict = super().state_dict()
+        if self._method is not None:
+            state_dict["method"] = fingerprint(self._method)
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a copy of a state of this class, or of its namesake in torch.optim.
 
-        ValueError if it does not fit or has something out of range; nothing is changed.
+        ValueError if it does not fit or has something out of range; nothing is changed. Beside a
+        method that has not seen what it had when this was saved, the next step warns.
         """
         before = {"state": self.state, "param_groups": self.param_groups}  # torch makes new ones
         given: list[dict[str, Any]] = []
@@ -304,6 +316,9 @@ class FusedOptimizer(Optimizer):
                 if any(state.get(key) is not None for key in self.state_keys):
                     found = {**state, **given["state"][place]}
                     state.update({key: fitted(entry, key, found[key]) for key in self.state_keys})
+        saved = given.get("method")
+        is_other = self._method is not None and saved not in (None, fingerprint(self._method))
+        self._saved_beside = saved if is_other else None
 
     def __getstate__(self) -> dict[str, Any]:
         # As arrays: pickle would write all of their common memory for each tensor, and what is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Protector(Protocol):
     """
 
     model: nn.Module
+    tasks: int  # ended so far
     steps: int  # of this task that the method had a part in
 
     @property
@@ -55,3 +57,27 @@ def state_of(method: Protector | None) -> ProtectedState | None:
     if method is None or not method.fused:
         return None
     return cast("ProtectedState", cast("Any", method)._state)
+
+
+def fingerprint(method: Protector) -> dict[str, Any]:
+    """Which method it is and what it has seen, for the state dict of its optimizer."""
+    return {"name": method.name, "tasks": method.tasks, "steps": method.steps}
+
+
+def warn_if_other(owner: str, method: Protector, saved: dict[str, Any]) -> None:
+    """Say so if an optimizer's state goes on beside a method that has not seen the same.
+
+    At the first step after loading: in which order the two are loaded does not count.
+    """
+    now = fingerprint(method)
+    if not method.fused:  # its loss, or its pull, has counted this step already
+        now["steps"] = min(now["steps"], saved["steps"])
+    if now != saved:
+        then, here = (
+            "{name} after {tasks} tasks and {steps} steps".format(**entry) for entry in (saved, now)
+        )
+        warnings.warn(
+            f"clext: the state of this {owner} was saved beside {then}, and goes on beside {here}; "
+            "load the state dict that the method had then, too",
+            stacklevel=4,
+        )

@@ -231,7 +231,8 @@ class Training:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
                 with timer.measure("consolidation"):
-                    method.consolidate(Batches(own, settings.batch_size))
+                    data = Batches(own, settings.batch_size)
+                    method.consolidate(optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
                 accuracies = self.evaluator.accuracies(k)
             result.curve.append(fmean(accuracies))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clext.core.parameters import allocate_state, trainable_parameters
+from clext.core.parameters import allocate_state, canonical_names, trainable_parameters
 from clext.methods.parts.state import ParameterState
 
 
@@ -28,6 +28,22 @@ def test_model_without_trainable_parameter_is_refused():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="Linear has no trainable parameter"):
         trainable_parameters(frozen)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_orig_mod.body.weight",
+        "module._orig_mod.body.weight",
+        "base_model.model.body.base_layer.weight",
+        "module.body.base_model.model.base_layer.weight",
+        "base_model.model.body.original_module.weight",
+    ],
+)
+def test_wrappers_do_not_count_in_a_name(name):
+    assert canonical_names({name: 1}) == {"body.weight": 1}
+    both = {name: 1, "body.weight": 2}
+    assert canonical_names(both) == both
 
 
 def with_parameter(tensor):

@@ -28,6 +28,7 @@ from importance_oracle import (
 )
 from torch import nn
 
+from clext import Supervision
 from clext.importance import (
     SlowImportanceWarning,
     fisher_information,
@@ -123,12 +124,15 @@ def test_outputs_may_come_by_another_way_than_the_models_own_call(make):
     model = make().double()
     params = params_of(model)
     batches = [(x, y % (CLASSES - 1)) for x, y in make_batches()]
+    narrow = Supervision(
+        model, forward=lambda model, batch: model(batch[0])[:, 1:], labels=lambda batch: batch[1]
+    )
     for estimate, options in (
         *((fisher_information, {"kind": kind}) for kind in ("empirical", "exact", "batch")),
         (output_sensitivity, {}),
         (sliced_cramer_importance, {}),
     ):
-        got = estimate(model, params, batches, forward=lambda x: model(x)[:, 1:], **options)
+        got = estimate(model, params, batches, supervision=narrow, **options)
         expected = estimate(Narrowed(model), params, batches, **options)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
     assert not any(module._forward_hooks for module in model.modules())
@@ -252,6 +256,10 @@ def test_frozen_parameters_have_no_importance(fast_model):
         got = estimate(fast_model, params, make_batches())
         assert got[2].eq(0).all()
         assert got[0].gt(0).any()
+    fast_model.requires_grad_(False)
+    for estimate in ESTIMATES:
+        with pytest.raises(ValueError, match="are frozen, so they have no gradient"):
+            estimate(fast_model, params, make_batches())
 
 
 def test_compiled_models_are_seen_through(device):

@@ -35,6 +35,17 @@ def test_only_what_is_trained_counts_and_once(case, way, make, device):
     assert list(trained.method.importance) == trainable
 
 
+@every_kind
+def test_where_all_is_frozen_nothing_is_protected_and_that_is_said(kind):
+    method = kind(make_model())
+    method.model.requires_grad_(False)
+    for call in (method.penalty, method.add_penalty_grad_):
+        with pytest.raises(ValueError, match="that the method knows are frozen, so it protects"):
+            call()
+    method.model.add_module("new", nn.Linear(2, 2))  # a probe on a frozen body is no mistake
+    assert method.penalty() == method.add_penalty_grad_() == 0
+
+
 @every_way
 @every_kind
 def test_a_parameter_frozen_later_stays_and_costs_the_same_in_both_ways(kind, way, device):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 from optim_cases import CASES, PLAIN, assert_same_parameters, make_pair, train, twins
 from torch import nn
+from toy_training import make_model, make_task
 
+import clext
 from clext import optim
 
 every_kind = pytest.mark.parametrize("case", PLAIN)
@@ -300,3 +303,65 @@ def test_parameters_no_state_can_be_kept_for(device):
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match=message):
                 optimizer.step()
+
+
+# ----------------------------------------------------------------------------- beside a method
+
+
+def beside(method, model):
+    """An optimizer that does the method's work, whatever that is."""
+    return optim.Adam(model.parameters(), lr=0.01, method=method)
+
+
+def steps_with(method, optimizer, number, steps):
+    for x, y in make_task(number)[:steps]:
+        method.loss(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [clext.SI, clext.EWC, clext.Replay, clext.AGEM])
+@pytest.mark.parametrize("order", ["method first", "optimizer first", "without the method"])
+def test_a_state_that_goes_on_beside_another_method_than_it_was_saved_with(kind, order):
+    model = make_model()
+    method = kind(model)
+    optimizer = beside(method, model)
+    steps_with(method, optimizer, 0, 5)
+    method.consolidate(make_task(0))
+    steps_with(method, optimizer, 1, 3)
+    of_method, of_optimizer = saved(method.state_dict()), saved(optimizer.state_dict())
+
+    resumed = kind(model)
+    if order == "method first":
+        resumed.load_state_dict(of_method)
+    after = beside(resumed, model)
+    after.load_state_dict(of_optimizer)
+    if order == "optimizer first":
+        resumed.load_state_dict(of_method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps_with(resumed, after, 1, 2)
+    told = [str(entry.message) for entry in caught]
+    if order == "without the method":
+        (message,) = told  # once, not at each step
+        assert f"saved beside {resumed.name} after 1 tasks and 3 steps" in message
+    else:
+        assert told == []
+
+
+def test_a_state_is_loaded_without_a_word_of_the_method_into_what_has_none():
+    model = make_model()
+    method = clext.SI(model)
+    optimizer = beside(method, model)
+    steps_with(method, optimizer, 0, 5)
+    with_method = optimizer.state_dict()
+    without = {key: entry for key, entry in with_method.items() if key != "method"}
+    fresh = clext.SI(make_model())
+    plain = torch.optim.Adam(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.load_state_dict(with_method)
+        plain.step()
+        older = beside(fresh, fresh.model)
+        older.load_state_dict(without)  # as it was saved before there was such an entry
+        steps_with(fresh, older, 0, 1)

@@ -180,6 +180,12 @@ class TestSeeds:
         assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
         assert on_device is None or torch.cuda.get_rng_state().equal(on_device)
 
+    def test_ewc_takes_its_importance_from_the_runs_optimizer(self):
+        method = clext.EWC(small(), fisher="optimizer")
+        result = clext.train(method, **QUICK)
+        assert result.config["method_options"]["fisher"] == "optimizer"
+        assert method.importance["2.weight"].any()
+
     def test_a_methods_own_seed_comes_from_the_runs_seed(self):
         result = clext.train("ewc", model=small(), **QUICK)
         assert result.config["method_options"]["seed"] == result.config["seeds"]["method"]

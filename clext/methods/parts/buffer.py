@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from clext.core.batches import check_alike
+from clext.core.inputs import concatenated, described, mapped, taken
 from clext.core.seeding import generator, restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from clext.core.inputs import Inputs
 
 POLICIES = ("reservoir", "balanced")
 _KEYS = 2**62  # so many that two examples hardly ever have the same
@@ -37,27 +40,26 @@ class ReplayBuffer:
     def __init__(self, budget: int, policy: str, seed: int) -> None:
         self.budget, self.policy, self.seed = budget, policy, seed
         # Inputs, labels and keys: a row for each example; nothing before the first.
-        self.rows: tuple[Tensor, ...] = ()
+        self.rows: tuple[Any, ...] = ()
         self._seen: Counter[int] = Counter()  # examples, by class or all together
         self._random = generator(seed)
 
     def __len__(self) -> int:
-        return len(self.rows[0]) if self.rows else 0
+        return len(self.rows[1]) if self.rows else 0
 
-    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+    def sample(self, count: int) -> tuple[Inputs, Tensor]:
         """Draw inputs [count, ...] and labels [count], where there are examples.
 
         Without replacement, unless there are fewer than `count`.
         """
-        inputs, labels, _ = self.rows
         if count <= len(self):
             places = torch.randperm(len(self), generator=self._random)[:count]
         else:
             places = torch.randint(len(self), (count,), generator=self._random)
-        places = places.to(labels.device)
-        return inputs.index_select(0, places), labels.index_select(0, places)
+        inputs, labels = taken(self.rows[:2], places.to(self.rows[1].device))
+        return inputs, labels
 
-    def add(self, owner: str, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def add(self, owner: str, batches: Iterable[tuple[Inputs, Tensor]]) -> None:
         """Choose anew between what is kept and the examples of `batches`.
 
         ValueError, in the name of `owner`, if inputs are not alike; nothing is changed then.
@@ -67,9 +69,14 @@ class ReplayBuffer:
         for inputs, labels in batches:
             if pieces:
                 check_alike(owner, inputs, pieces[0][0], "in the memory")
+            if self.policy == "balanced" and (labels.dim() != 1 or labels.is_floating_point()):
+                raise ValueError(
+                    f'{owner}: policy="balanced" needs a class for each example, and labels are '
+                    f'{described(labels)}; take policy="reservoir"'
+                )
             keys = torch.randint(_KEYS, (len(labels),), generator=random).to(labels.device)
             # A loader may use the tensors of a batch again for the next one.
-            pieces.append((inputs.clone(), labels, keys))
+            pieces.append((mapped(Tensor.clone, inputs), labels.clone(), keys))
             seen.update(self._groups(labels).tolist())
             waiting += len(labels)
             if waiting >= self.budget:  # a choice costs a copy of all
@@ -79,29 +86,30 @@ class ReplayBuffer:
 
     def _groups(self, labels: Tensor) -> Tensor:
         """Whom each example shares the budget with: its class, or all."""
-        return labels if self.policy == "balanced" else torch.zeros_like(labels)
+        is_balanced = self.policy == "balanced"
+        return labels if is_balanced else labels.new_zeros(len(labels), dtype=torch.int64)
 
-    def _chosen(
-        self, pieces: list[tuple[Tensor, ...]], seen: Mapping[int, int]
-    ) -> tuple[Tensor, ...]:
+    def _chosen(self, pieces: list[tuple[Any, ...]], seen: Mapping[int, int]) -> tuple[Any, ...]:
         """Of all these rows those with the smallest keys in each group, in their order."""
-        inputs, labels, keys = (torch.cat(column) for column in zip(*pieces, strict=True))
+        together = concatenated(pieces)
+        _, labels, keys = together
         groups = self._groups(labels)
         chosen = []
         for group, share in shares(seen, self.budget).items():
             places = (groups == group).nonzero().flatten()
             chosen.append(places[keys[places].argsort()[:share]])
         places = torch.cat(chosen).sort().values
-        return inputs[places], labels[places], keys[places]
+        chosen_rows: tuple[Any, ...] = taken(together, places)
+        return chosen_rows
 
     def to(self, device: torch.device) -> None:
         """Move the examples."""
-        self.rows = tuple(entry.to(device) for entry in self.rows)
+        self.rows = mapped(lambda entry: entry.to(device), self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the options, as copies."""
         return {
-            **{name: entry.clone() for name, entry in zip(_ROWS, self.rows, strict=False)},
+            **dict(zip(_ROWS, mapped(Tensor.clone, self.rows), strict=False)),
             "seen": dict(self._seen),
             "random": self._random.get_state(),
         }
@@ -109,7 +117,9 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over what `state_dict` returned."""
         names = _ROWS if "inputs" in state else ()
-        self.rows = tuple(state[name].to(device, copy=True) for name in names)
+        self.rows = mapped(
+            lambda entry: entry.to(device, copy=True), tuple(state[name] for name in names)
+        )
         self._seen = Counter(state.get("seen", {}))
         self._random = restored(self.seed, state.get("random"))
 

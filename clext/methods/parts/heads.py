@@ -8,53 +8,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import read_examples
+from clext.core.batches import class_labels
+from clext.core.inputs import flatten, mapped, rows, taken
+from clext.core.likelihood import CATEGORICAL
 from clext.core.modes import module_mode
 from clext.core.parameters import device_of
+from clext.core.supervision import Supervision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from typing import Unpack
 
     from clext.core.batches import Batches
+    from clext.core.inputs import Inputs
+    from clext.core.supervision import SupervisionOptions
 
 
-class Heads:
+class Heads(Supervision):
     """The outputs of one model that are active now, and those of each task so far.
 
-    `heads(inputs)` is what the model returns, cut to the active outputs; the model itself is not
-    touched and returns all of them. Labels that go with active outputs are *local*: they count from
+    `heads(inputs)` are the outputs, cut to the active ones; the model itself is not touched and
+    returns all of them. Labels that go with active outputs are *local*: they count from
     the first of these. Labels of examples of several tasks are *global*: they count from the
     model's first output.
 
     Args:
-        model: from inputs to logits [N, outputs].
+        model: its outputs are logits [N, outputs] where tasks have heads.
+        options: see `Supervision`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, **options: Unpack[SupervisionOptions]) -> None:
+        super().__init__(model, **options)
         self.active: range | None = None  # None: all that the model has
         self.blocks: list[range] = []  # of the tasks begun, in their order
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Logits of the active outputs, [N, active]."""
-        return self.narrow(self.logits(inputs))
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Outputs that are active, [N, active] (or [N, ...] where all are)."""
+        return self.narrow(self.outputs(inputs))
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Logits of all outputs, [N, outputs]; ValueError if the model returns something else."""
-        logits = self._model(inputs)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(inputs):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(
-                f"the model returned {got} for {len(inputs)} examples, expected logits "
-                f"[{len(inputs)}, outputs]; make the method of a module that returns these alone"
-            )
-        return logits
+    def logits(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
+        """All outputs, [N, outputs]; ValueError if the model returns something else."""
+        return _as_logits(self.outputs(inputs, model))
 
     def narrow(self, logits: Tensor, active: range | None = None) -> Tensor:
         """The columns of the active outputs, or of those given."""
         active = self.active if active is None else active
         if active is None:
             return logits
+        _as_logits(logits)
         if logits.shape[1] < active.stop:
             raise ValueError(
                 f"outputs {active.start} to {active.stop - 1} are active, so the model must return "
@@ -132,41 +133,69 @@ class Heads:
             )
 
     @torch.no_grad()
-    def count(self, inputs: Tensor) -> int:
+    def count(self, inputs: Inputs) -> int:
         """How many outputs the model has, as it makes them of inputs like these."""
         with module_mode(self._model, training=False):
-            return self.logits(inputs[:2]).shape[1]
+            return self.logits(taken(inputs, slice(2))).shape[1]
 
     def read_examples(
         self, owner: str, batches: Batches | None, ended: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Inputs, Tensor]]:
         """Batches of the task after `ended` others, on the model's device, with global labels.
 
-        ValueError if they are not (x, y), not finite, or not of the task's classes.
+        ValueError if they have no labels, are not finite (one NaN that is kept would be in every
+        later task), or not of the task's classes.
         """
-
-        def classes(inputs: Tensor) -> range:
-            if self.classes is not None and len(self.blocks) > ended:
-                return self.classes
-            return range(self.count(inputs) if self.active is None else len(self.active))
-
+        classes: range | None = None
         device = device_of(self._model)
-        return read_examples(owner, batches, device, classes, self.start)
+        for inputs, labels in self.read(owner, batches, device):
+            for entry in flatten(inputs)[0]:
+                if entry.is_floating_point() and not bool(entry.isfinite().all()):
+                    raise ValueError(
+                        f"{owner}: inputs hold NaN or infinity; leave these examples out"
+                    )
+            if labels is not None and self.has_classes(labels):
+                classes = classes or self._classes(inputs, ended)
+                labels = class_labels(owner, labels, rows(inputs), classes)
+            yield mapped(Tensor.detach, inputs), self.with_start(inputs, labels)
 
-    def cross_entropy(self, inputs: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
-        """The loss of examples of any task seen.
+    def with_start(self, inputs: Inputs, labels: Tensor | None) -> Tensor:
+        """The global labels of local ones; zeros where a loss of the user's own knows them."""
+        if labels is None:
+            return torch.zeros(rows(inputs), dtype=torch.int64, device=device_of(self._model))
+        return labels + self.start if self.has_classes(labels) else labels
+
+    def has_classes(self, labels: Tensor) -> bool:
+        """Whether they say a class of each whole example."""
+        is_categorical = self.options.get("likelihood") == CATEGORICAL
+        return is_categorical and labels.dim() == 1 and not self.gives_losses
+
+    def _classes(self, inputs: Inputs, ended: int) -> range:
+        """The local labels that may occur."""
+        if self.classes is not None and len(self.blocks) > ended:
+            return self.classes
+        return range(self.count(inputs) if self.active is None else len(self.active))
+
+    def loss_of(self, outputs: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The mean loss of labels that go with these (active) outputs of `inputs`."""
+        return self.likelihood.loss(outputs, self.fitted("loss", outputs, inputs, labels))
+
+    def loss_over_tasks(self, inputs: Inputs, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+        """The loss of examples of any tasks seen.
 
         An example competes with the active outputs if its class is among them, else with those of
         its own task.
 
         Args:
             inputs: of the model, N examples.
-            labels: global, int64 [N].
+            labels: global.
             reduction: "mean", or "none" for the loss of each, [N].
         """
-        logits = self.logits(inputs)
         if not self.apart:
-            return F.cross_entropy(self.narrow(logits), labels - self.start, reduction=reduction)
+            labels = labels - self.start if self.start else labels
+            each = reduction == "none"
+            return self.losses(inputs, labels) if each else self.loss(inputs, labels)
+        logits = self.logits(inputs)
         rivals = self.competing(logits.shape[1], logits.device).index_select(0, labels)
         rivalling = logits.masked_fill(~rivals, -torch.inf)
         return F.cross_entropy(rivalling, labels, reduction=reduction)
@@ -192,6 +221,15 @@ class Heads:
         active = state["active"]
         blocks = [range(start, stop) for start, stop in state["blocks"]]
         self.active, self.blocks = None if active is None else range(*active), blocks
+
+
+def _as_logits(outputs: Tensor) -> Tensor:
+    if outputs.dim() != 2:
+        raise ValueError(
+            f"the model returned {list(outputs.shape)} for {len(outputs)} examples, expected "
+            f"logits [{len(outputs)}, outputs], which heads and teachers are made for"
+        )
+    return outputs
 
 
 def check_range(name: str, given: object) -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 CONSOLIDATED = ("anchor", "importance")
 # These begin as a copy of the parameters, all other state as zeros.
 COPIES_OF_PARAMETERS = ("anchor", "interval_start")
+ALL_FROZEN = (
+    "all parameters that the method knows are frozen, so it protects nothing; unfreeze them, or "
+    "call refresh_parameters() where others have taken their place"
+)
 # What a step keeps from the pull to its end; in no state dict.
 SCRATCH = ("task_gradient", "step_start")
 
@@ -107,14 +111,16 @@ class ParameterState:
     def penalty(self, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
 
-        Frozen parameters without a gradient have no part in it. `given`: values in place of the
-        parameters of these names.
+        Frozen parameters without a gradient have no part in it; ValueError if there are no others.
+        `given`: values in place of the parameters of these names.
         """
         values = given or {}
         moving = [
             name in values or entry.requires_grad or entry.grad is not None
             for name, entry in zip(self.names, self.params, strict=True)
         ]
+        if not any(moving):
+            raise ValueError(ALL_FROZEN)
         params = [values.get(*pair) for pair in zip(self.names, self.params, strict=True)]
         lists = (params, self.lists["anchor"], self.lists["importance"])
         return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from clext import ops
+from clext.methods.parts.state import ALL_FROZEN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,7 @@ class Step:
 
         Raises:
             RuntimeError: see `check_unpulled`.
+            ValueError: everything is frozen, so that nothing is pulled.
         """
         self.check_unpulled(
             state,
@@ -82,6 +84,8 @@ class Step:
         elif self.follows_path and scale != 1:
             torch._foreach_div_(state.scratch["task_gradient"], scale)
         self._pulled = _mark(state)
+        if self._pulled is None:
+            raise ValueError(ALL_FROZEN)
         self.kept_by = "pull"
         return value / scale
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from clext.core.modes import module_mode
+from clext.core.inputs import split
+from clext.core.modes import call_with, module_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+    from clext.core.inputs import Inputs
     from clext.methods.parts.heads import Heads
 
 # How a distillation loss is scaled, the default first.
@@ -29,22 +30,22 @@ class Teacher:
 
     Args:
         model: whose values are copied, on the device where they are.
+        logits: from inputs to all outputs [N, outputs], by calling `model`; None: `model`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, logits: Callable[[Inputs], Tensor] | None = None) -> None:
+        self._model, self._logits = model, model if logits is None else logits
         self._values = {name: value.detach().clone() for name, value in _values(model).items()}
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Inputs) -> Tensor:
         """All outputs of the model for `inputs` at that time, in eval mode, without gradients."""
         with module_mode(self._model, training=False):
-            outputs: Tensor = functional_call(self._model, self._values, (inputs,))
-        return outputs
+            return call_with(self._model, self._values, self._logits, inputs)
 
-    def record(self, inputs: Tensor) -> Tensor:
+    def record(self, inputs: Inputs) -> Tensor:
         """The same for many inputs, in batches of 1000."""
-        return torch.cat([self(batch) for batch in inputs.split(LARGE_BATCH)])
+        return torch.cat([self(batch) for batch in split(inputs, LARGE_BATCH)])
 
     def to(self, device: torch.device) -> None:
         """Move the copies."""
@@ -55,9 +56,16 @@ class Teacher:
         return {"values": {name: value.clone() for name, value in self._values.items()}}
 
     @classmethod
-    def load(cls, model: nn.Module, given: Mapping[str, Any]) -> Teacher:
-        """The teacher of `model` with such values; ValueError if the model never had such."""
-        teacher, live = cls(model), _values(model)
+    def load(
+        cls,
+        model: nn.Module,
+        given: Mapping[str, Any] | None,
+        logits: Callable[[Inputs], Tensor] | None = None,
+    ) -> Teacher | None:
+        """The teacher of `model` with such values, if any; ValueError if it never had such."""
+        if given is None:
+            return None
+        teacher, live = cls(model, logits), _values(model)
         teacher._values = {}
         for name, value in given["values"].items():
             fits = value.dim() == live[name].dim()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.batches import described
+from clext.core.inputs import described
 from clext.core.seeding import linear
 
 

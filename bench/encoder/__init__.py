@@ -1,0 +1,1 @@
+"""A pre-trained sentence encoder that learns one text task after another."""
