@@ -277,7 +277,7 @@ class TestModel:
         result = clext.train(method, **QUICK)
         assert method.tasks == 2
         assert result.config["strength"] == 2.0
-        assert result.config["method_options"] == {"xi": 0.5, "clamp": "task"}
+        assert result.config["method_options"] == {"xi": 0.5, "clamp": "task", "state_dtype": None}
         clext.train(method, model=model, **{**QUICK, "tasks": 1})
         assert method.tasks == 3
 
