@@ -82,7 +82,10 @@ class Run:
             self.seconds["steps"] += time.process_time() - start
             if k == 0:
                 start = time.process_time()
-                whole = batches(self.data[k][0], BATCH)
+                order = torch.randperm(
+                    len(self.data[k][0]["labels"])
+                )  # for samples=: of all classes
+                whole = batches(self.data[k][0], BATCH, order)
                 method.consolidate(optimizer if method.takes_optimizer else whole)
                 self.seconds["consolidate"] = time.process_time() - start
             self._test(k, optimizer)
