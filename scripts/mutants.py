@@ -78,7 +78,7 @@ importance/scp.py
     count**2 => count
 importance/batch_mean.py
     cotangent / count => cotangent
-importance/rules.py
+importance/rules/norms.py
     F.batch_norm(inputs, mean, => F.batch_norm(inputs, -mean,
 methods/ewc.py
     seed=self.seed + self.tasks => seed=self.seed

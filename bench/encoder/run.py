@@ -37,7 +37,7 @@ from encoder.model import (
 )
 from speed.timing import machine, record
 
-TRAIN, TEST, OTHER = 48, 40, 40  # texts of each module
+TRAIN, TEST, OTHER = 48, 40, 24  # texts of each module
 LENGTH, BATCH, EPOCHS = 24, 32, 2
 LR = {"encoder": 3e-4, "head": 1e-2, "lora": 3e-3}
 BLOCKS = [range(8), range(8, 16)]
@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[Make, float | None]] = {  # and a strength found with a
     "SI": (lambda model, s: clext.SI(model, strength=s), 10.0),
     "replay": (lambda model, _: clext.Replay(model, budget=64), None),
     "LoRA": (lambda model, _: clext.Baseline(model), None),
-    "LoRA, base protected": (lambda model, s: clext.EWC(model, strength=s, samples=256), 1e4),
+    "LoRA, base protected": (lambda model, s: clext.EWC(model, strength=s, samples=256), 1e6),
 }
 
 
@@ -82,7 +82,10 @@ class Run:
             self.seconds["steps"] += time.process_time() - start
             if k == 0:
                 start = time.process_time()
-                whole = batches(self.data[k][0], BATCH)
+                order = torch.randperm(
+                    len(self.data[k][0]["labels"])
+                )  # for samples=: of all classes
+                whole = batches(self.data[k][0], BATCH, order)
                 method.consolidate(optimizer if method.takes_optimizer else whole)
                 self.seconds["consolidate"] = time.process_time() - start
             self._test(k, optimizer)
