@@ -63,17 +63,22 @@ methods/rehearsal.py
     1 / (self.tasks + 1) => 1 / (self.tasks + 2)
 methods/parts/teacher.py
     temperature**2 => temperature
-[importance] importance methods bench
-importance/fisher.py
-    label : label + 1].sqrt() => label : label + 1]
+[importance] core importance methods bench
+core/likelihood.py
+    label : label + 1, t].sqrt() => label : label + 1, t]
     <= uniform => >= uniform
+    (p * (1 - p)).sqrt() => p * (1 - p)
+    return labels - outputs.to(labels.dtype).sigmoid() => return outputs.sigmoid() - labels
+    (known != IGNORED) => (known != 0)
+core/supervision.py
+    labels[:, 1:], (0, 1) => labels[:, :-1], (1, 0)
 importance/mas.py
     [2 * outputs] => [outputs]
 importance/scp.py
-    samples**2 => samples
+    count**2 => count
 importance/batch_mean.py
-    cotangent / len(x) => cotangent
-importance/rules.py
+    cotangent / count => cotangent
+importance/rules/norms.py
     F.batch_norm(inputs, mean, => F.batch_norm(inputs, -mean,
 methods/ewc.py
     seed=self.seed + self.tasks => seed=self.seed

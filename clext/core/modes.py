@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +25,53 @@ def module_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-_lock, _eager = threading.Lock(), ExitStack()
-_inside = 0
+class _ProcessWide:
+    """A setting of the process: the first of several threads makes it, the last puts it back."""
+
+    def __init__(self, module: str, make: Callable[[], AbstractContextManager[object]]) -> None:
+        self._module, self._make = module, make
+        self._lock, self._made, self._inside = threading.Lock(), ExitStack(), 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self._module not in sys.modules:
+            yield  # nobody uses what it is a setting of; importing that may take seconds
+            return
+        with self._lock:
+            if not self._inside:
+                self._made.enter_context(self._make())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._made.close()
 
 
 @contextmanager
-def run_eagerly() -> Iterator[None]:
-    """Compiled models run eagerly inside: compiled code leaves out hooks that came after it.
+def _plain_checkpoints() -> Iterator[None]:
+    from torch.utils import checkpoint
 
-    That is a setting of the process: the last of several threads puts it back.
-    """
-    global _inside
-    if "torch._dynamo" not in sys.modules:
-        yield  # nothing is compiled, and importing it takes seconds
-        return
-    with _lock:
-        if not _inside:
-            _eager.enter_context(torch.compiler.set_stance("force_eager"))
-        _inside += 1
+    # What both variants of `checkpoint` call, which models have imported by name.
+    kind: Any = checkpoint.CheckpointFunction
+    generator = checkpoint._checkpoint_without_reentrant_generator
+    kind.apply = staticmethod(lambda function, _, *args: function(*args))
+    checkpoint._checkpoint_without_reentrant_generator = lambda *_, **__: iter([None])
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                _eager.close()
+        del kind.apply  # and has that of its base again
+        checkpoint._checkpoint_without_reentrant_generator = generator
+
+
+# Compiled models run eagerly inside: compiled code leaves out hooks that came after it.
+run_eagerly = _ProcessWide("torch._dynamo", lambda: torch.compiler.set_stance("force_eager"))
+
+# Activations are kept inside, not calculated again (torch.utils.checkpoint): the reentrant variant
+# refuses `torch.autograd.grad`, the other runs again for each look at what it has saved.
+without_checkpointing = _ProcessWide("torch.utils.checkpoint", _plain_checkpoints)
 
 
 @contextmanager

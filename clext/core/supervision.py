@@ -137,6 +137,22 @@ class Supervision:
             inputs = whole
         return inputs, labels
 
+    def arguments(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Inputs, labels and whatever else there is of a batch that a loss was given.
+
+        As its arguments, or whole as the only one; TypeError without labels.
+        """
+        whole = batch[0] if len(batch) == 1 else batch
+        inputs, labels = self.split(whole)
+        if labels is None and not self.gives_losses:
+            raise TypeError(
+                "loss: got inputs alone, expected labels too: loss(x, y), or a mapping with the "
+                f'entry "{LABELS}"'
+            )
+        if checked_rows("loss", inputs, labels) == 0:
+            raise ValueError(f"loss: got {described(inputs)}, expected at least one example")
+        return inputs, labels, *(whole[2:] if isinstance(whole, tuple) else ())
+
     # ------------------------------------------------------------------ of the model
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -2,128 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 
 from clext.core.inputs import mapped
-from clext.core.lists import widest
-from clext.importance.layout import WHOLE, Layout
+from clext.importance.call import Call
 from clext.importance.rules import rule_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
 
     from clext.core.inputs import Inputs
     from clext.importance.passes import Forward
-    from clext.importance.rule import LayerRule, Use
-
-
-@dataclass(frozen=True)
-class Path:
-    """How a parameter becomes the tensor in a call, by selections alone: each entry is an entry of
-    the parameter, and no entry of it comes twice. A function of gradients goes back as they do.
-
-    `steps`: back from the call's tensor to the parameter. `key`: equal for equal selections.
-    """
-
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    key: tuple[object, ...] = ()
-    shape: tuple[int, ...] | None = None  # of the call's tensor; None: the parameter's own
-
-    def start(self, like: Tensor) -> Tensor:
-        """Zeros for what is to go back to `like`."""
-        return like if self.shape is None else like.new_zeros(self.shape)
-
-    def back(self, gradient: Tensor) -> Tensor:
-        """What arrives at the parameter."""
-        for step in self.steps:
-            gradient = step(gradient)
-        return gradient
-
-
-DIRECT = Path()
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a layer in a forward pass: its tensors as rows of samples, see rule.py.
-
-    `places`: name of a parameter -> its index. `path`: the way to the parameters, where they are
-    not used as they are. `order`: the output's dimensions as the rule counts them. As long as
-    nothing else is said, all rows are those of one sample.
-    """
-
-    rule: LayerRule
-    places: dict[str, int]
-    inputs: Tensor
-    edge: GradientEdge
-    output_shape: torch.Size
-    path: Path = DIRECT
-    order: tuple[int, ...] | None = None
-    kind: object = None  # of the call; None: the rule says it
-    layout: Layout = WHOLE
-    samples: int = 1
-
-    @property
-    def leading(self) -> torch.Size:
-        """The sizes of the input's dimensions that count rows."""
-        return self.inputs.shape[: self.inputs.dim() - self.row_dims[0]]
-
-    @property
-    def separable(self) -> bool:
-        """Whether a function of the gradient is the gradient of the functions."""
-        return self.rule.separable(self.leading.numel() // self.samples)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the rule calculates in: the state dtype of the layer's parameters."""
-        return widest(getattr(self.rule.layer, name) for name in self.places)
-
-    @property
-    def row_dims(self) -> tuple[int, int]:
-        """How many of the last dimensions of input and output make up one row."""
-        return self.rule.row_dims(self.inputs.dim())
-
-    def rows(self, g: Tensor) -> Tensor:
-        """The gradient by the output as [samples, rows, ...]."""
-        return self.layout.rows(g, self.row_dims[1], self.samples)
-
-    def features(self) -> Tensor:
-        """What the output gradient is multiplied with, [samples, rows, ...]."""
-        return self.rule.features(self._input_rows())
-
-    def parts(self, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and output gradients, for as many samples at a time as the rule wants."""
-        inputs = self._input_rows()
-        size = self.rule.samples_at_once(inputs)
-        for some, gradients in zip(inputs.split(size), g.split(size), strict=True):
-            yield self.rule.features(some), gradients
-
-    def use(self, name: str, rows: Tensor) -> Use:
-        """The parameter `name` in this call, for the output gradient `rows`."""
-        return self.rule, name, self.features(), rows
-
-    def release(self) -> None:
-        """Give the memory of the input back: from then on there is none."""
-        del self.inputs
-
-    def _input_rows(self) -> Tensor:
-        rows = self.layout.rows(self.inputs, self.row_dims[0], self.samples)
-        return rows.to(self.dtype) if rows.is_floating_point() else rows
+    from clext.importance.rule import LayerRule
 
 
 class Capture:
     """Runs `forward`, watching the layers of `model` with rules for some of the trainable `params`.
 
     `without_rule` are the indices of the trainable parameters that a layer without a rule holds
-    (also those that it shares with layers that have one).
+    (also those that it shares with layers that have one). `packs` are the packed sequences that
+    recurrent layers were given in the last forward pass.
     """
 
     def __init__(
@@ -146,10 +52,17 @@ class Capture:
             elif places:
                 self._layers[module] = (rule, places)
         self.without_rule = frozenset(without_rule)
+        self.packs: list[PackedSequence] = []
+        self._recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
 
     def forward(self, x: Inputs) -> tuple[Any, list[Call]]:
         """The outputs, and the calls through which they may depend on parameters."""
         calls: list[Call] = []
+        self.packs = []
+
+        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], PackedSequence):
+                self.packs.append(args[0])
 
         def capture(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -157,7 +70,8 @@ class Capture:
             if output.requires_grad:  # else it was called under no_grad
                 rule, places = self._layers[module]
                 inputs = args[0] if args else next(iter(kwargs.values()))
-                calls.append(Call(rule, places, inputs.detach(), _edge(output), output.shape))
+                call = Call(rule, places, inputs.detach(), _edge(output), output.shape, kind=rule)
+                calls.append(call)
 
         handles: list[RemovableHandle] = []
         try:
@@ -165,6 +79,7 @@ class Capture:
                 # First of all hooks, to see the layer's own output.
                 handle = module.register_forward_hook(capture, prepend=True, with_kwargs=True)
                 handles.append(handle)
+            handles += [module.register_forward_pre_hook(look) for module in self._recurrent]
             outputs = self._forward(mapped(Tensor.clone, x))  # it may be changed in place
         finally:
             for handle in handles:
@@ -283,4 +198,5 @@ def ends_of(calls: Sequence[Call]) -> list[Call]:
 
 def _as_output(g: Tensor, call: Call) -> Tensor:
     """A gradient that arrived at the call's edge, shaped as its output, in the rule's dtype."""
-    return g.reshape(call.output_shape).to(call.dtype)
+    g = g.reshape(call.output_shape).to(call.dtype)
+    return g if call.order is None else g.permute(call.order)

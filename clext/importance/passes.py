@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clext.core.inputs import Inputs, mapped
-from clext.core.modes import buffers_kept, module_mode, run_eagerly
+from clext.core.modes import buffers_kept, module_mode, run_eagerly, without_checkpointing
 from clext.core.seeding import isolated_rng
 
 # From the inputs of a batch to outputs [samples, ...], by calling the model.
@@ -36,20 +37,40 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
                 "have no gradients: make or load the model outside of torch.inference_mode()"
             )
     device = params[0].device
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with (
         torch.inference_mode(False),
         _attributes_kept(model),
         buffers_kept(model),
         run_eagerly(),
+        without_checkpointing(),
         module_mode(model, training=False),
         isolated_rng(seed, device),
         torch.autocast(device.type, enabled=False),
-        # Its recurrent layers have no backward pass in eval mode.
-        torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
         torch.enable_grad(),
     ):
+        _compute_plainly(model)
         yield
+
+
+def _compute_plainly(model: nn.Module) -> None:
+    """Give modules a `forward` that autograd and the rules can look into."""
+    for module in model.modules():
+        if "_original_forward" in module.__dict__:  # prepared by accelerate: inside of an autocast
+            module.forward = module.__dict__["_original_forward"]
+        if isinstance(module, nn.RNNBase):
+            module.forward = partial(_step_by_step, module.forward)
+
+
+def _step_by_step(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """A recurrent layer without the libraries that compute it as a whole: one hides the gates, the
+    other has no backward pass in eval mode.
+    """
+    before = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)[0]
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            return forward(*args, **kwargs)
+    finally:
+        torch.backends.mkldnn.set_flags(before, _fp32_precision=None)
 
 
 @contextmanager

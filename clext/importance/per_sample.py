@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from clext.core.inputs import rows, split
+from clext.core.inputs import mapped, rows, split
 from clext.core.parameters import allocate_state
-from clext.importance.capture import Call, Capture, ends_of, stream_output_gradients
+from clext.importance.capture import Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, flat, single_outputs
-from clext.importance.rule import add_joint_, identity
+from clext.importance.passes import check_outputs, flat, gradients, single_outputs
+from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from clext.core.inputs import Inputs
+    from clext.importance.call import Call, Path, Piece
     from clext.importance.coverage import Uses
     from clext.importance.passes import Forward
 
@@ -49,12 +50,25 @@ class PerSampleSum:
         self._function = torch.abs if absolute else torch.square
         self._capture = Capture(model, params, forward)
         self._finder = CoverageFinder(self._capture, params)
-        self.sums = allocate_state(params)
-        self._singles = SingleSamples(owner, model, params, forward, self.sums, self._function)
+        self._sums = allocate_state(params)
+        # Sums for a part of a parameter, or in another layout: by its number and what part it is.
+        self._parts: dict[object, tuple[int, Path, Tensor]] = {}
+        self._singles = SingleSamples(owner, model, params, forward, self._sums, self._function)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What was added so far."""
+        for i, path, part in self._parts.values():
+            self._sums[i].add_(path.back(part))
+        self._parts.clear()
+        return self._sums
 
     def add(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
         count = rows(x)
+        if count == 1:
+            self._add_one(x, cotangents)
+            return
         outputs, calls = self._capture.forward(x)
         outputs = check_outputs(self._owner, outputs, count)
         weights = cotangents(outputs.detach())
@@ -68,51 +82,71 @@ class PerSampleSum:
             weights = cotangents(torch.cat([entry.detach() for entry in singles]))
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
-        uses = coverage.uses(calls, count)
-        batch = _Batch(self.sums, uses, self._function, frees_graph=count > 1)
-        del calls, uses  # for `batch` to give their inputs back
+        singly, uses = coverage.singly, coverage.uses()
+        batch = _Batch(uses, self._room, self._function)
+        del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
             assert weight is not None
             weight = flat(weight)
             batch.add(outputs, weight, last=following is None)
-            if coverage.singly:
-                self._singles.add(x, weight.to(outputs.dtype), coverage.singly)
+            if singly:
+                self._singles.add(x, weight.to(outputs.dtype), singly)
         batch.finish()
+
+    def _add_one(self, x: Inputs, cotangents: Cotangents) -> None:
+        """Add one sample, whose gradient is autograd's."""
+        outputs = self._forward(mapped(Tensor.clone, x))
+        outputs = check_outputs(self._owner, outputs, 1)
+        for weight in cotangents(outputs.detach()):
+            for i, gradient in gradients(outputs, self._params, weight).items():
+                self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))
+
+    def _room(self, i: int, piece: Piece) -> Tensor:
+        """Where `piece` of parameter i is summed up."""
+        key = (i, piece.path.key)
+        if key in self._parts:
+            return self._parts[key][2]
+        room = piece.room(self._sums[i])
+        if room is None:
+            return self._sums[i]
+        self._parts[key] = (i, piece.path, room)
+        return room
 
 
 class _Batch:
-    """Adds to `sums` what the rules cover, for the cotangents of one forward pass.
+    """Adds what the rules cover, for the cotangents of one forward pass.
 
-    `frees_graph`: with the last cotangent, what the forward pass had kept is given back. Not where
-    there is one sample: all rows are taken for its own then, also those of something that the
-    model keeps for the passes to come.
+    `room`: where what is added of a piece of a parameter goes. With the last cotangent, what the
+    forward pass had kept is given back.
     """
 
     def __init__(
         self,
-        sums: list[Tensor],
         uses: Uses,
+        room: Callable[[int, Piece], Tensor],
         function: Callable[[Tensor], Tensor],
-        *,
-        frees_graph: bool,
     ) -> None:
-        self._sums, self._function, self._frees_graph = sums, function, frees_graph
+        self._function = function
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
-        # they need no more of the cotangents than the sum of their function. `joint`: parameters of
+        # they need no more of the cotangents than the sum of their function. `joint`: pieces of
         # several uses.
         self._single: dict[Call, dict[str, Tensor]] = {}
         self._separable: dict[Call, dict[str, Tensor]] = {}
-        self._joint: dict[int, list[tuple[Call, str]]] = {}
+        self._joint: list[tuple[Piece, Tensor]] = []
         self._totals: dict[Call, Tensor] = {}
-        for i, places in uses.items():
-            call, name = places[0]
-            if len(places) > 1:
-                self._joint[i] = places
-            else:
-                kind = self._separable if call.separable else self._single
-                kind.setdefault(call, {})[name] = sums[i]
-        self._shared = {call for places in self._joint.values() for call, _ in places}
-        self._calls = list(dict.fromkeys(c for places in uses.values() for c, _ in places))
+        calls: dict[Call, None] = {}
+        for i, pieces in uses.items():
+            for piece in pieces:
+                acc = room(i, piece)
+                call, name = piece.uses[0]
+                if len(piece.uses) > 1:
+                    self._joint.append((piece, acc))
+                else:
+                    kind = self._separable if call.separable else self._single
+                    kind.setdefault(call, {})[name] = acc
+                calls.update(dict.fromkeys(call for call, _ in piece.uses))
+        self._shared = {call for piece, _ in self._joint for call, _ in piece.uses}
+        self._calls = list(calls)
         self._ends = ends_of(self._calls)
 
     def add(self, outputs: Tensor, cotangent: Tensor, *, last: bool) -> None:
@@ -134,14 +168,13 @@ class _Batch:
             if last and call not in self._shared and call not in self._separable:
                 call.release()
 
-        keep_graph = not (last and self._frees_graph)
         stream_output_gradients(
-            outputs, self._calls, self._ends, cotangent, receive, keep_graph=keep_graph
+            outputs, self._calls, self._ends, cotangent, receive, keep_graph=not last
         )
-        for i, places in self._joint.items():
-            uses = [call.use(name, rows[call]) for call, name in places if call in rows]
+        for piece, acc in self._joint:
+            uses = [call.use(name, rows[call]) for call, name in piece.uses if call in rows]
             if uses:
-                add_joint_(self._sums[i], uses, self._function)
+                add_uses_(acc, uses, self._function)
 
     def finish(self) -> None:
         """Add the separable parameters: the inputs are the same for every cotangent."""

@@ -7,6 +7,7 @@ sample has the same number of rows (tokens, frames, windows); its gradient is th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,9 +84,35 @@ class LayerRule:
         """
         return False
 
+    def room(self, name: str, like: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Zeros for `add_`, of the shape and dtype of `like`, where another layout in memory than
+        the parameter's makes that faster.
+        """
+        return None
+
     def add_(self, acc: Tensor, name: str, features: Tensor, g: Tensor, function: Function) -> None:
         """Add the sum over samples of function(gradient) by the parameter `name` to `acc`."""
         add_joint_(acc, [(self, name, features, g)], function)
+
+    def joins(self, other: LayerRule) -> bool:  # noqa: ARG002
+        """Whether rows of a call by the rule `other` may be taken for more rows of this one's."""
+        return False
+
+    # Whether a sample's gradient is zero but for some of the parameter's rows: `single_rows`.
+    looks_up = False
+
+    def single_rows(self, features: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those rows of all samples: the samples they are of, their numbers, the gradients."""
+        raise NotImplementedError
+
+    # Whether `gradient_of_rows` is there.
+    gives_single_rows = False
+
+    def gradient_of_rows(
+        self, features: Tensor, g: Tensor, samples: Tensor, rows: Tensor
+    ) -> Tensor:
+        """The gradient of sample samples[k] by row rows[k] of the weight, for each k."""
+        raise NotImplementedError
 
     # Whether `add_rows_` is there.
     gives_rows = False
@@ -99,13 +126,71 @@ class LayerRule:
 _NAMES: dict[Function, str] = {torch.square: "square", torch.abs: "absolute", identity: "identity"}
 
 
-def add_products_(acc: Tensor, features: Tensor, grads: Tensor, function: Function) -> None:
-    """Add the sum over samples of function(sum over rows of grads times features) to `acc`.
+def product_sums(features: Tensor, grads: Tensor, function: Function) -> Tensor:
+    """The sum over samples of function(sum over rows of features times grads).
 
-    As in `ops.per_sample_sum`, for a weight of [groups * outputs, *inputs].
+    Tensors and result as in `ops.per_sample_sum`.
     """
-    sums = ops.per_sample_sum(features, grads, function=_NAMES[function])
-    acc.add_(sums.transpose(1, 2).reshape(acc.shape))
+    if math.prod(grads.shape[3:]) == 1:
+        # With one row, the function of a product is the product of the functions.
+        left, right = (
+            function(tensor).reshape(*tensor.shape[:2], -1).transpose(0, 1)
+            for tensor in (features, grads)
+        )
+        return torch.bmm(left.transpose(1, 2), right)
+    return ops.per_sample_sum(features, grads, function=_NAMES[function])
+
+
+def add_uses_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:
+    """Add the sum over samples of function(sum over uses of gradient) to `acc`."""
+    groups: list[list[Use]] = []
+    for use in uses:
+        alike = next((group for group in groups if _joins(group[0], use)), None)
+        if alike is None:
+            groups.append([use])
+        else:
+            alike.append(use)
+    joined = [_joined(group) for group in groups]
+    joined.sort(key=lambda use: use[0].looks_up)
+    if len(joined) == 1:
+        rule, name, features, g = joined[0]
+        rule.add_(acc, name, features, g, function)
+    elif len(joined) == 2 and joined[0][0].gives_single_rows and joined[1][0].looks_up:
+        _add_tied_(acc, joined[0], joined[1], function)
+    else:
+        add_joint_(acc, joined, function)
+
+
+def _joins(first: Use, second: Use) -> bool:
+    """Whether two uses differ in their rows alone."""
+    (rule, name, *tensors), (other, other_name, *others) = first, second
+    return (
+        name == other_name
+        and rule.joins(other)
+        and all(a.shape[2:] == b.shape[2:] for a, b in zip(tensors, others, strict=True))
+    )
+
+
+def _joined(uses: Sequence[Use]) -> Use:
+    """One use with the rows of all."""
+    rule, name, features, g = uses[0]
+    if len(uses) > 1:
+        features = torch.cat([use[2] for use in uses], 1)
+        g = torch.cat([use[3] for use in uses], 1)
+    return rule, name, features, g
+
+
+def _add_tied_(acc: Tensor, product: Use, lookup: Use, function: Function) -> None:
+    """As `add_uses_`, for a table that is multiplied with too (tied embeddings).
+
+    A sample looks up few rows: only there the function is not that of the product's gradient.
+    """
+    rule, name, features, g = product
+    table, _, tokens, by_token = lookup
+    rule.add_(acc, name, features, g, function)
+    samples, rows, looked_up = table.single_rows(tokens, by_token)
+    multiplied = rule.gradient_of_rows(features, g, samples, rows)
+    acc.index_add_(0, rows, function(multiplied + looked_up) - function(multiplied))
 
 
 def add_joint_(acc: Tensor, uses: Sequence[Use], function: Function) -> None:

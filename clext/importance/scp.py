@@ -13,8 +13,9 @@ from clext.core.inputs import rows, split
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
 from clext.core.supervision import Supervision
-from clext.importance.capture import Call, Capture, output_gradients
+from clext.importance.capture import Capture, output_gradients
 from clext.importance.coverage import CoverageFinder
+from clext.importance.graph import Graph
 from clext.importance.passes import (
     averaged,
     check_outputs,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clext.core.batches import Batches
+    from clext.importance.call import Call
     from clext.importance.coverage import Uses
 
 # Bound on the derivatives by layers' outputs held at once.
@@ -85,12 +87,12 @@ def sliced_cramer_importance(
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:
                 coverage = finder.find(x, outputs, calls, samples=1)
-                if coverage.mixed:
+                if coverage.mixed or Graph(outputs).scales_by_frequency:
                     # f is the mean of what each sample gives by itself.
                     for sample in split(x, 1):
                         jacobian.add(flat(single_outputs(owner, supervision, sample)), {})
                 else:
-                    jacobian.add(outputs, coverage.uses(calls, samples=1))
+                    jacobian.add(outputs, coverage.uses())
             count += len(outputs)
         assert jacobian is not None  # there is at least one batch
         return averaged(owner, jacobian.squares(), count**2)
@@ -126,7 +128,8 @@ class _Jacobian:
         Where a rule can, the derivatives by a layer's outputs are taken alone, and turned into
         those by its parameters for many rows at once.
         """
-        calls = list(dict.fromkeys(call for places in uses.values() for call, _ in places))
+        uses_of = {i: [use for piece in pieces for use in piece.uses] for i, pieces in uses.items()}
+        calls = list(dict.fromkeys(call for places in uses_of.values() for call, _ in places))
         others = [i for i, p in enumerate(self._params) if p.requires_grad and i not in uses]
         row_bytes = sum(call.output_shape.numel() * 8 for call in calls)
         size = max(1, _CHUNK_BYTES // max(1, row_bytes))
@@ -144,7 +147,7 @@ class _Jacobian:
                     if g is not None:
                         by_output.setdefault(call, []).append(call.rows(g).squeeze(0))
             stacked = {call: torch.stack(rows) for call, rows in by_output.items()}
-            for i, places in uses.items():
+            for i, places in uses_of.items():
                 for call, name in places:
                     if call in stacked:
                         features = call.features().squeeze(0)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from clext.core.batches import check_examples
 from clext.core.checks import choice
-from clext.core.inputs import described as described_entry
 from clext.core.parameters import trainable_parameters
-from clext.core.supervision import checked_rows
 from clext.methods.parts.attachment import Attachment
 from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
@@ -124,17 +122,7 @@ class Method:
 
         TypeError or ValueError for what is none: see `clext.Supervision`.
         """
-        whole = batch[0] if len(batch) == 1 else batch
-        inputs, labels = self.heads.split(whole)
-        if labels is None and not self.heads.gives_losses:
-            raise TypeError(
-                "loss: got inputs alone, expected labels too: loss(x, y), or a mapping with the "
-                'entry "labels"'
-            )
-        if checked_rows("loss", inputs, labels) == 0:
-            raise ValueError(f"loss: got {described_entry(inputs)}, expected at least one example")
-        more = whole[2:] if isinstance(whole, tuple) else ()
-        value = self._loss(inputs, labels, *more)
+        value = self._loss(*self.heads.arguments(batch))
         self.steps += self.has_own_loss
         return value
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clext.core.batches import check_alike
 from clext.core.checks import integer
 from clext.core.inputs import concatenated, mapped, rows, split, taken
-from clext.core.modes import buffers_kept
+from clext.core.modes import buffers_kept, without_checkpointing
 from clext.core.parameters import allocate_rows, device_of
 from clext.core.seeding import generator, restored
 from clext.methods.base import Method
@@ -77,7 +77,7 @@ class GradientProjection(Method):
         if not self._sizes or not grads:
             return self.penalty()
         rows = self._rows_of(params)
-        with torch.enable_grad(), buffers_kept(self.model):
+        with torch.enable_grad(), buffers_kept(self.model), without_checkpointing():
             self._write_rows(rows, params)
         # Where g is scale times the gradient, so is what is added to it.
         scale = scale_of(scaler)

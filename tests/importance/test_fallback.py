@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from importance_models import (
-    Functional,
     Prototypes,
     SelfChecking,
     make_batches,
@@ -30,8 +29,7 @@ slow = pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarnin
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (Functional, "'layer.weight' (Linear)"),
-        (SelfChecking, "'layer.weight' (Bilinear), 'layer.bias' (Bilinear)"),
+        (SelfChecking, "'layer.weight' (Bilinear)"),
         (Prototypes, "'prototypes' (Prototypes)"),
     ],
 )

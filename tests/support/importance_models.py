@@ -44,7 +44,8 @@ class Prototypes(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(4, 5))
 
     def forward(self, x):
-        return self.head(torch.tanh(self.layer(x) @ self.prototypes.T))
+        nearer = torch.maximum(self.layer(x).unsqueeze(1), self.prototypes)
+        return self.head(torch.tanh(nearer.sum(2)))
 
 
 class SelfChecking(nn.Module):
@@ -105,8 +106,9 @@ BY_RULE = [
     tied,
     batch_norm,
     convolution,
+    Functional,
 ]
-BY_TORCH_FUNC = [Functional, Prototypes, SelfChecking]
+BY_TORCH_FUNC = [Prototypes, SelfChecking]
 
 
 def make_batches(sizes=(4, 1, 5), *, features=6, dtype=torch.float64):

@@ -191,6 +191,14 @@ CONVOLUTIONS = {
     "2d called twice": lambda: Custom(
         lambda m, x: m.conv(m.conv(x.view(-1, 2, 3, 4)).tanh()), conv=nn.Conv2d(2, 2, 2, padding=1)
     ),
+    "transposed 1d": lambda: stack((4, 6), nn.ConvTranspose1d(4, 2, 3), nn.Conv1d(2, 3, 2)),
+    "transposed 2d": lambda: stack(
+        (4, 2, 3),
+        nn.ConvTranspose2d(4, 6, (2, 3), stride=2, padding=(1, 0), output_padding=1, groups=2),
+    ),
+    "transposed 3d": lambda: stack(
+        (3, 2, 2, 2), nn.ConvTranspose3d(3, 2, 2, dilation=(1, 2, 1), bias=False)
+    ),
     "3d": partial(conv3d, 4, 2, padding=(1, 0, 1)),
     "3d groups": partial(conv3d, 4, (2, 1, 2), groups=2, stride=(1, 1, 2)),
 }
@@ -270,8 +278,6 @@ NORMS = {
     }.items()
 }
 
-RULED = {**CONVOLUTIONS, **ARRANGEMENTS, **EMBEDDINGS, **NORMS}
-
 
 def sequences(m, x):
     return x.view(-1, 4, 6)
@@ -281,66 +287,237 @@ def _positions(m, x):
     return (m.layer(sequences(m, x)) + m.table(torch.arange(4, device=x.device))).tanh()
 
 
-def recurrent(kind):
-    return lambda: Custom(
-        lambda m, x: m.cell(m.layer(sequences(m, x)))[0][:, -1],
-        layer=nn.Linear(6, 5),
-        cell=kind(5, 3, batch_first=True),
-    )
-
-
 def weight_norm():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
     return Custom(lambda m, x: m.layer(sequences(m, x)), layer=layer)
 
 
+class Attention(nn.Module):
+    """Attention from x to other widths of key and value, with biases for them."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.body = nn.MultiheadAttention(6, 3, batch_first=True, **options)
+        self.head = head()
+
+    def forward(self, x):
+        hidden = self.layer(sequences(self, x))
+        key = hidden[..., : self.body.kdim]
+        return self.head(self.body(hidden, key, key[..., : self.body.vdim])[0])
+
+
+class Positions(nn.Module):
+    """Parameters that are broadcast to the samples in different ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 5), head()
+        self.first = nn.Parameter(torch.randn(1, 1, 5))
+        self.places = nn.Parameter(torch.randn(1, 10, 5))
+        self.scale = nn.Parameter(torch.randn(5))
+        self.by_place = nn.Parameter(torch.randn(5, 1))
+        self.temperature = nn.Parameter(torch.randn(()))
+        self.shift = nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        hidden = self.layer(sequences(self, x))
+        hidden = torch.cat([self.first.expand(len(x), -1, -1), hidden], 1) + self.places[:, :5]
+        hidden = (hidden * (1 + self.scale)).tanh() * self.by_place - self.shift[1]
+        turned = hidden.transpose(0, 1) + self.places[0, 5:].unsqueeze(1)  # tokens first
+        return self.head((turned.transpose(0, 1) * self.temperature).contiguous())
+
+
+class Packed(nn.Module):
+    """Recurrent layers over sequences of different lengths."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 5), head()
+        self.cell = kind(5, 3, batch_first=True, **options)
+
+    def forward(self, x):
+        lengths = (tokens(x[:, 0]) % 4 + 1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.layer(sequences(self, x)), lengths, batch_first=True, enforce_sorted=False
+        )
+        padded, _ = nn.utils.rnn.pad_packed_sequence(
+            self.cell(packed)[0], batch_first=True, total_length=4
+        )
+        return self.head(padded)
+
+
+class Conv1D(nn.Module):
+    """A linear layer with the weight the other way round, as in GPT-2."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class OwnNorm(nn.LayerNorm):
+    """A norm by channels in the second dimension, as timm has them."""
+
+    def forward(self, x):
+        turned = F.layer_norm(
+            x.transpose(1, -1), self.normalized_shape, self.weight, self.bias, self.eps
+        )
+        return turned.transpose(1, -1)
+
+
+class OwnBatchNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        ).relu()
+
+
+class OwnGroupNorm(nn.GroupNorm):
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class OwnEmbedding(nn.Embedding):
+    def forward(self, x):
+        return F.embedding(x, self.weight, self.padding_idx) * 3
+
+
+class Inheriting(nn.Linear):
+    """Computes what its base does."""
+
+
+def bag(forward, **options):
+    return partial(Custom, forward, table=nn.EmbeddingBag(VOCABULARY, 3, **options))
+
+
+def ragged_bags(m, x):
+    """Of different sizes, two for a sample, of which some are empty."""
+    sizes = tokens(x[:, :2]).flatten() % 4
+    chosen = torch.arange(12, device=x.device) < sizes.view(-1, 1)
+    words = tokens(x.reshape(-1, 12))[chosen]
+    starts = sizes.cumsum(0) - sizes
+    return m.table(words, starts).view(len(x), -1).tanh()
+
+
+def tied_scaled():
+    model = Custom(
+        lambda m, x: m.out(m.table(tokens(x[:, :6])).tanh()),
+        table=OwnEmbedding(VOCABULARY, 3, padding_idx=2),
+        out=nn.Linear(3, VOCABULARY),
+    )
+    model.out.weight = model.table.weight
+    return model
+
+
+def recurrent_with_head(kind, **options):
+    return lambda: Custom(
+        lambda m, x: m.cell(m.layer(sequences(m, x)))[0],
+        layer=nn.Linear(6, 5),
+        cell=kind(5, 3, batch_first=True, **options),
+    )
+
+
+def encoder(**options):
+    return lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, **options)
+
+
+# What no layer's rule covers, but the rules of autograd's nodes.
+BY_GRAPH = {
+    "transformer": lambda: Custom(
+        lambda m, x: m.body(sequences(m, x)), body=encoder(batch_first=True)()
+    ),
+    "transformer, sequence-first": lambda: Custom(
+        lambda m, x: m.body(sequences(m, x).transpose(0, 1)).transpose(0, 1),
+        body=encoder(norm_first=True)(),
+    ),
+    "attention": Attention,
+    "attention to other widths": partial(Attention, kdim=5, vdim=4),
+    "attention with more biases": partial(Attention, add_bias_kv=True),
+    "attention without bias": partial(Attention, bias=False),
+    "parameters by themselves": Positions,
+    "positions in a table": lambda: Custom(
+        _positions, layer=nn.Linear(6, 5), table=nn.Embedding(4, 5)
+    ),
+    "PReLU": lambda: stack((4, 6), nn.PReLU(4), nn.Conv1d(4, 3, 2), nn.PReLU()),
+    "LSTM": recurrent_with_head(nn.LSTM, num_layers=2, bidirectional=True),
+    "LSTM, projected": recurrent_with_head(nn.LSTM, proj_size=2, bias=False),
+    "GRU": recurrent_with_head(nn.GRU, bidirectional=True),
+    "RNN": recurrent_with_head(nn.RNN, nonlinearity="relu"),
+    "LSTM, packed": partial(Packed, nn.LSTM, num_layers=2),
+    "GRU, packed": partial(Packed, nn.GRU, bidirectional=True),
+    "RNN, packed": partial(Packed, nn.RNN),
+    "Conv1D": lambda: Custom(
+        lambda m, x: m.second(m.layer(sequences(m, x)).tanh()),
+        layer=Conv1D(6, 5),
+        second=Conv1D(5, 3),
+    ),
+    "norms with a forward of their own": lambda: trained_norm(
+        lambda: stack((2, 3, 4), OwnNorm(2), OwnBatchNorm(2), OwnGroupNorm(1, 2))
+    ),
+    "convolution with a forward of its own": lambda: stack(
+        (4, 2, 3), OwnConv(4, 6, 2, padding=1, groups=2)
+    ),
+    "linear layers that inherit": lambda: stack((4, 6), Inheriting(6, 5)),
+    "embedding with a forward of its own": lambda: Custom(
+        lambda m, x: m.table(tokens(x)), table=OwnEmbedding(VOCABULARY, 3, padding_idx=1)
+    ),
+    "tied embedding, scaled": tied_scaled,
+    "bags": bag(lambda m, x: m.table(tokens(x.view(-1, 4))).view(len(x), -1), mode="sum"),
+    "bags' means": bag(lambda m, x: m.table(tokens(x)).tanh(), padding_idx=2),
+    "bags of different sizes": bag(ragged_bags),
+    "weighted bags": bag(
+        lambda m, x: m.table(tokens(x), per_sample_weights=x.tanh()).tanh(), mode="sum"
+    ),
+    "behind another parameter": lambda: Custom(
+        lambda m, x: m.layer(x[:, :12]) * m.second(m.scale(x[:, 12:])),
+        layer=nn.Linear(12, 5),
+        scale=nn.PReLU(12),
+        second=nn.Linear(12, 5),
+    ),
+    "weight from the left": lambda: Custom(
+        lambda m, x: (m.layer.weight @ x[:, :6].T).T.tanh() @ m.second.weight,
+        layer=nn.Linear(6, 5, bias=False),
+        second=nn.Linear(4, 5, bias=False),
+    ),
+    "used within and without": lambda: Custom(
+        lambda m, x: F.linear(m.layer(x[:, :6]).tanh(), m.layer.weight), layer=nn.Linear(6, 6)
+    ),
+}
+
+RULED = {**CONVOLUTIONS, **ARRANGEMENTS, **EMBEDDINGS, **NORMS, **BY_GRAPH}
+
+
 # What the rules leave to torch.func: names of those parameters begin with these.
 FALLBACK = {
-    "transformer": (
+    "bilinear": (
         lambda: Custom(
-            lambda m, x: m.body(sequences(m, x)),
-            body=nn.TransformerEncoderLayer(6, 2, 8, dropout=0.1, batch_first=True),
-        ),
-        ["body.self_attn"],
-    ),
-    "transformer, sequence-first": (
-        lambda: Custom(
-            lambda m, x: m.body(sequences(m, x).transpose(0, 1)).transpose(0, 1),
-            body=nn.TransformerEncoderLayer(6, 2, 8, norm_first=True),
-        ),
-        ["body.self_attn"],
-    ),
-    "attention": (
-        lambda: Custom(
-            lambda m, x: m.body(*3 * [m.layer(sequences(m, x))], need_weights=False)[0],
+            lambda m, x: m.body(x[:, :6], m.layer(x[:, 6:12])),
             layer=nn.Linear(6, 6),
-            body=nn.MultiheadAttention(6, 3, batch_first=True),
+            body=nn.Bilinear(6, 6, 5),
         ),
-        ["body"],
-    ),
-    "behind another parameter": (
-        lambda: Custom(
-            lambda m, x: m.layer(x[:, :12]) * m.second(m.scale(x[:, 12:])),
-            layer=nn.Linear(12, 5),
-            scale=nn.PReLU(12),
-            second=nn.Linear(12, 5),
-        ),
-        ["scale"],
-    ),
-    "LSTM": (recurrent(nn.LSTM), ["cell"]),
-    "GRU": (recurrent(nn.GRU), ["cell"]),
-    "RNN": (recurrent(nn.RNN), ["cell"]),
-    "positions": (
-        lambda: Custom(_positions, layer=nn.Linear(6, 5), table=nn.Embedding(4, 5)),
-        ["table"],
+        ["body.weight"],
     ),
     "frequency": (
         embedded(lambda m, x: m.table(tokens(x)).tanh(), scale_grad_by_freq=True),
         ["table"],
     ),
-    "weight norm": (weight_norm, ["layer."]),
-    "transposed": (
-        lambda: stack((4, 6), nn.ConvTranspose1d(4, 2, 3), nn.Conv1d(2, 3, 2)),
-        ["1."],
+    "largest of a bag": (bag(lambda m, x: m.table(tokens(x)).tanh(), mode="max"), ["table"]),
+    "overlapping parts": (
+        lambda: Custom(
+            lambda m, x: x[:, :5] * m.layer.weight[0, :5] + x[:, 5:10] * m.layer.weight[0, 1:],
+            layer=nn.Linear(6, 1, bias=False),
+        ),
+        ["layer"],
     ),
+    "weight norm": (weight_norm, ["layer.parametrizations"]),
 }
