@@ -91,9 +91,8 @@ class LwF(Rehearsal):
     def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
         """With the teacher's logits for all outputs, [N, outputs], as third argument or without."""
         logits = self.heads.logits(inputs)
-        current = self.heads.loss(inputs, labels, self.heads.narrow(logits))
         if self._teacher is None:
-            return current
+            return self.heads.loss(inputs, labels, self.heads.narrow(logits))
         recorded = added_logits(rows(inputs), more)
         teacher = self._teacher(inputs) if recorded is None else recorded
         self.heads.check_width(self.name, logits.shape[1], teacher.shape[1])
@@ -101,6 +100,7 @@ class LwF(Rehearsal):
             distillation_loss(logits[:, now], teacher[:, then], self.temperature, self.scale)
             for now, then in old_heads(self.heads, self.tasks, teacher.shape[1])
         ]
+        current = self.heads.loss(inputs, labels, self.heads.narrow(logits))
         return self._balanced(current, self._over_tasks(losses))
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
