@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean, stdev
 
 from clext import Comparison, Result
@@ -142,6 +143,55 @@ def optimizer_importance_table() -> str:
         f"After the first task the two correlate by {facts[0]:.3f} (their ranks by "
         f"{facts[1]:.3f}), and the empirical Fisher is {ratio:.0f} times the second moment at "
         f"batches of 128. Means of {len(pairs)} seeds. {where(runs)}"
+    )
+
+
+def encoder_table() -> str:
+    """A pre-trained encoder after two text tasks, by what was done against forgetting."""
+    entries = {(e["method"], e["seed"]): e for e in read_lines("encoder")}.values()
+    if not entries:
+        return NOT_MEASURED
+
+    def percent(found: list[Entry], value: Callable[[Entry], float]) -> str:
+        return mean_and_scatter([100 * value(e) for e in found])
+
+    def mean(found: list[Entry], value: Callable[[Entry], float]) -> float:
+        return fmean(value(e) for e in found)
+
+    rows = []
+    for name in dict.fromkeys(e["method"] for e in entries):
+        found = [e for e in entries if e["method"] == name]
+        strength = found[0]["strength"]
+        rows.append(
+            [
+                name,
+                "" if strength is None else f"{strength:g}",
+                percent(found, lambda e: e["accuracy"][1][0]),
+                percent(found, lambda e: e["accuracy"][1][1]),
+                percent(found, lambda e: e["others"][2]["accuracy"]),
+                f"{mean(found, lambda e: e['others'][2]['cosine']):.2f}",
+                f"{mean(found, lambda e: e['seconds'][1]):.0f}",
+                f"{mean(found, lambda e: e['consolidate_seconds']):.1f}",
+                f"{mean(found, lambda e: e['method_bytes']) / 1e6:.0f}",
+                f"{mean(found, lambda e: e['optimizer_bytes']) / 1e6:.0f}",
+            ]
+        )
+    before, after = [
+        100 * mean([*entries], lambda e, i=i: e["others"][i]["accuracy"]) for i in range(2)
+    ]
+    learned = 100 * mean([*entries], lambda e: e["accuracy"][0][0])
+    cosine = mean([*entries], lambda e: e["others"][1]["cosine"])
+    head = [
+        *("second task by", "strength", "first task, %", "second task, %", "other texts, %"),
+        *("cosine", "steps, s", "consolidate, s", "method's state, MB", "optimizer's, MB"),
+    ]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        f"Before: first task just learned {learned:.1f} %, other texts {before:.1f} % by the "
+        f"original encoder and {after:.1f} % after the first task (cosine {cosine:.2f}). Means of "
+        f"{len({e['seed'] for e in entries})} seeds; seconds of one core, of the second task's 24 "
+        "steps and of `consolidate`. "
+        f"{where([*entries])}"
     )
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 from report import accuracy_tables, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "docs" / "frameworks.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy_tables.accuracy_table,
@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "course_step": speed_tables.course_step_table,
     "published": accuracy_tables.published_table,
     "sweep": accuracy_tables.sweep_table,
+    "encoder": accuracy_tables.encoder_table,
     "optimizer_importance": accuracy_tables.optimizer_importance_table,
 }
 

@@ -1,4 +1,4 @@
-"""Texts and a small language model in Transformers and TRL."""
+"""Texts and a small language model in Transformers, TRL and PEFT."""
 
 from __future__ import annotations
 
@@ -154,6 +154,64 @@ def trl_by_hand(model: nn.Module, tasks: Sequence[Any]) -> None:
     )
 
 
+def batches() -> Sequence[Any]:
+    tasks = (torch.tensor(data["input_ids"]).split(BATCH) for data in texts())
+    return [[{"input_ids": x, "labels": x} for x in task] for task in tasks]
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def peft_without(model, tasks):
+    lora = with_lora(model)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=LR)
+    for batch in tasks[1]:
+        lora(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peft_glued(model, tasks):
+    from clext.integrations.peft import MergedPenalty
+
+    method = clext.EWC(model)
+    method.consolidate(tasks[0])
+    lora = with_lora(model)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=LR)
+    MergedPenalty(method).attach(optimizer)
+    for batch in tasks[1]:
+        lora(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peft_by_hand(model: nn.Module, tasks: Sequence[Any]) -> None:
+    """The penalty on the merged weights by autograd: strength * sum of F * (s B A)^2."""
+    from peft.tuners.lora import LoraLayer
+
+    method = clext.EWC(model)
+    method.consolidate(tasks[0])
+    fisher = {name: entry.clone() for name, entry in method.importance.items()}
+    lora = with_lora(model)
+    layers = [
+        (fisher[f"{name}.weight"], layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    ]
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=LR)
+    for batch in tasks[1]:
+        changes = [(f, layer.get_delta_weight("default")) for f, layer in layers]
+        penalty = method.strength * sum((f * change.square()).sum() for f, change in changes)
+        (lora(**batch).loss + penalty).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 TEXTS = {
     "Transformers": Framework(
         "transformers",
@@ -164,4 +222,5 @@ TEXTS = {
         transformers_by_hand,
     ),
     "TRL": Framework("trl", language_model, texts, trl_without, trl_glued, trl_by_hand),
+    "PEFT": Framework("peft", language_model, batches, peft_without, peft_glued, peft_by_hand),
 }

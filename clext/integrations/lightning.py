@@ -61,9 +61,10 @@ class ContinualCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """End the task, if that was asked for."""
+        optimizer = self._steps.optimizer
         self._steps.end()
         if self.consolidate:
-            self.method.consolidate(_batches(trainer))
+            self.method.consolidate(optimizer if self.method.takes_optimizer else _batches(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state."""

@@ -91,9 +91,13 @@ class MergedPenalty(Method):
         """The penalty: 0-dim, differentiable, to be added to the loss; see `Method.penalty`."""
         if params is not None:
             return self.base.penalty(params)
-        value = MergedWeights(self.base).penalty()
-        self.steps += value.requires_grad
-        return self.strength * (value + self.constant)
+        weights = MergedWeights(self.base)
+        penalty = self.strength * (weights.penalty() + self.constant)
+        if penalty.requires_grad:
+            state = cast("ParameterState", weights)
+            penalty.register_hook(lambda _: self._step.follow_backward(state))
+            self.steps += 1
+        return penalty
 
     def add_penalty_grad_(self, scaler: object = None) -> Tensor:
         """Add the penalty's gradient to `.grad`; returns the penalty (0-dim).
@@ -200,7 +204,7 @@ class MergedWeights:
         trained = [
             (entry, *known[id(original)])
             for entry, original in pairs
-            if id(original) in known and (entry.requires_grad or entry.grad is not None)
+            if id(original) in known and entry.requires_grad
         ]
         self.trained = tuple([entry[i] for entry in trained] for i in range(3))
         self.params = [entry for change in self.changes for entry in change.factors]

@@ -2,7 +2,9 @@
 
 Formulas and arguments of each op are those of its namesake in `clext.reference`. Kernels for CPU
 and CUDA are compiled in csrc/; torch_library.py adds shapes, autograd and all other devices.
-Bad arguments raise ValueError (TypeError for dtypes and sparse tensors) and change nothing.
+State is float64 for float64 parameters, else float32; `anchors` and `importances` may both be
+bfloat16 instead of float32. Bad arguments raise ValueError (TypeError for dtypes and sparse
+tensors) and change nothing.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ class ReferencePlan:
     """The interface of the compiled ParameterPlan, in plain torch for devices without kernels.
 
     `names`: one per parameter. `state`: lists as long as `params`, each entry laid out like its
-    parameter and in the state dtype, by the keys that the methods below take. `steps`: one 0-dim
-    state tensor per parameter for the steps of an optimizer, or none.
+    parameter and in the state dtype ("anchor" and "importance" may be bfloat16 for float32), by the
+    keys that the methods below take. `steps`: one 0-dim state tensor per parameter for the steps of
+    an optimizer, or none.
     """
 
     def __init__(

@@ -118,11 +118,14 @@ def describe(method: Method) -> dict[str, Any]:
 
 def _options(part: Any) -> dict[str, Any]:  # noqa: ANN401
     """What the method was made with, but for its strength; of modules the name of the class."""
-    values = {name: getattr(part, name) for name in option_names(type(part)) if name != "strength"}
-    return {
-        name: type(value).__name__ if isinstance(value, nn.Module) else value
-        for name, value in values.items()
-    }
+    names = (name for name in option_names(type(part)) if name != "strength")
+    return {name: _plain(getattr(part, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _describe_model(model: nn.Module) -> str:

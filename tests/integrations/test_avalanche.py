@@ -145,6 +145,18 @@ def test_replay_makes_the_loss():
     assert_same(method, oracle)
 
 
+def test_importance_from_the_optimizer_of_the_strategy():
+    method, oracle = (clext.EWC(Growing(), fisher="optimizer") for _ in range(2))
+    adams = [torch.optim.Adam(entry.model.parameters(), lr=0.01) for entry in (method, oracle)]
+    experience = benchmark().train_stream[0]
+    learned(method, [experience], adams[0])
+    losses = [lambda x=x, y=y: F.cross_entropy(oracle.model(x), y) for x, y in batches(experience)]
+    avalanche_model_adaptation(oracle.model, experience)
+    plain_loop(oracle, adams[1], losses)
+    oracle.consolidate(adams[1])
+    assert_same(method, oracle)
+
+
 # ----------------------------------------------------------------------------- refused
 
 

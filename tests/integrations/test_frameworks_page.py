@@ -142,6 +142,20 @@ def test_accelerate():
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_peft():
+    pytest.importorskip("peft")
+    loader, next_loader = loaders()
+    names = run("PEFT", model=make_model(torch.float32), loader=loader, torch=torch)
+    method, optimizer = names["method"], names["optimizer"]
+    for batch in next_loader:
+        method.loss(*batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert method.penalty() > 0
+    exec(compile(blocks("PEFT")[1], "merged", "exec"), names | {"next_loader": next_loader})
+    assert names["reg"].tasks == 2
+
+
 def test_avalanche():
     pytest.importorskip("avalanche")
     from avalanche.benchmarks.scenarios import class_incremental_benchmark

@@ -138,6 +138,21 @@ def test_manual_optimization_that_clips_in_the_hook_after_the_callback():
     assert_same((net, method), (expected, oracle))
 
 
+def test_importance_from_the_optimizer_of_the_fit():
+    def kind(module):
+        return clext.EWC(module, fisher="optimizer")
+
+    net, method = fitted(kind)
+    expected = Net()
+    oracle = kind(expected)
+    for number in range(2):
+        optimizer = expected.configure_optimizers()
+        losses = [lambda x=x, y=y: F.cross_entropy(expected(x), y) for x, y in task(number) * 2]
+        plain_loop(oracle, optimizer, losses)
+        oracle.consolidate(optimizer)
+    assert_same((net, method), (expected, oracle))
+
+
 def test_si_sees_the_gradient_before_it_is_clipped():
     net, expected = Net(), Net()
     method, oracle = clext.SI(net), clext.SI(expected)

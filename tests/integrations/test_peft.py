@@ -163,6 +163,7 @@ def test_the_penalty_is_that_of_the_merged_weights(case, displaced):
     model, method = measured()
     if displaced:
         moved(model)
+        model.body.weight.grad = torch.ones_like(model.body.weight)  # left by the task before
     lora = moved(CASES[case](model))
     value, gradients = dense_penalty(lora, method)
     trained = [p for p in lora.parameters() if p.requires_grad]
@@ -230,11 +231,29 @@ def test_an_optimizer_of_clext_takes_it_as_its_method():
 
 def test_the_pull_counts_once_in_a_step():
     model, method = measured()
-    guard = MergedPenalty(method) if with_lora(model) else None
+    guard = MergedPenalty(method) if moved(with_lora(model)) else None
     guard.loss(*make_data()).backward()
     guard.add_penalty_grad_()
-    with pytest.raises(RuntimeError, match="called twice on the same gradients"):
+    with pytest.raises(RuntimeError, match="would count twice"):
         guard.add_penalty_grad_()
+    guard.update()
+    guard.model.zero_grad()
+    (guard.loss(*make_data()) + guard.penalty()).backward()
+    with pytest.raises(RuntimeError, match="would count twice"):
+        guard.add_penalty_grad_()
+
+
+def test_state_may_be_in_bfloat16():
+    model = Net()
+    method = clext.EWC(model, strength=1.0, state_dtype=torch.bfloat16)
+    method.importance = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    lora = moved(with_lora(model))
+    value, gradients = dense_penalty(lora, method)
+    pulled = MergedPenalty(method).add_penalty_grad_()
+    torch.testing.assert_close(pulled.double(), value.detach(), rtol=1e-4, atol=0)
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    for p, expected in zip(trained, gradients, strict=True):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -366,6 +385,9 @@ def test_state_is_the_base_s_and_goes_to_another_process():
         assert other.penalty() == 0
         other.load_state_dict(guard.state_dict())
         torch.testing.assert_close(other.penalty(), guard.penalty())
+        other.load_flat_state_dict(guard.flat_state_dict())
+        torch.testing.assert_close(other.penalty(), guard.penalty())
+    assert guard.flat_state_dict().keys() == method.flat_state_dict().keys()
 
 
 # ------------------------------------------------------------------ what cannot be

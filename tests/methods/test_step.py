@@ -318,7 +318,7 @@ def entered(function):
     return names
 
 
-@pytest.mark.parametrize(("way", "most"), [("apart", 8), ("fused", 15)])
+@pytest.mark.parametrize(("way", "most"), [("apart", 10), ("fused", 20)])
 def test_a_step_of_si_is_a_handful_of_functions(way, most):
     trained = Trained("si", way)
     batches = make_task(0)

@@ -277,7 +277,10 @@ class TestModel:
         result = clext.train(method, **QUICK)
         assert method.tasks == 2
         assert result.config["strength"] == 2.0
-        assert result.config["method_options"] == {"xi": 0.5, "clamp": "task"}
+        options = {"xi": 0.5, "clamp": "task", "state_dtype": None}
+        assert result.config["method_options"] == options
+        halved = clext.train("si", state_dtype=torch.bfloat16, **QUICK)
+        assert halved.config["method_options"]["state_dtype"] == "bfloat16"
         clext.train(method, model=model, **{**QUICK, "tasks": 1})
         assert method.tasks == 3
 
