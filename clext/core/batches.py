@@ -38,7 +38,7 @@ def read_batches(owner: str, batches: Batches | None, device: torch.device) -> I
                 f"{owner}: batch {index} is {described(batch)}, expected tensors with a row for "
                 f"each example; {remedy}"
             )
-        if all(len(entry) > 0 for entry in tensors):
+        if any(len(entry) > 0 for entry in tensors):
             is_empty = False
             # A graph cannot save inference tensors.
             yield mapped(lambda e: (e.clone() if e.is_inference() else e).to(device), batch)

@@ -77,7 +77,7 @@ def fisher_information(
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
         forward: Forward = supervision
         if supervision.gives_losses:
-            forward = supervision.losses if kind == "batch" else supervision.each_loss
+            forward = supervision.own_losses if kind != "batch" else supervision.mean_losses
         sums = kind_of_sum(owner, model, params, forward, absolute=False)
         draws = generator(seed)
         count = 0
@@ -112,13 +112,13 @@ def _score_functions(
             yield -torch.ones_like(outputs)
             return
         likelihood = supervision.likelihood
-        labels = supervision.fitted(owner, outputs, x, y)
-        likelihood.check_values(owner, outputs, labels)
+        by_class, labels = supervision.matched(owner, outputs, x, y)
+        likelihood.check_values(owner, by_class, labels)
         if kind == "exact":
-            yield from likelihood.weighted_scores(outputs, labels)
+            yield from map(supervision.as_outputs, likelihood.weighted_scores(by_class, labels))
         elif kind == "sample":
-            yield likelihood.drawn_score(outputs, labels, draws)
+            yield supervision.as_outputs(likelihood.drawn_score(by_class, labels, draws))
         else:
-            yield likelihood.score(outputs, labels)
+            yield supervision.as_outputs(likelihood.score(by_class, labels))
 
     return cotangents

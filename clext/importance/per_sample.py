@@ -129,7 +129,7 @@ class _Batch:
         self._function = function
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
         # they need no more of the cotangents than the sum of their function. `joint`: pieces of
-        # several uses.
+        # several uses, or such as have to wait for the end of the backward pass.
         self._single: dict[Call, dict[str, Tensor]] = {}
         self._separable: dict[Call, dict[str, Tensor]] = {}
         self._joint: list[tuple[Piece, Tensor]] = []
@@ -139,7 +139,7 @@ class _Batch:
             for piece in pieces:
                 acc = room(i, piece)
                 call, name = piece.uses[0]
-                if len(piece.uses) > 1:
+                if len(piece.uses) > 1 or call.rule.asks_nodes:
                     self._joint.append((piece, acc))
                 else:
                     kind = self._separable if call.separable else self._single
