@@ -114,11 +114,13 @@ class Graph:
         elif rule_shape != argument.shape:
             steps.insert(0, lambda tensor: tensor.reshape(argument.shape))
             key.insert(0, argument.shape)
-        node, inputs, output_shape = argument.node, use.inputs.detach(), argument.output_shape
+        node, output, inputs = argument.node, 0, use.inputs.detach()
         view = self._unflattening_view(node) if use.unflattens else None
         if view is not None:
-            node, output_shape = view, _shape(view)
-            inputs = inputs.reshape(*output_shape[:-1], inputs.shape[-1])
+            node = view
+            inputs = inputs.reshape(*_shape(view)[:-1], inputs.shape[-1])
+        if use.beside is not None:
+            node, output = node.next_functions[use.beside]
         path = Path(tuple(steps), tuple(key), rule_shape) if steps else DIRECT
         if not selects:
             rule, path = DerivedRule(rule, path, parameter), DIRECT
@@ -126,8 +128,8 @@ class Graph:
             rule,
             {use.name: i},
             inputs,
-            GradientEdge(node, 0),
-            output_shape,
+            GradientEdge(node, output),
+            _shape(node, output),
             path=path,
             order=use.order,
             kind=(argument.node.name(), argument.place, i, *(step.name for step in way)),
@@ -188,7 +190,10 @@ class _Step:
     def __call__(self, gradient: Tensor) -> Tensor:
         if self._is_identity:
             return gradient
-        gradients: list[Tensor | None] = [None] * len(self._node._input_metadata)
+        outputs = self._node._input_metadata
+        if not self.selects:  # it calculates with what it has saved
+            gradient = gradient.to(outputs[self.output].dtype)
+        gradients: list[Tensor | None] = [None] * len(outputs)
         gradients[self.output] = gradient
         with torch.no_grad():
             found = self._node(*gradients)

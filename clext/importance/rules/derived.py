@@ -37,7 +37,7 @@ class DerivedRule(LayerRule):
 
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         gradients = self._rule.gradient(name, features, g)
-        return torch.stack([self._path.back(gradient) for gradient in gradients])
+        return torch.stack([self._path.back(gradient) for gradient in gradients]).to(g.dtype)
 
     def scratch(self, name: str, features: Tensor) -> int:
         return self._rule.scratch(name, features) + 2 * self._parameter.numel()
