@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[Make, float | None]] = {  # and a strength found with a
     "fine-tuning": (lambda model, _: clext.Baseline(model), None),
     "EWC": (lambda model, s: clext.EWC(model, strength=s, samples=256), 1e5),
     "EWC, optimizer": (lambda model, s: clext.EWC(model, strength=s, fisher="optimizer"), 3e5),
-    "SI": (lambda model, s: clext.SI(model, strength=s), 10.0),
+    "SI": (lambda model, s: clext.SI(model, strength=s), 1e4),
     "replay": (lambda model, _: clext.Replay(model, budget=64), None),
     "LoRA": (lambda model, _: clext.Baseline(model), None),
     "LoRA, base protected": (lambda model, s: clext.EWC(model, strength=s, samples=256), 1e4),

@@ -13,7 +13,7 @@ from clext.core.parameters import allocate_state
 from clext.importance.capture import Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, flat, gradients, single_outputs
+from clext.importance.passes import check_finite, flat, gradients, single_outputs
 from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PerSampleSum:
             self._add_one(x, cotangents)
             return
         outputs, calls = self._capture.forward(x)
-        outputs = check_outputs(self._owner, outputs, count)
+        outputs = check_finite(self._owner, outputs)
         weights = cotangents(outputs.detach())
         outputs = flat(outputs)
         coverage = Coverage()
@@ -96,7 +96,7 @@ class PerSampleSum:
     def _add_one(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add one sample, whose gradient is autograd's."""
         outputs = self._forward(mapped(Tensor.clone, x))
-        outputs = check_outputs(self._owner, outputs, 1)
+        outputs = check_finite(self._owner, outputs)
         for weight in cotangents(outputs.detach()):
             for i, gradient in gradients(outputs, self._params, weight).items():
                 self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))

@@ -307,6 +307,25 @@ def test_the_end_of_a_task_is_measured_as_if_merged(case, anchors):
     assert expected < 1e-20 or anchors == "all"
 
 
+@pytest.mark.parametrize("kind", [clext.MAS, clext.SCP, clext.SI, clext.RWalk])
+def test_other_methods_measure_what_is_merged_too(kind):
+    """Those that follow the steps of the weights have seen none; the anchor moves all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing has been trained
+        model, method = measured(kind)
+    method.importance = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    known = method.state_dict()
+    lora = moved(with_lora(model))
+    plain = kind(merged_copy(lora).requires_grad_(True), strength=3.0)
+    plain.load_state_dict(known)
+    plain.steps = method.steps = 1
+    plain.consolidate([make_data(1)])
+    MergedPenalty(method).consolidate([make_data(1)])
+    for name in plain.importance:
+        torch.testing.assert_close(method.importance[name], plain.importance[name], **EXACT)
+        torch.testing.assert_close(method.anchor[name], plain.anchor[name], **EXACT)
+
+
 @pytest.mark.filterwarnings("error", "ignore::clext.importance.SlowImportanceWarning")
 @pytest.mark.parametrize("safe", [False, True])
 def test_merged_weights_are_protected_under_their_old_names(safe):
