@@ -14,27 +14,35 @@ if TYPE_CHECKING:
 LABELS = "labels"  # the entry of a batch that is a mapping
 
 
-def call_model(model: nn.Module, inputs: Inputs, *, with_labels: bool = False) -> Any:  # noqa: ANN401
+def call_model(model: nn.Module, inputs: Inputs) -> Any:  # noqa: ANN401
     """What the model returns: for a tensor, for the tensors of a tuple or list as its arguments, or
-    for those entries of a mapping that its `forward` names.
-
-    `with_labels`: the labels are among these, so that a Transformers model returns its loss too.
+    for those entries of a mapping that its `forward` names, but not the labels.
     """
-    if isinstance(inputs, Tensor):
-        return model(inputs)
     if not isinstance(inputs, Mapping):
-        return model(*inputs)
+        return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
     inner, names = _innermost(model)
     # An encoder-decoder makes the decoder's inputs of the labels.
-    config = getattr(inner, "config", None)
-    with_labels = with_labels or getattr(config, "is_encoder_decoder", False)
+    makes_inputs = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    left_out = () if makes_inputs else (LABELS,)
     return model(
         **{
             name: entry
             for name, entry in inputs.items()
-            if (name in names or not names) and (name != LABELS or with_labels)
+            if (name in names or not names) and name not in left_out
         }
     )
+
+
+def call_with_labels(model: nn.Module, inputs: Inputs, labels: Tensor) -> Any:  # noqa: ANN401
+    """The same with the labels, for which a Transformers model returns its own loss too; None of a
+    model that takes none.
+    """
+    _, names = _innermost(model)
+    if LABELS not in names:
+        return None
+    if not isinstance(inputs, Mapping):
+        return model(*((inputs,) if isinstance(inputs, Tensor) else inputs), labels=labels)
+    return model(**{n: e for n, e in {**inputs, LABELS: labels}.items() if n in names})
 
 
 def entry_of(found: Any, name: str) -> Any:  # noqa: ANN401

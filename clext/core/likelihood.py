@@ -88,7 +88,7 @@ class _Categorical(Likelihood):
         if low < 0 or high >= outputs.shape[1]:
             raise ValueError(
                 f"{owner}: labels reach from {low} to {high}, expected 0 to {outputs.shape[1] - 1}"
-                ": they count from the first active output"
+                ": they count from the first active output; -100 is that of what is to be left out"
             )
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clext.core.batches import read_batches
 from clext.core.checks import choice
-from clext.core.forward import LABELS, call_model, entry_of
+from clext.core.forward import LABELS, call_model, call_with_labels, entry_of
 from clext.core.inputs import described, rows, taken
 from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
@@ -238,7 +238,7 @@ class Supervision:
     def _of_their_place(self, inputs: Inputs, labels: Tensor) -> Tensor:
         """Labels each of which belongs to the output of its own place."""
         said = any(self.options[name] is not None for name in ("forward", "labels"))
-        if said or labels.dim() != 2 or not isinstance(inputs, Mapping) or not self.is_categorical:
+        if said or labels.dim() != 2 or not self.is_categorical:
             return labels
         if self._shifts is None:
             self._shifts = self._takes_next_labels(inputs, labels)
@@ -251,9 +251,9 @@ class Supervision:
         Its own loss says so. None where it says nothing: no label of the batch counts.
         """
         with isolated_rng(0, labels.device), buffers_kept(self._model):
-            found = call_model(self._model, {**inputs, LABELS: labels}, with_labels=True)
+            found = call_with_labels(self._model, inputs, labels)
         own, logits = entry_of(found, "loss"), entry_of(found, "logits")
-        if own is None or logits.dim() != 3:
+        if own is None or logits is None or logits.dim() != 3:
             return False
         if not bool(own.isfinite()):
             return None

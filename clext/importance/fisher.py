@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clext.core.checks import choice, integer
 from clext.core.inputs import rows
+from clext.core.likelihood import IGNORED
 from clext.core.seeding import generator
 from clext.core.supervision import Supervision
 from clext.importance.batch_mean import BatchMeanSum
@@ -80,11 +81,14 @@ def fisher_information(
             forward = supervision.own_losses if kind != "batch" else supervision.mean_losses
         sums = kind_of_sum(owner, model, params, forward, absolute=False)
         draws = generator(seed)
-        count = 0
+        count, any_counts = 0, False
         device = params[0].device
         for x, y in supervision.read(owner, batches, device, samples=samples):
             sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
             count += rows(x)
+            any_counts = any_counts or y is None or bool((y != IGNORED).any())
+        if not any_counts:
+            raise ValueError(f"{owner}: all labels of the data are {IGNORED}, so that none counts")
         return averaged(owner, sums.sums, count if reduction == "mean" else 1)
 
 

@@ -14,7 +14,7 @@ from clext.core.parameters import trainable_parameters
 from clext.methods.parts.attachment import Attachment
 from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
-from clext.methods.parts.options import checked_strength, described, warn_if_unused
+from clext.methods.parts.options import check_options, checked_strength, described, warn_if_unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -84,6 +84,7 @@ class Method:
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
         trainable_parameters(model)
+        check_options(type(self), supervision)
         self.model, self.heads = model, Heads(model, **supervision)
         if self.needs_classes and self.heads.options["likelihood"] != CATEGORICAL:
             raise ValueError(

@@ -378,7 +378,7 @@ def test_a_model_that_has_learned_nothing_says_which_labels_it_takes(shifts):
         model.head.bias.zero_()
     ids = torch.randint(5, (N, 4))
     method = EWC(model)
-    for batch in ({"input_ids": ids, "labels": ids}, ({"input_ids": ids}, ids)):
+    for batch in ({"input_ids": ids, "labels": ids}, ({"input_ids": ids}, ids), (ids, ids)):
         parts = batch if type(batch) is tuple else (batch,)
         torch.testing.assert_close(method.loss(*parts), model(ids, labels=ids).loss)
 
@@ -435,3 +435,30 @@ def test_outputs_are_the_models_where_a_loss_is_given():
         for method in (one, other):
             method.consolidate([(x, y)])
         assert torch.equal(one.importance["weight"], other.importance["weight"])
+
+
+def test_labels_of_which_none_counts_are_refused():
+    model = nn.Linear(3, 3)
+    method = EWC(model)
+    x, y = torch.randn(N, 3), torch.full((N,), -100)
+    with pytest.raises(ValueError, match="all labels of the data are -100, so that none counts"):
+        method.consolidate([(x, y)])
+    assert method.tasks == 0
+    method.consolidate([(x, y), (x, torch.zeros(N).long())])
+
+
+def test_a_data_set_is_not_taken_for_a_loader():
+    x, y = torch.randn(N, 3), torch.randint(3, (N,))
+    data = torch.utils.data.TensorDataset(x, y)
+    with pytest.raises(
+        ValueError, match="a TensorDataset gives single samples; pass a .*DataLoader"
+    ):
+        EWC(nn.Linear(3, 3)).consolidate(data)
+    EWC(nn.Linear(3, 3)).consolidate(torch.utils.data.DataLoader(data))
+
+
+def test_an_option_that_there_is_not_is_named_with_those_there_are():
+    with pytest.raises(
+        TypeError, match="EWC has no option 'lam'; its options are strength, fisher, "
+    ):
+        EWC(nn.Linear(3, 3), lam=3.0)
