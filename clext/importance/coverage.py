@@ -139,7 +139,12 @@ class CoverageFinder:
         """The calls, those of the graph in the place of what the layers do not give in full."""
         if samples == 1:
             return list(calls)  # all rows are its own, wherever they are
-        fitting = [call for call in calls if possible_layouts(call.leading, samples, packs)]
+        fitting = [
+            call
+            for call in calls
+            # With one row in front it is broadcast to the samples later, as positions are.
+            if call.leading[:1] != (1,) and possible_layouts(call.leading, samples, packs)
+        ]
         self._by_graph |= self._trainable - {i for call in fitting for i in call.places.values()}
         kept = []
         for call in calls:

@@ -121,7 +121,7 @@ class Graph:
             inputs = inputs.reshape(*_shape(view)[:-1], inputs.shape[-1])
         if use.beside is not None:
             node, output = node.next_functions[use.beside]
-        path = Path(tuple(steps), tuple(key), rule_shape) if steps else DIRECT
+        path = Path(tuple(steps), (rule_shape, *key), rule_shape) if steps else DIRECT
         if not selects:
             rule, path = DerivedRule(rule, path, parameter), DIRECT
         return Call(

@@ -58,9 +58,7 @@ class PerSampleSum:
     @property
     def sums(self) -> list[Tensor]:
         """What was added so far."""
-        for i, path, part in self._parts.values():
-            self._sums[i].add_(path.back(part))
-        self._parts.clear()
+        self._put_together(self._parts.keys())
         return self._sums
 
     def add(self, x: Inputs, cotangents: Cotangents) -> None:
@@ -83,6 +81,8 @@ class PerSampleSum:
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
         singly, uses = coverage.singly, coverage.uses()
+        used = {(i, piece.path.key) for i, pieces in uses.items() for piece in pieces}
+        self._put_together(self._parts.keys() - used)  # of other lengths, say
         batch = _Batch(uses, self._room, self._function)
         del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
@@ -100,6 +100,12 @@ class PerSampleSum:
         for weight in cotangents(outputs.detach()):
             for i, gradient in gradients(outputs, self._params, weight).items():
                 self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))
+
+    def _put_together(self, keys: Iterable[object]) -> None:
+        """Add those of the parts to the sums of their parameters."""
+        for key in list(keys):
+            i, path, part = self._parts.pop(key)
+            self._sums[i].add_(path.back(part))
 
     def _room(self, i: int, piece: Piece) -> Tensor:
         """Where `piece` of parameter i is summed up."""

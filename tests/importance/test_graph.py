@@ -157,6 +157,31 @@ def test_unused_parameters_cost_nothing(probed):
 
 
 @fast
+def test_parts_of_a_parameter_differ_from_batch_to_batch():
+    """Positions up to the length; a prompt beside others, of which there are more or less."""
+
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(1, 5), nn.Linear(5, CLASSES)
+            self.places = nn.Parameter(torch.randn(1, 12, 5))
+            self.prompt, self.others = (nn.Parameter(torch.randn(n, 5)) for n in (2, 8))
+
+        def forward(self, x):
+            hidden = (self.layer(x.unsqueeze(2)) + self.places[:, : x.shape[1]]).tanh()
+            prompts = torch.cat([self.others[: x.shape[1]], self.prompt])
+            hidden = torch.cat([prompts.expand(len(x), -1, -1), hidden], 1)
+            return self.head(hidden.cumsum(1).tanh().mean(1))
+
+    model = Prompted().double()
+    params, batches = params_of(model), []
+    for length in (3, 6, 3, 5):
+        batches += make_batches((4,), features=length)
+    for estimate, oracle in ((fisher_information, fisher_oracle), (output_sensitivity, mas_oracle)):
+        assert_close(estimate(model, params, batches), oracle(model, params, batches))
+
+
+@fast
 def test_nearly_sorted_packed_sequences():
     """Two samples that change places are told apart, whichever they are."""
     model = BY_GRAPH["RNN, packed"]().double()
