@@ -24,6 +24,10 @@ from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 ESTIMATES = ["fisher", "mas", "exact fisher"]
 LOOPED = 8  # samples of the loop over samples
 SLICES = 100
+LIBRARIES = {
+    **dict.fromkeys(("resnet18", "vit", "convnext"), "timm"),
+    **dict.fromkeys(("bert", "gpt2", "llama"), "transformers"),
+}
 Batches = list[tuple[Tensor, Tensor]]
 
 
@@ -144,8 +148,9 @@ def check_against_curvlinops(problem: Problem, expected: list[Tensor]) -> Callab
 
 
 def assert_agree(got: list[Tensor], expected: list[Tensor]) -> None:
+    rounding = 1e-6 * max(theirs.norm() for theirs in expected)  # all there is of keys' biases
     for mine, theirs in zip(got, expected, strict=True):
-        assert (mine - theirs).norm() <= 1e-3 * theirs.norm()
+        assert (mine - theirs).norm() <= 1e-3 * theirs.norm() + rounding
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -155,6 +160,11 @@ def test_importance(model: str, estimate: str, device: str, benchmark: Any, caps
     case = CASES[model]
     if estimate == "exact fisher" and model != "mlp":
         pytest.skip("one backward pass per class: measured on the MLP")
+    if estimate == "mas" and case.batch < 64:
+        pytest.skip("as fast as Fisher")
+    needed = LIBRARIES.get(model)
+    if needed is not None:
+        pytest.importorskip(needed)
     problem = Problem(case, estimate, device)
     few = [(problem.batches[0][0][:LOOPED], problem.batches[0][1][:LOOPED])]
     one = problem.batches[:1]
@@ -170,8 +180,11 @@ def test_importance(model: str, estimate: str, device: str, benchmark: Any, caps
     }
     skipped = {}
     if estimate != "exact fisher":
-        assert_agree(problem.vmap(one), expected)
-        runs["vmap"] = (lambda: problem.vmap(one), 1 / case.batches)
+        try:
+            assert_agree(problem.vmap(one), expected)
+            runs["vmap"] = (lambda: problem.vmap(one), 1 / case.batches)
+        except (RuntimeError, ValueError) as error:  # what it cannot batch
+            skipped["vmap"] = str(error).partition("\n")[0]
     if estimate == "fisher":
         try:
             packed = backpack(Problem(case, estimate, device))

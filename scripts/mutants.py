@@ -78,6 +78,13 @@ importance/scp.py
     count**2 => count
 importance/batch_mean.py
     cotangent / count => cotangent
+importance/nodes.py
+    sign * argument.node._saved_alpha => argument.node._saved_alpha
+    (variance + eps).rsqrt() => (variance + eps).sqrt()
+importance/rule.py
+    function(multiplied + looked_up) - function(multiplied) => function(multiplied + looked_up)
+importance/layout.py
+    filled[self.owners, self.places] => filled[self.owners.flip(0), self.places]
 importance/rules/norms.py
     F.batch_norm(inputs, mean, => F.batch_norm(inputs, -mean,
 methods/ewc.py

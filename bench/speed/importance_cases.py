@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,79 @@ class TokenMixer(nn.Module):
         return self.head(hidden.mean(1))
 
 
+class Recurrent(nn.Module):
+    """An LSTM over rows of a picture, and the mean of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(64, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.cell(rows)[0].mean(1))
+
+
+class Encoder(nn.Module):
+    """Two layers of nn.TransformerEncoder, whose attention is nn.MultiheadAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, batch_first=True)
+        self.embedding = nn.Linear(64, WIDTH)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.head(self.layers(self.embedding(rows)).mean(1))
+
+
+def by_timm(name: str, **options: object) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+class Text(nn.Module):
+    """A model of Transformers, given its words alone; of a language model, the last one counts."""
+
+    def __init__(self, family: str, task: str, **options: object) -> None:
+        super().__init__()
+        import transformers
+
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=VOCABULARY, num_labels=CLASSES, pad_token_id=0, **options
+        )
+        self.model = getattr(transformers, family + task)(config)
+
+    def forward(self, words: Tensor) -> Tensor:
+        logits = self.model(input_ids=words).logits
+        return logits if logits.dim() == 2 else logits[:, -1]
+
+
+BERT = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {**BERT, "intermediate_size": 688, "num_key_value_heads": 2}
+
+
 def tokens(samples: int) -> Tensor:
-    return torch.randint(VOCABULARY, (samples, LENGTH))
+    return torch.randint(1, VOCABULARY, (samples, LENGTH))
 
 
 def pictures(samples: int) -> Tensor:
     return torch.rand(samples, 3, 32, 32)
+
+
+def larger_pictures(samples: int) -> Tensor:
+    return torch.rand(samples, 3, 64, 64)
+
+
+def rows(samples: int) -> Tensor:
+    return torch.rand(samples, LENGTH, 64)
 
 
 @dataclass(frozen=True)
@@ -107,10 +175,24 @@ class Case:
     batches: int
 
 
-# As many batches as a task of Permuted MNIST has (60,000 images), or of Split CIFAR-10 (10,000).
+# As many batches as a task of Permuted MNIST has (60,000 images), or of Split CIFAR-10 (10,000);
+# of what is larger, 512 examples.
 CASES = {
     "mlp": Case(mlp, lambda samples: torch.rand(samples, 784), 128, 469),
     "cnn": Case(cnn, pictures, 128, 79),
     "resnet": Case(resnet, pictures, 64, 157),
     "tokens": Case(TokenMixer, tokens, 64, 157),
+    "lstm": Case(Recurrent, rows, 16, 32),
+    "attention": Case(Encoder, rows, 16, 32),
+    "resnet18": Case(partial(by_timm, "resnet18", zero_init_last=False), pictures, 16, 32),
+    "vit": Case(
+        partial(by_timm, "vit_tiny_patch16_224", img_size=64, patch_size=8, depth=4),
+        larger_pictures,
+        16,
+        32,
+    ),
+    "convnext": Case(partial(by_timm, "convnext_atto"), larger_pictures, 16, 32),
+    "bert": Case(partial(Text, "Bert", "ForSequenceClassification", **BERT), tokens, 16, 32),
+    "gpt2": Case(partial(Text, "GPT2", "LMHeadModel", **GPT2), tokens, 16, 32),
+    "llama": Case(partial(Text, "Llama", "ForSequenceClassification", **LLAMA), tokens, 16, 32),
 }

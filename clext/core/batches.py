@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from clext.core.inputs import Inputs, described, flatten, mapped, rows
 from clext.core.likelihood import integers
@@ -21,6 +22,11 @@ def read_batches(owner: str, batches: Batches | None, device: torch.device) -> I
     ValueError if it is no iterable of such.
     """
     remedy = "where there is a single batch, pass [(x, y)]"
+    if _gives_single_samples(batches):
+        raise ValueError(
+            f"{owner} needs batches, and a {type(batches).__name__} gives single samples; pass a "
+            "torch.utils.data.DataLoader of it"
+        )
     try:
         iterator = iter(batches)  # type: ignore[arg-type]  # that is the check
     except TypeError:
@@ -38,12 +44,16 @@ def read_batches(owner: str, batches: Batches | None, device: torch.device) -> I
                 f"{owner}: batch {index} is {described(batch)}, expected tensors with a row for "
                 f"each example; {remedy}"
             )
-        if all(len(entry) > 0 for entry in tensors):
+        if any(len(entry) > 0 for entry in tensors):
             is_empty = False
             # A graph cannot save inference tensors.
             yield mapped(lambda e: (e.clone() if e.is_inference() else e).to(device), batch)
     if is_empty:
         raise ValueError(f"{owner}: the data of the task is empty, expected at least one example")
+
+
+def _gives_single_samples(batches: object) -> bool:
+    return isinstance(batches, Dataset) and not isinstance(batches, IterableDataset)
 
 
 def _is_one_batch(batches: object) -> bool:

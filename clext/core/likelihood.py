@@ -60,8 +60,7 @@ class Likelihood:
 
 
 class _Categorical(Likelihood):
-    """Softmax over dimension 1 of outputs [N, C, ...], as in torch's cross_entropy; over the last
-    one where the labels say so: outputs [N, T, C], labels [N, T], as language models have them.
+    """Softmax over dimension 1 of outputs [N, C, ...], as in torch's cross_entropy.
 
     Positions with the label -100 do not count.
     """
@@ -71,12 +70,12 @@ class _Categorical(Likelihood):
     def fitted(self, owner: str, outputs: Tensor, labels: Tensor) -> Tensor:
         labels = integers(owner, labels)
         shape = outputs.shape
-        if outputs.dim() < 2 or labels.shape not in (shape[:1] + shape[2:], shape[:-1]):
+        if outputs.dim() < 2 or labels.shape != shape[:1] + shape[2:]:
             raise ValueError(
                 f"{owner}: labels y are {described(labels)} for outputs {list(shape)}, expected "
                 f"integers {list(shape[:1] + shape[2:])}, a class for each; {_REMEDY}"
             )
-        if shape[_class_dim(outputs, labels)] < 2:
+        if shape[1] < 2:
             raise ValueError(
                 f"{owner}: the model has one output, and a single class has probability 1 whatever "
                 'the model; say likelihood="bernoulli" for a binary label, "gaussian" for a number'
@@ -84,17 +83,15 @@ class _Categorical(Likelihood):
         return labels
 
     def check_values(self, owner: str, outputs: Tensor, labels: Tensor) -> None:
-        counted = labels if labels.dim() == 1 else labels.masked_fill(labels == IGNORED, 0)
+        counted = labels.masked_fill(labels == IGNORED, 0)
         low, high = int(counted.min()), int(counted.max())
-        classes = outputs.shape[_class_dim(outputs, labels)]
-        if low < 0 or high >= classes:
+        if low < 0 or high >= outputs.shape[1]:
             raise ValueError(
-                f"{owner}: labels reach from {low} to {high}, expected 0 to {classes - 1}: "
-                "they count from the first active output"
+                f"{owner}: labels reach from {low} to {high}, expected 0 to {outputs.shape[1] - 1}"
+                ": they count from the first active output; -100 is that of what is to be left out"
             )
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        outputs = outputs.movedim(_class_dim(outputs, labels), 1)
         losses = F.cross_entropy(outputs, labels, reduction="none")
         if labels.dim() == 1:
             return losses
@@ -102,25 +99,21 @@ class _Categorical(Likelihood):
         return losses.flatten(1).sum(1) / counts
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.movedim(_class_dim(outputs, labels), 1), labels)
+        return F.cross_entropy(outputs, labels)
 
     def score(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        dim = _class_dim(outputs, labels)
-        score = _one_hot_minus(_probabilities(outputs.movedim(dim, 1)), labels, labels)
-        return score.movedim(1, dim)
+        return _one_hot_minus(_probabilities(outputs), labels, labels)
 
     def drawn_score(self, outputs: Tensor, labels: Tensor, draws: torch.Generator) -> Tensor:
-        dim = _class_dim(outputs, labels)
-        p = _probabilities(outputs.movedim(dim, 1))
+        p = _probabilities(outputs)
         uniform = torch.rand((len(p), 1, *p.shape[2:]), generator=draws).to(p)
         drawn = (p.cumsum(dim=1) <= uniform).sum(dim=1)
         drawn = drawn.clamp_(max=p.shape[1] - 1)  # a sum may round to less than 1
-        return _one_hot_minus(p, drawn, labels).movedim(1, dim)
+        return _one_hot_minus(p, drawn, labels)
 
     def weighted_scores(self, outputs: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        dim = _class_dim(outputs, labels)
-        by_class = _probabilities(outputs.movedim(dim, 1))
-        p, known = by_class.reshape(*by_class.shape[:2], -1), labels.reshape(len(labels), -1)
+        p = _probabilities(outputs).reshape(*outputs.shape[:2], -1)
+        known = labels.reshape(len(labels), -1)
         # Positions are independent given the inputs: one at a time.
         for t in range(p.shape[2]):
             for label in range(p.shape[1]):
@@ -129,7 +122,7 @@ class _Categorical(Likelihood):
                 weight = p[:, label : label + 1, t].sqrt()
                 score = torch.zeros_like(p)
                 score[:, :, t] = weight * _one_hot_minus(p[:, :, t], same, known[:, t])
-                yield score.reshape(by_class.shape).movedim(1, dim)
+                yield score.reshape(outputs.shape)
 
 
 class _OfNumbers(Likelihood):
@@ -223,10 +216,6 @@ def integers(owner: str, labels: Tensor) -> Tensor:
             f"the inputs x; {_REMEDY}"
         )
     return labels.long()  # torch has no minimum for all types of integers
-
-
-def _class_dim(outputs: Tensor, labels: Tensor) -> int:
-    return 1 if labels.shape == outputs.shape[:1] + outputs.shape[2:] else outputs.dim() - 1
 
 
 def _probabilities(logits: Tensor) -> Tensor:

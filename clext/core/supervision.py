@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from clext.core.batches import read_batches
 from clext.core.checks import choice
+from clext.core.forward import LABELS, call_model, call_with_labels, entry_of
 from clext.core.inputs import described, rows, taken
-from clext.core.likelihood import IGNORED, LIKELIHOODS
+from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
 from clext.core.seeding import isolated_rng
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from clext.core.inputs import Inputs
     from clext.core.likelihood import Likelihood
 
-LABELS = "labels"  # the entry of a batch that is a mapping
-_SAME = 0.01  # of two losses of one batch, which may have been rounded in half precision
+_SAME = 0.01  # of a model's own loss and ours, relative: it may have been rounded in half precision
 
 
 class SupervisionOptions(TypedDict, total=False):
@@ -40,21 +39,23 @@ class Supervision:
     """A model, what it is given of a batch, and the likelihood of the labels given its outputs.
 
     A batch is x, or (x, y, ...) with labels y, or a mapping or dataclass with the labels in its
-    entry "labels". The model is called with x: a tensor as its argument, a tuple or list as its
-    arguments, a mapping as those keywords that its `forward` takes. Outputs are what it returns,
-    [N, ...], or the `logits` of a Transformers model's output; [N, T, C] of such a model counts as
-    [N, C, T], and its own loss says whether labels are those of the next position.
+    entry "labels"; every tensor in it has a row for each sample. The model is called with x: a
+    tensor as its argument, a tuple or list as its arguments, a mapping as those keywords that its
+    `forward` names. Outputs [N, ...] are what it returns, or the `logits` of what a Transformers
+    model returns. Of outputs [N, A, B] with labels [N, A] the classes are in the last dimension, as
+    language models have them; a Transformers model's own loss says whether labels are those of the
+    next position. A sequence is one sample.
 
     Args:
         model: whose outputs are meant.
         forward: (model, batch) -> outputs [N, ...], for other models and batches.
-        labels: batch -> labels, for other batches.
-        loss: (model, batch) -> a loss for each sample [N], in place of all of that; -log p is the
-            loss then.
+        labels: batch -> labels, each for the output of its own place, for other batches.
+        loss: (model, batch) -> a loss for each sample [N], which is -log p then, in place of all of
+            that. Its mean alone, 0-dim, is enough to train on and for fisher="batch".
         likelihood: of the labels: "categorical" (classes: outputs [N, C, ...] are logits, labels
-            int [N, ...], -100 for a position that does not count), "bernoulli" (outputs are logits
-            of labels from 0 to 1, shaped alike) or "gaussian" (outputs are the mean of labels
-            shaped alike, with variance 1).
+            int [N, ...], -100 where none counts), "bernoulli" (outputs are logits of labels from 0
+            to 1, shaped alike) or "gaussian" (outputs are the mean of labels shaped alike, with
+            variance 1).
     """
 
     def __init__(
@@ -64,22 +65,29 @@ class Supervision:
         forward: Callable[[Any, Any], Tensor] | None = None,
         labels: Callable[[Any], Tensor] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        likelihood: str = "categorical",
+        likelihood: str = CATEGORICAL,
     ) -> None:
         for name, given in (("forward", forward), ("labels", labels), ("loss", loss)):
             if given is not None and not callable(given):
                 raise TypeError(f"{name} must be a function, got {described(given)}")
-        choice("supervision", "likelihood", likelihood, tuple(LIKELIHOODS))
+        choice("every method", "likelihood", likelihood, tuple(LIKELIHOODS))
         self._model = model
         self.options = SupervisionOptions(
             forward=forward, labels=labels, loss=loss, likelihood=likelihood
         )
+        # What the first batches say of the model, where they are sequences.
+        self._classes_last: bool | None = None
         self._shifts: bool | None = None  # labels are those of the next position
 
     @property
     def likelihood(self) -> Likelihood:
         """Of the labels given the outputs."""
         return LIKELIHOODS[self.options["likelihood"]]
+
+    @property
+    def is_categorical(self) -> bool:
+        """Whether labels are classes of outputs; not with a loss of the user's own."""
+        return self.options["likelihood"] == CATEGORICAL and not self.gives_losses
 
     @property
     def gives_losses(self) -> bool:
@@ -103,14 +111,14 @@ class Supervision:
         """
         left = samples
         for index, batch in enumerate(read_batches(owner, batches, device)):
-            inputs, labels = self.split(batch)
+            inputs, labels = self.inputs_and_labels(batch)
             if labels is None and labelled and not self.gives_losses:
                 raise ValueError(
                     f"{owner}: batch {index} is {described(batch)}, expected a pair (x, y), or a "
                     f'mapping with the entry "{LABELS}"; where there is a single batch, pass '
                     "[(x, y)]; labels= says where they are in other batches"
                 )
-            count = checked_rows(f"{owner}: batch {index}", inputs, labels if labelled else None)
+            count = _checked_rows(f"{owner}: batch {index}", inputs, labels if labelled else None)
             if left is not None and count > left:
                 inputs = taken(inputs, slice(left))
                 labels = None if labels is None else labels[:left]
@@ -120,21 +128,13 @@ class Supervision:
                 if left == 0:
                     return
 
-    def split(self, batch: Any) -> tuple[Inputs, Tensor | None]:  # noqa: ANN401
-        """What the model, or the user's function, is given, and the labels."""
-        whole = batch
-        if dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping):
-            batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        inputs: Inputs = batch
-        labels: Any = None
-        if isinstance(batch, Mapping):
-            labels = batch.get(LABELS)
-        elif isinstance(batch, tuple | list):
-            inputs, labels = (*batch, None, None)[:2]
+    def inputs_and_labels(self, batch: Any) -> tuple[Inputs, Tensor | None]:  # noqa: ANN401
+        """What the model is given, or all of the batch for a function of the user's; the labels."""
+        inputs, labels = _parted(batch)
         if self.options["labels"] is not None:
-            labels = self.options["labels"](whole)
+            labels = self.options["labels"](batch)
         if self.options["forward"] is not None or self.gives_losses:
-            inputs = whole
+            inputs = batch
         return inputs, labels
 
     def arguments(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,13 +143,13 @@ class Supervision:
         As its arguments, or whole as the only one; TypeError without labels.
         """
         whole = batch[0] if len(batch) == 1 else batch
-        inputs, labels = self.split(whole)
+        inputs, labels = self.inputs_and_labels(whole)
         if labels is None and not self.gives_losses:
             raise TypeError(
                 "loss: got inputs alone, expected labels too: loss(x, y), or a mapping with the "
                 f'entry "{LABELS}"'
             )
-        if checked_rows("loss", inputs, labels) == 0:
+        if _checked_rows("loss", inputs, labels) == 0:
             raise ValueError(f"loss: got {described(inputs)}, expected at least one example")
         return inputs, labels, *(whole[2:] if isinstance(whole, tuple) else ())
 
@@ -159,16 +159,16 @@ class Supervision:
         """The outputs that count, [N, ...]."""
         return self.outputs(inputs)
 
-    def outputs(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
-        """All outputs [N, ...], of `model` in place of the own one.
-
-        ValueError if the model returned something else.
-        """
-        model = self._model if model is None else model
+    def outputs(self, inputs: Inputs) -> Tensor:
+        """All outputs [N, ...]; ValueError if the model returned something else."""
         if self.options["forward"] is not None:
-            outputs = self.options["forward"](model, inputs)
+            outputs = self.options["forward"](self._model, inputs)
         else:
-            outputs = _outputs_of(_called(model, inputs))
+            found = call_model(self._model, _parted(inputs)[0] if self.gives_losses else inputs)
+            logits = entry_of(found, "logits")
+            outputs = found if logits is None else logits
+            if logits is not None and logits.dim() == 3:
+                self._classes_last = True
         if not isinstance(outputs, Tensor) or outputs.dim() == 0 or len(outputs) != rows(inputs):
             raise ValueError(
                 f"the model returned {described(outputs)} for {rows(inputs)} samples, expected a "
@@ -176,51 +176,70 @@ class Supervision:
             )
         return outputs
 
-    def own_losses(self, inputs: Inputs) -> Tensor:
-        """What the user's own function gives: [N], or one number for all samples."""
-        loss = self.options["loss"]
+    def own_losses(self, inputs: Inputs, *, each: bool = True) -> Tensor:
+        """What the user's own function gives: [N], or if not `each` is asked for one number."""
+        loss, count = self.options["loss"], rows(inputs)
         assert loss is not None
         found = loss(self._model, inputs)
-        count = rows(inputs)
-        if not isinstance(found, Tensor) or found.numel() not in (1, count):
+        allowed = (count,) if each else (count, 1)
+        if not isinstance(found, Tensor) or found.numel() not in allowed:
             raise ValueError(
                 f"loss= returned {described(found)} for {count} samples, expected a loss for each, "
-                f"[{count}]"
+                f'[{count}]; their mean alone is enough for fisher="batch"'
             )
         return found.flatten()
 
-    def each_loss(self, inputs: Inputs) -> Tensor:
-        """The same, where it is a loss for each sample; else ValueError."""
-        found = self.own_losses(inputs)
-        if len(found) != rows(inputs):
-            raise ValueError(
-                f"loss= returned one number for {rows(inputs)} samples, expected a loss for each: "
-                'return these, or take fisher="batch", which needs no more than their mean'
-            )
-        return found
+    def mean_losses(self, inputs: Inputs) -> Tensor:
+        """The same, [N], where one number is enough: then it stands for each of them."""
+        return self.own_losses(inputs, each=False).expand(rows(inputs))
 
-    def losses(self, inputs: Inputs, labels: Tensor | None = None) -> Tensor:
+    def losses(self, inputs: Inputs, labels: Tensor | None) -> Tensor:
         """The loss of each sample, [N]; the mean over its positions where it has several."""
         if self.gives_losses:
-            found = self.own_losses(inputs)
-            return found if len(found) == rows(inputs) else found.expand(rows(inputs))
-        outputs = self(inputs)
-        return self.likelihood.losses(outputs, self.fitted("loss", outputs, inputs, labels))
+            return self.own_losses(inputs)
+        return self.likelihood.losses(*self.matched("loss", self(inputs), inputs, labels))
 
-    def loss(self, inputs: Inputs, labels: Tensor | None) -> Tensor:
-        """The mean loss, 0-dim."""
+    def loss(self, inputs: Inputs, labels: Tensor | None, outputs: Tensor | None = None) -> Tensor:
+        """The mean loss, 0-dim. `outputs`: those that count, where they are known already."""
         if self.gives_losses:
-            return self.own_losses(inputs).mean()
-        outputs = self(inputs)
-        return self.likelihood.loss(outputs, self.fitted("loss", outputs, inputs, labels))
+            return self.own_losses(inputs, each=False).mean()
+        outputs = self(inputs) if outputs is None else outputs
+        return self.likelihood.loss(*self.matched("loss", outputs, inputs, labels))
 
-    def fitted(self, owner: str, outputs: Tensor, inputs: Inputs, labels: Tensor | None) -> Tensor:
-        """Labels as the likelihood takes them, those of the next position moved to this one."""
+    # ------------------------------------------------------------------ of outputs and labels
+
+    def matched(
+        self, owner: str, outputs: Tensor, inputs: Inputs, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs with the classes in dimension 1, and the labels that belong to them."""
         assert labels is not None  # checked where a batch comes in
-        return self.likelihood.fitted(owner, outputs, self._aligned(inputs, labels))
+        labels = self._of_their_place(inputs, labels)
+        if self.is_categorical and outputs.dim() == 3:
+            self._look_for_classes(owner, outputs.shape, labels.shape)
+            outputs = outputs.transpose(1, 2) if self._classes_last else outputs
+        return outputs, self.likelihood.fitted(owner, outputs, labels)
 
-    def _aligned(self, inputs: Inputs, labels: Tensor) -> Tensor:
-        """Labels that belong to the outputs of their own place."""
+    def as_outputs(self, score: Tensor) -> Tensor:
+        """What is shaped as outputs are in `matched`, shaped as the model's."""
+        is_turned = self.is_categorical and score.dim() == 3 and self._classes_last
+        return score.transpose(1, 2) if is_turned else score
+
+    def _look_for_classes(self, owner: str, outputs: torch.Size, labels: torch.Size) -> None:
+        first, last = (labels == outputs[:1] + outputs[d : d + 1] for d in (2, 1))
+        if first != last:
+            self._classes_last = last
+        elif first and self._classes_last is None:
+            raise ValueError(
+                f"{owner}: of outputs {list(outputs)} the classes may be in dimension 1, as torch "
+                "has them, or in the last, as language models do; begin with a batch of another "
+                "length, which tells"
+            )
+
+    def _of_their_place(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        """Labels each of which belongs to the output of its own place."""
+        said = any(self.options[name] is not None for name in ("forward", "labels"))
+        if said or labels.dim() != 2 or not self.is_categorical:
+            return labels
         if self._shifts is None:
             self._shifts = self._takes_next_labels(inputs, labels)
         return _next(labels) if self._shifts else labels
@@ -231,30 +250,40 @@ class Supervision:
 
         Its own loss says so. None where it says nothing: no label of the batch counts.
         """
-        said = any(self.options[name] is not None for name in ("forward", "labels"))
-        if said or not isinstance(inputs, Mapping) or LABELS not in inputs:
-            return False
         with isolated_rng(0, labels.device), buffers_kept(self._model):
-            found = _called(self._model, inputs, with_labels=True)
-        own = found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
-        if own is None:
+            found = call_with_labels(self._model, inputs, labels)
+        own, logits = entry_of(found, "loss"), entry_of(found, "logits")
+        if own is None or logits is None or logits.dim() != 3:
             return False
         if not bool(own.isfinite()):
             return None
-        outputs = _outputs_of(found)
-        candidates = [labels, _next(labels)] if labels.dim() == 2 else [labels]
-        for shifts, candidate in enumerate(candidates):
-            fitted = self.likelihood.fitted("labels", outputs, candidate)
-            if torch.isclose(self.likelihood.loss(outputs, fitted).to(own), own, rtol=_SAME):
-                return bool(shifts)
-        raise ValueError(
-            f"the model's own loss {float(own):.6g} is not that of likelihood="
-            f'"{self.likelihood.name}" for these labels; say the likelihood, or labels=batch -> '
-            "labels of each output, or loss=(model, batch) -> losses [N]"
+        by_class = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
+        both = torch.stack(
+            [
+                self.likelihood.loss(by_class, self.likelihood.fitted("labels", by_class, some))
+                for some in (labels, _next(labels))
+            ]
         )
+        # Of a model that has learned nothing yet the two are nearly equal: the nearer one.
+        distances = (both - own).abs().nan_to_num(nan=torch.inf)
+        if float(distances.min()) > _SAME * abs(float(own)):
+            raise ValueError(
+                f"the model's own loss {float(own):.6g} is not that of its logits and labels; say "
+                "labels=batch -> the label of each output, or loss=(model, batch) -> losses [N]"
+            )
+        return bool(distances.argmin())
 
 
-def checked_rows(owner: str, inputs: Inputs, labels: Tensor | None) -> int:
+def _parted(batch: Any) -> tuple[Inputs, Any]:  # noqa: ANN401
+    """Inputs and labels, None if there are none, of a batch in its usual form."""
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping):
+        batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        return batch, batch.get(LABELS)
+    return (*batch, None, None)[:2] if isinstance(batch, tuple | list) else (batch, None)
+
+
+def _checked_rows(owner: str, inputs: Inputs, labels: Tensor | None) -> int:
     """How many samples there are; ValueError if labels are no tensor or not as many."""
     count = rows(inputs)
     if labels is None:
@@ -270,31 +299,3 @@ def checked_rows(owner: str, inputs: Inputs, labels: Tensor | None) -> int:
 def _next(labels: Tensor) -> Tensor:
     """At each position the label of the next one; none counts at the last."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _called(model: nn.Module, inputs: Inputs, *, with_labels: bool = False) -> Any:  # noqa: ANN401
-    """What the model returns for its inputs."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if not isinstance(inputs, Mapping):
-        return model(*inputs)
-    # An encoder-decoder makes the decoder's inputs of the labels.
-    config = getattr(model, "config", None)
-    with_labels = with_labels or getattr(config, "is_encoder_decoder", False)
-    known = inspect.signature(model.forward).parameters
-    takes_all = any(entry.kind is entry.VAR_KEYWORD for entry in known.values())
-    return model(
-        **{
-            name: entry
-            for name, entry in inputs.items()
-            if (takes_all or name in known) and (name != LABELS or with_labels)
-        }
-    )
-
-
-def _outputs_of(found: Any) -> Any:  # noqa: ANN401
-    """The outputs in what a model returned: a tensor, or the logits of a Transformers output."""
-    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
-    if not isinstance(logits, Tensor):
-        return found
-    return logits.transpose(1, 2) if logits.dim() == 3 else logits

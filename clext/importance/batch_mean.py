@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from clext import ops
 from clext.core.inputs import mapped, rows
 from clext.core.parameters import allocate_state
-from clext.importance.passes import check_outputs, gradients
+from clext.importance.passes import check_finite, gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ class BatchMeanSum:
     def add(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add the samples of one batch."""
         count = rows(x)
-        outputs = check_outputs(self._owner, self._forward(mapped(Tensor.clone, x)), count)
+        outputs = check_finite(self._owner, self._forward(mapped(Tensor.clone, x)))
         for cotangent in cotangents(outputs.detach()):
             found = gradients(outputs, self._params, cotangent / count)
             self._accumulate([self.sums[i] for i in found], list(found.values()), float(count))

@@ -110,7 +110,7 @@ class CoverageFinder:
         Its rows are told apart by `samples`: all, or 1 to take all of them as one sample's.
         """
         graph, packs = Graph(outputs), self._capture.packs
-        hooked, calls = calls, self._with_graph(graph, calls, samples)
+        hooked, calls = calls, self._with_graph(graph, calls, samples, packs)
         moves = moving(graph.nodes, samples) if samples > 1 else []
         possible = _possible(calls, samples, packs)
         kind = self._kind(calls, possible, moves, (samples, len(outputs)))
@@ -124,7 +124,7 @@ class CoverageFinder:
             found, lasting = self._probe(outputs, calls, possible, moves, samples)
             if samples > 1 and not found.singly <= self._by_graph:
                 self._by_graph |= found.singly
-                calls = self._with_graph(graph, hooked, samples)
+                calls = self._with_graph(graph, hooked, samples, packs)
                 possible = _possible(calls, samples, packs)
                 kind = self._kind(calls, possible, moves, (samples, len(outputs)))
                 found, lasting = self._probe(outputs, calls, possible, moves, samples)
@@ -133,10 +133,19 @@ class CoverageFinder:
             self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
 
-    def _with_graph(self, graph: Graph, calls: Sequence[Call], samples: int) -> list[Call]:
+    def _with_graph(
+        self, graph: Graph, calls: Sequence[Call], samples: int, packs: Sequence[PackedSequence]
+    ) -> list[Call]:
         """The calls, those of the graph in the place of what the layers do not give in full."""
         if samples == 1:
             return list(calls)  # all rows are its own, wherever they are
+        fitting = [
+            call
+            for call in calls
+            # With one row in front it is broadcast to the samples later, as positions are.
+            if call.leading[:1] != (1,) and possible_layouts(call.leading, samples, packs)
+        ]
+        self._by_graph |= self._trainable - {i for call in fitting for i in call.places.values()}
         kept = []
         for call in calls:
             call.places = {name: i for name, i in call.places.items() if i not in self._by_graph}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clext.core.checks import choice, integer
 from clext.core.inputs import rows
+from clext.core.likelihood import IGNORED
 from clext.core.seeding import generator
 from clext.core.supervision import Supervision
 from clext.importance.batch_mean import BatchMeanSum
@@ -77,14 +78,17 @@ def fisher_information(
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
         forward: Forward = supervision
         if supervision.gives_losses:
-            forward = supervision.losses if kind == "batch" else supervision.each_loss
+            forward = supervision.own_losses if kind != "batch" else supervision.mean_losses
         sums = kind_of_sum(owner, model, params, forward, absolute=False)
         draws = generator(seed)
-        count = 0
+        count, any_counts = 0, False
         device = params[0].device
         for x, y in supervision.read(owner, batches, device, samples=samples):
             sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
             count += rows(x)
+            any_counts = any_counts or y is None or bool((y != IGNORED).any())
+        if not any_counts:
+            raise ValueError(f"{owner}: all labels of the data are {IGNORED}, so that none counts")
         return averaged(owner, sums.sums, count if reduction == "mean" else 1)
 
 
@@ -112,13 +116,13 @@ def _score_functions(
             yield -torch.ones_like(outputs)
             return
         likelihood = supervision.likelihood
-        labels = supervision.fitted(owner, outputs, x, y)
-        likelihood.check_values(owner, outputs, labels)
+        by_class, labels = supervision.matched(owner, outputs, x, y)
+        likelihood.check_values(owner, by_class, labels)
         if kind == "exact":
-            yield from likelihood.weighted_scores(outputs, labels)
+            yield from map(supervision.as_outputs, likelihood.weighted_scores(by_class, labels))
         elif kind == "sample":
-            yield likelihood.drawn_score(outputs, labels, draws)
+            yield supervision.as_outputs(likelihood.drawn_score(by_class, labels, draws))
         else:
-            yield likelihood.score(outputs, labels)
+            yield supervision.as_outputs(likelihood.score(by_class, labels))
 
     return cotangents

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 
 from clext.importance.call import DIRECT, Call, Path
 from clext.importance.nodes import NODE_RULES, Argument, signed
+from clext.importance.rules.derived import DerivedRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,10 @@ _SELECTIONS = frozenset(
 )
 _VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"})
 _SUMS = frozenset({"AddBackward0", "SubBackward0"})
+# Nodes that make another tensor of a parameter, with a gradient that is linear in theirs. Of those
+# in the second line, where the tensor has the parameter's shape: else they are uses.
+_LINEAR = frozenset({"IndexBackward0", "WeightNormInterfaceBackward0"})
+_LINEAR_BY_ENTRY = frozenset({"MulBackward0", "DivBackward0", "NegBackward0", "ExpBackward0"})
 _SPREADING = frozenset({*_SUMS, "MulBackward0", "ExpandBackward0"})
 _TURNED = "TBackward0"
 _TABLE = "EmbeddingBackward0"
@@ -74,29 +79,32 @@ class Graph:
                 for argument, way in self._arguments(node, params[i], samples):
                     use = NODE_RULES[argument.node.name()](argument)
                     if use is not None:
-                        calls.append(self._call(i, argument, use, way))
+                        calls.append(self._call(i, params[i], argument, use, way))
         return calls
 
     def _arguments(
         self, start: Node, parameter: Tensor, samples: int
-    ) -> Iterator[tuple[Argument, list[_Selection]]]:
+    ) -> Iterator[tuple[Argument, list[_Step]]]:
         """Where the parameter arrives, and the selections from there back to it."""
-        waiting: list[tuple[Node, int, list[_Selection]]] = [(start, -1, [])]
+        waiting: list[tuple[Node, int, list[_Step]]] = [(start, -1, [])]
         while waiting:
             node, came_by, way = waiting.pop()
             for user, output, place in self._users.get(node, ()):
-                here = way if node is start else [_Selection(node, output, came_by), *way]
+                here = way if node is start else [_Step(node, output, came_by), *way]
                 shape = parameter.shape if node is start else _shape(node, output)
                 name = user.name()
-                if name in _SELECTIONS or _adds_to(user, place, shape) or self._is_selected(user):
+                if name in _SELECTIONS or _derives(user, shape) or self._is_looked_up(user):
                     waiting.append((user, place, here))
                 elif name in NODE_RULES:
                     yield Argument(user, place, shape, parameter.dtype, samples), here
 
-    def _call(self, i: int, argument: Argument, use: NodeUse, way: list[_Selection]) -> Call:
-        """The call for parameter i, from whose argument `way` leads back to it."""
-        rule_shape = getattr(use.rule.layer, use.name).shape
+    def _call(
+        self, i: int, parameter: Tensor, argument: Argument, use: NodeUse, way: list[_Step]
+    ) -> Call:
+        """The call for parameter i, to which `way` leads back from the argument."""
+        rule, rule_shape = use.rule, getattr(use.rule.layer, use.name).shape
         steps: list[Callable[[Tensor], Tensor]] = [*way]
+        selects = all(step.selects for step in way)
         key: list[object] = [step.key for step in way]
         if use.turned and way and way[0].name == _TURNED:  # turned twice
             del steps[0], key[0]
@@ -106,18 +114,23 @@ class Graph:
         elif rule_shape != argument.shape:
             steps.insert(0, lambda tensor: tensor.reshape(argument.shape))
             key.insert(0, argument.shape)
-        node, inputs, output_shape = argument.node, use.inputs.detach(), argument.output_shape
+        node, output, inputs = argument.node, 0, use.inputs.detach()
         view = self._unflattening_view(node) if use.unflattens else None
         if view is not None:
-            node, output_shape = view, _shape(view)
-            inputs = inputs.reshape(*output_shape[:-1], inputs.shape[-1])
+            node = view
+            inputs = inputs.reshape(*_shape(view)[:-1], inputs.shape[-1])
+        if use.beside is not None:
+            node, output = node.next_functions[use.beside]
+        path = Path(tuple(steps), (rule_shape, *key), rule_shape) if steps else DIRECT
+        if not selects:
+            rule, path = DerivedRule(rule, path, parameter), DIRECT
         return Call(
-            use.rule,
+            rule,
             {use.name: i},
             inputs,
-            GradientEdge(node, 0),
-            output_shape,
-            path=Path(tuple(steps), tuple(key), rule_shape) if steps else DIRECT,
+            GradientEdge(node, output),
+            _shape(node, output),
+            path=path,
             order=use.order,
             kind=(argument.node.name(), argument.place, i, *(step.name for step in way)),
         )
@@ -130,11 +143,11 @@ class Graph:
         view = users[0][0]
         return view if _shape(view)[-1:] == _shape(node)[-1:] else None
 
-    def _is_selected(self, node: Any) -> bool:  # noqa: ANN401
-        """Whether it looks up rows of a table, none of them twice, that are no sample's own: they
-        are copied for the samples later.
+    def _is_looked_up(self, node: Node) -> bool:
+        """Whether it takes rows of a table that are no sample's own: they are copied for the
+        samples later.
         """
-        if node.name() != _TABLE or not _is_distinct(node._saved_indices, node._saved_padding_idx):
+        if node.name() != _TABLE:
             return False
         waiting: list[Node] = [node]
         while waiting:
@@ -148,33 +161,44 @@ class Graph:
         return False
 
 
-class _Selection:
-    """The way back from an output of a node in `_SELECTIONS` to an input, or past a sum."""
+class _Step:
+    """The way back from an output of a node to an input.
+
+    `selects`: whether each entry of the output is one of the input's, and no two are the same.
+    """
 
     def __init__(self, node: Any, output: int, place: int) -> None:  # noqa: ANN401
         self.name, self.output, self.place = node.name(), output, place
         self._node = node
-        # Given back when the backward pass comes by.
-        self._rows = node._saved_indices.flatten() if self.name == _TABLE else None
+        self._rows: list[int] = []  # of a table
+        self.selects = self.name in _SELECTIONS
+        self._is_identity = self.name.startswith("ToCopy")
+        if self.name in _SUMS:
+            first = place == 0 or (self.name == "AddBackward0" and node._saved_alpha == 1)
+            self.selects = self._is_identity = first
+        elif self.name == _TABLE:
+            self._rows = node._saved_indices.flatten().tolist()
+            padding = signed(node._saved_padding_idx)
+            self.selects = len({padding, *self._rows}) == len(self._rows) + 1
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for selections of the same entries, of tensors of the same shape."""
         options = [getattr(self._node, name) for name in _options(type(self._node))]
-        rows = None if self._rows is None else id(self._node)
-        return (self.name, self.output, self.place, rows, *options)
+        return (self.name, self.output, self.place, *self._rows, *options)
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        if self.name.startswith("ToCopy") or self.name in _SUMS:
+        if self._is_identity:
             return gradient
-        if self._rows is not None:
-            table = gradient.new_zeros(self._node._saved_weight_sym_argsize_0, gradient.shape[-1])
-            return table.index_copy_(0, self._rows, gradient.flatten(0, -2))
-        gradients: list[Tensor | None] = [None] * len(self._node._input_metadata)
+        outputs = self._node._input_metadata
+        if not self.selects:  # it calculates with what it has saved
+            gradient = gradient.to(outputs[self.output].dtype)
+        gradients: list[Tensor | None] = [None] * len(outputs)
         gradients[self.output] = gradient
-        found = self._node(*gradients)
+        with torch.no_grad():
+            found = self._node(*gradients)
         arrived: Tensor = found[self.place] if isinstance(found, tuple) else found
-        return arrived
+        return arrived.to_dense()  # an embedding may give a sparse one
 
 
 _known_options: dict[type, tuple[str, ...]] = {}
@@ -192,12 +216,10 @@ def _shape(node: Any, output: int = 0) -> torch.Size:  # noqa: ANN401
     return torch.Size(node._input_metadata[output].shape)
 
 
-def _adds_to(node: Any, place: int, shape: torch.Size) -> bool:  # noqa: ANN401
-    """Whether something of the same shape is added to the input."""
-    if node.name() not in _SUMS or _shape(node) != shape:
-        return False
-    return place == 0 or (node._saved_alpha == 1 and node.name() == "AddBackward0")
-
-
-def _is_distinct(rows: Tensor, padding: int) -> bool:
-    return len(rows.unique()) == rows.numel() and not bool((rows == signed(padding)).any())
+def _derives(node: Any, shape: torch.Size) -> bool:  # noqa: ANN401
+    """Whether it makes another tensor of an input of `shape` that is a parameter's."""
+    name = node.name()
+    if name == "NativeBatchNormBackward0":  # standardised weights: a batch of one
+        return bool(node._saved_training) and _shape(node)[0] == 1
+    by_entry = name in _SUMS or name in _LINEAR_BY_ENTRY
+    return name in _LINEAR or (by_entry and _shape(node) == shape)

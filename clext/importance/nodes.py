@@ -56,7 +56,7 @@ class NodeUse:
 
     `order`: of the node's output's dimensions, as the rule counts them. `turned`: the rule's
     parameter is the argument transposed. `unflattens`: the rows of the output may be arranged in
-    more dimensions.
+    more dimensions. `beside`: the gradient is that of this input of the node, not of its output.
     """
 
     rule: LayerRule
@@ -65,6 +65,7 @@ class NodeUse:
     order: tuple[int, ...] | None = None
     turned: bool = False
     unflattens: bool = False
+    beside: int | None = None
 
 
 # ------------------------------------------------------------------ products of matrices
@@ -213,6 +214,19 @@ def _spread(argument: Argument) -> NodeUse | None:
     return _scaled(argument, argument.shape, None)
 
 
+def _gates(argument: Argument) -> NodeUse | None:
+    """The bias of a recurrent layer's step in one kernel, which adds it to other gates."""
+    if argument.place < 3:
+        return None
+    beside = argument.place - 3
+    before, output = argument.node.next_functions[beside]
+    samples = before._input_metadata[output].shape[0]
+    parameter = argument.like(argument.shape)
+    layer = SimpleNamespace(bias=parameter, parameter_dims=1, row_dims=1)
+    ones = torch.ones((), dtype=argument.dtype, device=argument.device)
+    return NodeUse(ScaleRule(layer), "bias", ones.expand(samples, *argument.shape), beside=beside)
+
+
 def _prelu(argument: Argument) -> NodeUse | None:
     return _scaled(argument, argument.shape, argument.node._saved_self.clamp(max=0))
 
@@ -271,6 +285,8 @@ NODE_RULES: dict[str, Callable[[Argument], NodeUse | None]] = {
     "ExpandBackward0": _spread,
     "RepeatBackward0": _spread,
     "PreluKernelBackward0": _prelu,
+    "ThnnFusedLstmCellBackward0": _gates,
+    "ThnnFusedGruCellBackward0": _gates,
     "NativeLayerNormBackward0": _layer_norm,
     "FusedRmsNormBackward0": _rms_norm,
     "NativeGroupNormBackward0": _group_norm,

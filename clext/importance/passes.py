@@ -140,14 +140,8 @@ def single_outputs(owner: str, forward: Forward, sample: Inputs) -> Tensor:
         ) from error
 
 
-def check_outputs(owner: str, outputs: object, samples: int) -> Tensor:
-    """`outputs` if it is a finite [samples, ...] tensor; ValueError otherwise."""
-    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or outputs.shape[0] != samples:
-        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(
-            f"{owner}: the model returned {got}, expected outputs [{samples}, ...] (one row per "
-            "sample)"
-        )
+def check_finite(owner: str, outputs: Tensor) -> Tensor:
+    """The outputs; ValueError if they are not finite."""
     if not bool(outputs.isfinite().all()):
         raise ValueError(
             f"{owner}: the model's outputs are not finite (NaN or infinity), so they have no "

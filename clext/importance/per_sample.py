@@ -13,7 +13,7 @@ from clext.core.parameters import allocate_state
 from clext.importance.capture import Capture, ends_of, stream_output_gradients
 from clext.importance.coverage import Coverage, CoverageFinder
 from clext.importance.fallback import SingleSamples, warn_slow
-from clext.importance.passes import check_outputs, flat, gradients, single_outputs
+from clext.importance.passes import check_finite, flat, gradients, single_outputs
 from clext.importance.rule import add_uses_, identity
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ class PerSampleSum:
     @property
     def sums(self) -> list[Tensor]:
         """What was added so far."""
-        for i, path, part in self._parts.values():
-            self._sums[i].add_(path.back(part))
-        self._parts.clear()
+        self._put_together(self._parts.keys())
         return self._sums
 
     def add(self, x: Inputs, cotangents: Cotangents) -> None:
@@ -70,7 +68,7 @@ class PerSampleSum:
             self._add_one(x, cotangents)
             return
         outputs, calls = self._capture.forward(x)
-        outputs = check_outputs(self._owner, outputs, count)
+        outputs = check_finite(self._owner, outputs)
         weights = cotangents(outputs.detach())
         outputs = flat(outputs)
         coverage = Coverage()
@@ -83,6 +81,8 @@ class PerSampleSum:
         if coverage.singly:
             warn_slow(self._model, self._params, coverage.singly)
         singly, uses = coverage.singly, coverage.uses()
+        used = {(i, piece.path.key) for i, pieces in uses.items() for piece in pieces}
+        self._put_together(self._parts.keys() - used)  # of other lengths, say
         batch = _Batch(uses, self._room, self._function)
         del calls, coverage, uses  # for `batch` to give their inputs back
         for weight, following in pairwise(chain(weights, [None])):  # the first refuses bad labels
@@ -96,10 +96,16 @@ class PerSampleSum:
     def _add_one(self, x: Inputs, cotangents: Cotangents) -> None:
         """Add one sample, whose gradient is autograd's."""
         outputs = self._forward(mapped(Tensor.clone, x))
-        outputs = check_outputs(self._owner, outputs, 1)
+        outputs = check_finite(self._owner, outputs)
         for weight in cotangents(outputs.detach()):
             for i, gradient in gradients(outputs, self._params, weight).items():
                 self._sums[i].add_(self._function(gradient.to(self._sums[i].dtype)))
+
+    def _put_together(self, keys: Iterable[object]) -> None:
+        """Add those of the parts to the sums of their parameters."""
+        for key in list(keys):
+            i, path, part = self._parts.pop(key)
+            self._sums[i].add_(path.back(part))
 
     def _room(self, i: int, piece: Piece) -> Tensor:
         """Where `piece` of parameter i is summed up."""
@@ -129,7 +135,7 @@ class _Batch:
         self._function = function
         # By call: the sums of its parameters that have no other use, of which some are `separable`:
         # they need no more of the cotangents than the sum of their function. `joint`: pieces of
-        # several uses.
+        # several uses, or such as have to wait for the end of the backward pass.
         self._single: dict[Call, dict[str, Tensor]] = {}
         self._separable: dict[Call, dict[str, Tensor]] = {}
         self._joint: list[tuple[Piece, Tensor]] = []
@@ -139,7 +145,7 @@ class _Batch:
             for piece in pieces:
                 acc = room(i, piece)
                 call, name = piece.uses[0]
-                if len(piece.uses) > 1:
+                if len(piece.uses) > 1 or call.rule.asks_nodes:
                     self._joint.append((piece, acc))
                 else:
                     kind = self._separable if call.separable else self._single

@@ -98,6 +98,9 @@ class LayerRule:
         """Whether rows of a call by the rule `other` may be taken for more rows of this one's."""
         return False
 
+    # Whether it asks nodes of the graph, which do not answer inside of a backward pass.
+    asks_nodes = False
+
     # Whether a sample's gradient is zero but for some of the parameter's rows: `single_rows`.
     looks_up = False
 

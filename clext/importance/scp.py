@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clext import ops
 from clext.core.checks import integer
-from clext.core.inputs import rows, split
+from clext.core.inputs import split
 from clext.core.parameters import allocate_rows, allocate_state
 from clext.core.seeding import generator
 from clext.core.supervision import Supervision
@@ -18,7 +18,7 @@ from clext.importance.coverage import CoverageFinder
 from clext.importance.graph import Graph
 from clext.importance.passes import (
     averaged,
-    check_outputs,
+    check_finite,
     evaluation,
     flat,
     parameter_list,
@@ -82,7 +82,7 @@ def sliced_cramer_importance(
         device = params[0].device
         for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
             outputs, calls = capture.forward(x)
-            outputs = flat(check_outputs(owner, outputs, rows(x)))
+            outputs = flat(check_finite(owner, outputs))
             if jacobian is None:
                 jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
             if outputs.requires_grad:

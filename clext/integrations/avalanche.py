@@ -61,5 +61,10 @@ class ClextPlugin(SupervisedPlugin):
         """End the task."""
         self._steps.end()
         data = strategy.experience.dataset
-        loader = DataLoader(data, batch_size=strategy.train_mb_size, collate_fn=data.collate_fn)
+        loader = DataLoader(
+            data,
+            batch_size=strategy.train_mb_size,
+            collate_fn=data.collate_fn,
+            shuffle=getattr(self.method, "samples", None) is not None,  # it measures the first
+        )
         self.method.consolidate(strategy.optimizer if self.method.takes_optimizer else loader)

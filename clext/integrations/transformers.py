@@ -104,7 +104,8 @@ class ContinualMixin(AnyTrainer):
 
     Raises:
         TypeError: it is no method of clext.
-        ValueError: when training starts: see `Steps.begin`.
+        ValueError: when training starts: see `Steps.begin`; or a method with a loss of its own is
+            to train on several processes.
     """
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
@@ -119,6 +120,12 @@ class ContinualMixin(AnyTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
+        if self.method.has_own_loss and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"{type(self).__name__}: the loss of {self.method.name} runs the model without the "
+                f"wrapper that reduces gradients over {self.accelerator.num_processes} processes; "
+                "train on one, or take a method with a penalty alone"
+            )
         named = not isinstance(resume_from_checkpoint, bool)  # True: the last one of its own
         self._checkpoint.resume_from = resume_from_checkpoint if named else None
         try:

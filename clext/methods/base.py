@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from clext.core.batches import check_examples
 from clext.core.checks import choice
+from clext.core.likelihood import CATEGORICAL
 from clext.core.parameters import trainable_parameters
 from clext.methods.parts.attachment import Attachment
 from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
-from clext.methods.parts.options import checked_strength, described, warn_if_unused
+from clext.methods.parts.options import check_options, checked_strength, described, warn_if_unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -64,6 +65,7 @@ class Method:
     has_penalty: ClassVar[bool] = False  # add_penalty_grad_ keeps the past
     has_own_loss: ClassVar[bool] = False  # loss keeps the past
     needs_first_task: ClassVar[bool] = False  # so do the steps of the first task
+    needs_classes: ClassVar[bool] = False  # logits [N, outputs], and one class for each example
     runs_model: ClassVar[bool] = False  # add_penalty_grad_ does, in the precision of the loss
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of options in words, the default first
     counter_names: tuple[str, ...] = ("tasks", "steps")
@@ -82,7 +84,13 @@ class Method:
         **supervision: Unpack[SupervisionOptions],
     ) -> None:
         trainable_parameters(model)
+        check_options(type(self), supervision)
         self.model, self.heads = model, Heads(model, **supervision)
+        if self.needs_classes and self.heads.options["likelihood"] != CATEGORICAL:
+            raise ValueError(
+                f"{self.name} needs classes: expected likelihood={CATEGORICAL!r}, got "
+                f"{self.heads.options['likelihood']!r}"
+            )
         self.strength = checked_strength(type(self), strength)
         self.tasks = 0  # ended so far
         self.steps = 0  # of this task that the method had a part in
@@ -118,9 +126,9 @@ class Method:
 
     def loss(self, *batch: Any) -> Tensor:  # noqa: ANN401  (as the loader gives them)
         """The loss without the penalty, 0-dim, of (x, y), of a whole batch as one argument, or of
-        rows of what `begin_task` returned.
+        rows of what `begin_task` returned. What else a loader gives is not looked at.
 
-        TypeError or ValueError for what is none: see `clext.Supervision`.
+        TypeError or ValueError for what is no batch: see `clext.Supervision`.
         """
         value = self._loss(*self.heads.arguments(batch))
         self.steps += self.has_own_loss

@@ -36,13 +36,14 @@ class EWC(QuadraticPenalty):
         fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
             `clext.importance.fisher_information`. Or from Adam's second moment, without a pass over
             data: "optimizer", which `consolidate(optimizer)` is given in their place; see
-            `clext.importance.second_moment`, also for its size, by which strength is to be larger.
+            `clext.importance.second_moment`, also for its size, by which strength is to be larger,
+            and for the pull of earlier tasks, which is in it unless the optimizer is proximal.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: where it pulls to: the values after the "latest" task, or those after "all".
-        weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples of
-            the task, or their "sum", N_k times as much. By Bayes' rule a new task's mean loss over
-            N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean: with
-            "sum" strength is 1 / (2 N), whatever the sizes of the old tasks and of the batches.
+        weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples
+            that are measured, or their "sum", N_k times as much. By Bayes' rule a new task's mean
+            loss over N samples goes with 1 / (2 N) * sum_k N_k F_k (theta - theta_k)^2, F_k a mean:
+            with "sum" strength is 1 / (2 N), whatever the sizes of old tasks and of batches.
         samples: how many samples F_k is measured on, the first that the loader gives: shuffle it.
             None: all.
         seed: of the labels drawn by fisher="sample"; the k-th task (from 0) uses seed + k.

@@ -75,6 +75,7 @@ class ICaRL(Method):
     """
 
     name: ClassVar[str] = "icarl"
+    needs_classes: ClassVar[bool] = True
     has_own_loss: ClassVar[bool] = True
 
     def __init__(
@@ -95,7 +96,7 @@ class ICaRL(Method):
         self.features = None if features is None else str(features)
         self.norm = flag(self.name, "norm", norm)
         self.temperature = softening(self.name, temperature)
-        self._features = FeatureExtractor(self.name, model, self.features)
+        self._features = FeatureExtractor(self.name, model, self.features, self.heads.logits)
         self._sets: Sets = {}
         self._previous: Teacher | None = None
         self._current: tuple[Tensor, Tensor] | None = None  # of the task, with global labels

@@ -61,6 +61,7 @@ class LwF(Rehearsal):
 
     name: ClassVar[str] = "lwf"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {**Rehearsal.choices, "scale": SCALES}
+    needs_classes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,21 +85,22 @@ class LwF(Rehearsal):
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         if self._teacher is None or examples is None:
             return examples
-        return (*examples, self._teacher.record(examples[0]))
+        inputs, _ = self.heads.inputs_and_labels(examples)
+        return (*examples, self._teacher.record(inputs))
 
     def _loss(self, inputs: Inputs, labels: Any, *more: Any) -> Tensor:  # noqa: ANN401
         """With the teacher's logits for all outputs, [N, outputs], as third argument or without."""
+        logits = self.heads.logits(inputs)
         if self._teacher is None:
-            return super()._loss(inputs, labels, *more)
+            return self.heads.loss(inputs, labels, self.heads.narrow(logits))
         recorded = added_logits(rows(inputs), more)
         teacher = self._teacher(inputs) if recorded is None else recorded
-        logits = self.heads.logits(inputs)
         self.heads.check_width(self.name, logits.shape[1], teacher.shape[1])
         losses = [
             distillation_loss(logits[:, now], teacher[:, then], self.temperature, self.scale)
             for now, then in old_heads(self.heads, self.tasks, teacher.shape[1])
         ]
-        current = self.heads.loss_of(self.heads.narrow(logits), inputs, labels)
+        current = self.heads.loss(inputs, labels, self.heads.narrow(logits))
         return self._balanced(current, self._over_tasks(losses))
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002

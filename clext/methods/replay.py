@@ -82,11 +82,12 @@ class Replay(Rehearsal):
             return super()._loss(inputs, labels, *more)
         count = rows(inputs)
         check_alike(self.name, inputs, self._buffer.rows[0], "in the memory", types=False)
+        labels = self.heads.with_start(inputs, labels)
         check_alike("loss", labels, self._buffer.rows[1], "in the memory", "labels y", types=False)
         old, old_labels = self._buffer.sample(self.batch or count)
         losses = self.heads.loss_over_tasks(
             concatenated([inputs, old]),
-            torch.cat([self.heads.with_start(inputs, labels), old_labels]),
+            torch.cat([labels, old_labels]),
             reduction="none",
         )
         return self._balanced(losses[:count].mean(), losses[count:].mean())

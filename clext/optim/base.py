@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unl
 from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
-from clext.core.lists import widest
+from clext.optim.clip import clip_factor
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
 from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
 
@@ -211,7 +211,9 @@ class FusedOptimizer(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._plans.current(method)
         self._plans.fill_sparse_gradients(type(self).__name__, self.takes_sparse)
-        clip = None if self.max_grad_norm is None else self._clip(self.max_grad_norm, scale)
+        clip = None
+        if self.max_grad_norm is not None:
+            clip = clip_factor(self.param_groups, self.max_grad_norm, scale)
 
         def run(part: Part) -> Tensor | None:
             lr = part.group["lr"]
@@ -237,20 +239,6 @@ class FusedOptimizer(Optimizer):
         if method is not None and method.constant and penalty is not None:
             penalty = penalty + method.strength * method.constant
         self._penalty = penalty
-
-    @torch.no_grad()
-    def _clip(self, max_norm: float, scale: Tensor | None) -> Tensor | None:
-        """min(1, max_norm / norm of all gradients); nothing waits for the device."""
-        params = (entry for group in self.param_groups for entry in group["params"])
-        grads = [entry.grad for entry in params if entry.grad is not None]
-        if not grads:
-            return None
-        # In float32 (float64): scaled gradients in half precision would overflow.
-        norms = torch._foreach_norm(grads, 2, dtype=widest(grads))
-        total = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
-        if scale is not None:
-            total = total / scale.to(total.device)
-        return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
     # ------------------------------------------------------------------ torch's habits
 

@@ -6,7 +6,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 #include <string_view>
 #include <utility>
@@ -338,18 +337,6 @@ Prepared check_lists(const char* op, const std::vector<ListArgument>& arguments,
     }
   }
   return prepared;
-}
-
-void check_number(const char* op, const Number& number, double value) {
-  if (number.range == Number::Fraction) {
-    TORCH_CHECK_VALUE(value >= 0 && value <= 1, op, ": ", number.name, " is ", value,
-                      ", expected a number in [0, 1]");
-    return;
-  }
-  const bool positive = number.range == Number::Positive;
-  TORCH_CHECK_VALUE(std::isfinite(value) && (positive ? value > 0 : value >= 0), op, ": ",
-                    number.name, " is ", value, ", expected a finite number ",
-                    positive ? "> 0" : ">= 0");
 }
 
 }  // namespace clext

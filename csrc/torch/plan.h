@@ -51,8 +51,8 @@ class ParameterPlan {
 
   // `names`: one per parameter, for messages. `state`: lists as long as `params`, each entry laid
   // out like its parameter; float32, or float64 for float64 parameters; "anchor" and "importance"
-  // may be bfloat16 instead of float32. `steps`: for the fused optimizer steps that count, one 0-dim
-  // tensor of the state's dtype per parameter; else empty.
+  // may be bfloat16 instead of float32. `steps`: for the fused optimizer steps that count, one
+  // 0-dim tensor of the state's dtype per parameter; else empty.
   ParameterPlan(std::vector<std::string> names, std::vector<at::Tensor> params, State state,
                 std::vector<at::Tensor> steps = {});
   // Launches point into their own tables.

@@ -13,7 +13,8 @@ torch.manual_seed(0)
 CASES = {
     "classes": ("categorical", (5, 3), torch.randint(3, (5,))),
     "pixels": ("categorical", (5, 3, 2, 4), torch.randint(3, (5, 2, 4))),
-    "tokens": ("categorical", (5, 4, 3), torch.tensor([[0, -100, 2, 1]] * 4 + [[-100] * 4])),
+    "tokens": ("categorical", (5, 3, 4), torch.tensor([[0, -100, 2, 1]] * 4 + [[-100] * 4])),
+    "ignored": ("categorical", (5, 3), torch.tensor([0, -100, 2, 1, -100])),
     "binary": ("bernoulli", (5,), torch.randint(2, (5,))),
     "column": ("bernoulli", (5, 1), torch.rand(5)),
     "multi-label": ("bernoulli", (5, 3), torch.randint(2, (5, 3)).bool()),
@@ -32,8 +33,6 @@ def case(request):
 def log_p(likelihood, outputs, labels):
     """Of each sample, [N], by torch's functions."""
     if likelihood.name == "categorical":
-        if labels.shape == outputs.shape[:-1] and labels.dim() == 2:
-            outputs = outputs.transpose(1, 2)
         each = -F.cross_entropy(outputs, labels, reduction="none")
     elif likelihood.name == "bernoulli":
         each = -F.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
@@ -111,7 +110,7 @@ def test_labels_that_do_not_fit_the_outputs_are_refused(name, shape, labels, mes
     ("name", "labels", "message"),
     [
         ("categorical", torch.tensor([0, 99]), "labels reach from 0 to 99, expected 0 to 1"),
-        ("categorical", torch.tensor([0, -100]), "labels reach from -100 to 0"),
+        ("categorical", torch.tensor([0, -1]), "labels reach from -1 to 0"),
         ("bernoulli", torch.tensor([[0.0, 2.0]] * 2), "from 0.0 to 2.0, expected 0 to 1"),
     ],
 )

@@ -229,7 +229,7 @@ def test_the_empirical_fisher_is_that_of_single_samples(case, recwarn):
 def test_the_loss_is_the_mean_of_log_p(case):
     method = EWC(case.model, **case.options)
     values = [-case.log_p(case.model, n) for n in range(N)]
-    labels = method.heads.split(case.batch)[1]
+    labels = method.heads.inputs_and_labels(case.batch)[1]
     counted = torch.tensor(N)
     if isinstance(labels, Tensor) and labels.dim() > 1:
         if case.options.get("likelihood") == "gaussian":
@@ -271,7 +271,7 @@ def test_mas_and_scp_take_any_outputs(case):
     for method in (mas, scp):
         method.consolidate(in_two(case.batch))
     params = list(case.model.parameters())
-    inputs = mas.heads.split(case.batch)[0]
+    inputs = mas.heads.inputs_and_labels(case.batch)[0]
     outputs = mas.heads(inputs).reshape(N, -1)
     sums = [torch.zeros_like(entry) for entry in params]
     for n in range(N):
@@ -327,7 +327,7 @@ def test_a_loss_that_is_one_number_serves_for_the_batch_fisher_alone():
     for method in (own, plain):
         method.consolidate([(x, y)])
     torch.testing.assert_close(own.importance["weight"], plain.importance["weight"])
-    with pytest.raises(ValueError, match='one number for 6 samples, .* fisher="batch"'):
+    with pytest.raises(ValueError, match='for 6 samples, .* enough for fisher="batch"'):
         EWC(model, loss=mean).consolidate([(x, y)])
 
 
@@ -362,8 +362,103 @@ def test_a_loss_of_the_models_own_that_is_another_is_refused():
 
     model.forward = forward
     ids = torch.randint(5, (N, 4))
-    with pytest.raises(ValueError, match="the model's own loss .* is not that of likelihood="):
+    with pytest.raises(ValueError, match="the model's own loss .* is not that of its logits"):
         EWC(model).consolidate([{"input_ids": ids, "labels": ids}])
     said = EWC(model, labels=lambda batch: F.pad(batch["labels"][:, 1:], (0, 1), value=-100))
     said.consolidate([{"input_ids": ids, "labels": ids}])
     assert said.importance["head.weight"].any()
+
+
+@pytest.mark.parametrize("shifts", [True, False])
+def test_a_model_that_has_learned_nothing_says_which_labels_it_takes(shifts):
+    """Both ways have nearly the same loss, log of the number of classes."""
+    model = Language(shifts=shifts)
+    with torch.no_grad():
+        model.head.weight.mul_(1e-3)
+        model.head.bias.zero_()
+    ids = torch.randint(5, (N, 4))
+    method = EWC(model)
+    for batch in ({"input_ids": ids, "labels": ids}, ({"input_ids": ids}, ids), (ids, ids)):
+        parts = batch if type(batch) is tuple else (batch,)
+        torch.testing.assert_close(method.loss(*parts), model(ids, labels=ids).loss)
+
+
+def test_as_many_positions_as_classes_are_told_by_another_batch():
+    model = Tokens()
+    method = EWC(model)
+    alike = torch.randint(5, (N, 7)), torch.randint(7, (N, 7))
+    with pytest.raises(ValueError, match="begin with a batch of another length"):
+        method.loss(*alike)
+    method.loss(torch.randint(5, (N, 4)), torch.randint(7, (N, 4)))
+    expected = F.cross_entropy(model(alike[0]).flatten(0, 1), alike[1].flatten())
+    torch.testing.assert_close(method.loss(*alike), expected)
+
+
+def test_numbers_for_positions_are_not_turned():
+    model = Language(shifts=False)
+    ids = torch.randint(5, (N, 5))  # as many positions as outputs
+    values = torch.randn(N, 5, 5)
+    method = EWC(model, likelihood="gaussian")
+    batch = {"input_ids": ids, "labels": values}
+    torch.testing.assert_close(method.loss(batch), F.mse_loss(model(ids).logits, values))
+
+
+class Anything(nn.Module):
+    """A wrapper as DDP, whose forward hides what the model takes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_wrapped_models_are_given_what_they_name():
+    inner = Two()
+    batch = {
+        "tokens": torch.randint(5, (N,)),
+        "numbers": torch.randn(N, 3),
+        "labels": torch.randint(3, (N,)),
+        "index": torch.arange(N),
+    }
+    expected = EWC(inner).loss(batch)
+    for model in (Anything(inner), torch.compile(inner, backend="eager")):
+        assert torch.equal(EWC(model).loss(batch), expected)
+
+
+def test_outputs_are_the_models_where_a_loss_is_given():
+    x, y = torch.randn(N, 3), torch.randint(3, (N,))
+    model = nn.Linear(3, 3)
+    for kind in (MAS, SCP):
+        one, other = kind(model), kind(model, loss=lambda *_: pytest.fail("not asked"))
+        for method in (one, other):
+            method.consolidate([(x, y)])
+        assert torch.equal(one.importance["weight"], other.importance["weight"])
+
+
+def test_labels_of_which_none_counts_are_refused():
+    model = nn.Linear(3, 3)
+    method = EWC(model)
+    x, y = torch.randn(N, 3), torch.full((N,), -100)
+    with pytest.raises(ValueError, match="all labels of the data are -100, so that none counts"):
+        method.consolidate([(x, y)])
+    assert method.tasks == 0
+    method.consolidate([(x, y), (x, torch.zeros(N).long())])
+
+
+def test_a_data_set_is_not_taken_for_a_loader():
+    x, y = torch.randn(N, 3), torch.randint(3, (N,))
+    data = torch.utils.data.TensorDataset(x, y)
+    with pytest.raises(
+        ValueError, match="a TensorDataset gives single samples; pass a .*DataLoader"
+    ):
+        EWC(nn.Linear(3, 3)).consolidate(data)
+    EWC(nn.Linear(3, 3)).consolidate(torch.utils.data.DataLoader(data))
+
+
+def test_an_option_that_there_is_not_is_named_with_those_there_are():
+    with pytest.raises(
+        TypeError, match="EWC has no option 'lam'; its options are strength, fisher, "
+    ):
+        EWC(nn.Linear(3, 3), lam=3.0)

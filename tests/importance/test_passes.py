@@ -18,6 +18,7 @@ from importance_models import (
 )
 from importance_oracle import assert_close, mas_oracle
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from clext.importance import (
     fisher_information,
@@ -183,6 +184,39 @@ def test_embeddings_that_renormalise_are_left_as_they_were(device):
         assert torch.equal(model[0].weight, before)
     got = output_sensitivity(model, params, batches)
     assert_close(got, mas_oracle(model, params, batches), rtol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    """Keeps few activations, and runs its layers once more for the others."""
+
+    def __init__(self, *, use_reentrant):
+        super().__init__()
+        self.layer, self.inner = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.use_reentrant, self.runs = use_reentrant, 0
+
+    def body(self, hidden):
+        self.runs += 1
+        return self.inner(hidden.tanh()).tanh()
+
+    def forward(self, x):
+        hidden = self.layer(x)
+        return self.head(checkpoint(self.body, hidden, use_reentrant=self.use_reentrant))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_is_off_while_measuring(use_reentrant):
+    model = Checkpointed(use_reentrant=use_reentrant).double()
+    params, batches = params_of(model), make_batches()
+    plain = Checkpointed(use_reentrant=use_reentrant).double()
+    plain.load_state_dict(model.state_dict())
+    plain.forward = lambda x: plain.head(plain.body(plain.layer(x)))
+    for function, options in ESTIMATES.values():
+        got = function(model, params, batches, **options)
+        assert_equal(got, function(plain, params_of(plain), batches, **options))
+    runs = model.runs
+    model(batches[0][0]).sum().backward()
+    assert model.runs == runs + 2  # afterwards it is on
 
 
 # ------------------------------------------------------------------ bad input

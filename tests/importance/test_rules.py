@@ -103,7 +103,11 @@ def test_layers_without_a_rule(name, device):
     assert_all_estimates(model)
 
 
-HALF = ["2d", "batch-first", "embedding", "batch norm 2d", "layer norm", "RMS norm", "group norm"]
+HALF = [
+    *("2d", "batch-first", "embedding", "batch norm 2d", "layer norm", "RMS norm", "group norm"),
+    *("transformer", "LSTM", "norms with a forward of their own", "parameters by themselves"),
+    *("weight norm", "relative positions"),
+]
 
 
 @pytest.mark.parametrize("name", HALF)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,3 +154,73 @@ def test_what_no_loss_can_take_is_refused():
         with pytest.raises(kind, match=message) as caught:
             method.loss(*batch)
         assert "\n" not in str(caught.value)
+
+
+def squares(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean(1)
+
+
+def test_a_loss_of_ones_own_is_that_of_the_task_in_every_method():
+    x, y = torch.randn(N, 5), torch.randn(N, 3)
+    for make in (Replay, LwF, GEM):
+        model = nn.Linear(5, 3)
+        method = make(model, loss=squares)
+        expected = squares(model, (x, y)).mean()
+        torch.testing.assert_close(method.loss(x, y), expected)
+        method.consolidate([(x, y)])
+        method.strength = 0.0 if method.has_strength else method.strength
+        torch.testing.assert_close(method.loss(x, y), expected)
+        with pytest.raises(ValueError, match="active=.* is for classes"):
+            method.begin_task(block=range(2), active=range(2))
+
+
+def test_a_loss_of_ones_own_may_do_without_labels():
+    model = nn.Linear(5, 5)
+    method = Replay(model, batch=4, loss=lambda model, x: (model(x) - x).square().mean(1))
+    old, new = torch.randn(4, 5), torch.randn(N, 5)
+    method.consolidate([old])
+    expected = F.mse_loss(model(new), new) + F.mse_loss(model(old), old)
+    torch.testing.assert_close(method.loss(new), expected)
+    mean = Replay(model, loss=lambda model, x: F.mse_loss(model(x), x))
+    mean.loss(old)
+    mean.consolidate([old])
+    with pytest.raises(ValueError, match="expected a loss for each"):
+        mean.loss(new)
+
+
+@pytest.mark.parametrize("name", ["lwf", "icarl", "dgr"])
+def test_what_needs_classes_says_so(name):
+    with pytest.raises(ValueError, match=f"{name} needs classes: .* got 'gaussian'"):
+        METHODS[name](nn.Linear(5, 3), likelihood="gaussian")
+
+
+def test_lwf_needs_logits_from_the_first_task_on():
+    method = LwF(nn.Conv2d(1, 3, 1))
+    with pytest.raises(ValueError, match=r"returned \[2, 3, 4, 4\] .* expected logits"):
+        method.loss(torch.randn(2, 1, 4, 4), torch.zeros(2, 4, 4).long())
+
+
+def test_the_order_of_a_mapping_does_not_count():
+    method = Replay(Named(), budget=4)
+    x, y = batches(0)[0]
+    method.consolidate([as_mapping(x, y)])
+    turned = dict(reversed(as_mapping(*batches(1)[0]).items()))
+    again = Replay(method.model, budget=4)
+    again.load_state_dict(method.state_dict())
+    assert torch.equal(method.loss(as_mapping(*batches(1)[0])), again.loss(turned))
+
+
+def test_only_what_a_state_dict_can_hold_is_kept():
+    pair = namedtuple("Pair", "x y")
+    method = Replay(nn.Linear(5, 3), forward=lambda model, b: model(b.x), labels=lambda b: b.y)
+    with pytest.raises(ValueError, match="can be kept in a state dict"):
+        method.consolidate([pair(*batches(0)[0])])
+
+
+def test_examples_of_a_task_are_recorded_as_the_users_forward_takes_them():
+    method = LwF(nn.Linear(5, 3), forward=lambda model, batch: model(batch[0]))
+    x, y = batches(0)[0]
+    method.begin_task((x, y))
+    method.consolidate([(x, y)])
+    given = method.begin_task((x, y))
+    assert torch.equal(given[2], method.model(x))

@@ -46,6 +46,19 @@ def test_all_of_it_goes_through_a_file_of_tensors(name, tmp_path):
     other.consolidate(batches_for(other, "class", 1))
 
 
+@pytest.mark.parametrize("name", ["replay", "gem"])
+def test_examples_that_are_mappings(name, tmp_path):
+    options = {
+        **OPTIONS[name],
+        "forward": lambda model, batch: model(batch["x"]),
+        "labels": lambda batch: batch["y"],
+    }
+    method, other = (METHODS[name](make_model(), **options) for _ in range(2))
+    method.consolidate([{"x": x, "y": y} for x, y in batches_for(method, "class", 0)])
+    other.load_flat_state_dict(files(method.flat_state_dict(), tmp_path / "state"))
+    assert_same_state(other.state_dict(), method.state_dict())
+
+
 def test_the_state_of_a_parameter_has_a_name_of_its_own():
     method = SI(make_model())
     run_task(method, "class", 0)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from toy_training import CLASSES, FEATURES, make_model, make_task, train_tasks
 
 from clext import AGEM, GEM, optim
@@ -349,3 +350,16 @@ def test_in_bf16_and_with_an_optimizer_of_clext(kind, device):
     conflicting_step(model, make_task(0, device=device))
     method.add_penalty_grad_()
     assert {rows.dtype for rows in method._rows} == {torch.float64}
+
+
+@BOTH
+def test_a_model_that_keeps_few_activations(kind):
+    """Training goes through the checkpoint, the gradients of the past go without it."""
+    plain, other = make_model(), make_model()
+    other.forward = lambda x: other[2](
+        checkpoint(lambda hidden: other[1](hidden), other[0](x), use_reentrant=True)
+    )
+    for model in (plain, other):
+        train_tasks(model, kind(model, per_task=8), tasks=2)
+    for mine, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -99,7 +99,8 @@ def test_state_that_changes_before_backward_is_an_error_not_a_wrong_gradient(dev
 
 @every_op
 def test_schema_shape_function_and_tracing(op, device):
-    arguments = sample(op, (Entry((3, 2)), Entry((4,), torch.bfloat16)), device)
+    entries = (Entry((3, 2)), Entry((4,), torch.bfloat16), Entry((5,), compact=True))
+    arguments = sample(op, entries, device)
     if op is PENALTY:
         for theta in arguments["params"]:
             theta.requires_grad_()
@@ -109,7 +110,7 @@ def test_schema_shape_function_and_tracing(op, device):
 
 @every_op
 def test_shape_function_gives_what_the_kernel_gives(op):
-    entries = (Entry((3, 2), torch.bfloat16, "transposed"), Entry((4,)))
+    entries = (Entry((3, 2), torch.bfloat16, "transposed"), Entry((4,)), Entry((6,), compact=True))
     if op.mixed_dtypes:
         entries += (Entry((5,), torch.float64),)
     real = sample(op, entries)

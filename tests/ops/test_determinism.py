@@ -80,7 +80,15 @@ def test_same_bits_at_any_address(op, device):
         if dtype == torch.float64 and not op.mixed_dtypes:
             continue
         aligned, unaligned = (
-            sample(op, (Entry((5003,), dtype, layout), Entry((17,), dtype, layout)), device)
+            sample(
+                op,
+                (
+                    Entry((5003,), dtype, layout),
+                    Entry((17,), dtype, layout),
+                    Entry((5003,), dtype, layout, compact=True),
+                ),
+                device,
+            )
             for layout in ("contiguous", "unaligned")
         )
         assert_same_bits(run(op, unaligned), run(op, aligned))

@@ -96,7 +96,8 @@ def test_dtypes_shapes_and_layouts_mixed_in_one_call(op, device):
 )
 def test_every_size(op, dtype, device):
     for size in SIZES:
-        check_against_reference(op, sample(op, (Entry((size,), dtype),), device, seed=size))
+        entries = (Entry((size,), dtype), Entry((size,), dtype, compact=True))
+        check_against_reference(op, sample(op, entries, device, seed=size))
 
 
 @reads_and_rows

@@ -23,4 +23,5 @@ def test_kernel(op, device):
         large = [] if dtype == torch.float16 else [(65_536 + 9,)]
         entries += [Entry(shape, dtype) for shape in shapes + large]
         entries += [Entry(shape, dtype, "unaligned") for shape in shapes]
+        entries += [Entry(shape, dtype, compact=True) for shape in shapes + large]
     check_against_reference(op, sample(op, tuple(entries), device))

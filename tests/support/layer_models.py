@@ -396,6 +396,39 @@ class Inheriting(nn.Linear):
     """Computes what its base does."""
 
 
+class Standardised(nn.Conv1d):
+    """With weights of mean 0 and variance 1 in each channel, times a gain."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.rand(self.out_channels) + 0.5)
+
+    def forward(self, x):
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(rows, None, None, weight=self.gain * 0.5, training=True)
+        return F.conv1d(x, weight.view_as(self.weight), self.bias)
+
+
+class RelativePositions(nn.Module):
+    """Tables with an entry for each distance, from which all pairs of places take theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 5), head()
+        self.table = nn.Parameter(torch.randn(7, 2))
+        self.embedding = nn.Embedding(7, 3)
+        place = torch.arange(4)
+        self.register_buffer("distance", place[:, None] - place + 3)
+
+    def forward(self, x):
+        hidden = self.layer(sequences(self, x))
+        weights = (hidden @ hidden.transpose(1, 2)).unsqueeze(1)  # [samples, 1, places, places]
+        own = self.table[self.distance.flatten()].view(4, 4, -1).permute(2, 0, 1)
+        shared = self.embedding(self.distance).permute(2, 0, 1).unsqueeze(0)
+        scores = torch.cat([weights + own, weights + shared], 1).softmax(-1)
+        return self.head((scores @ hidden.unsqueeze(1)).tanh())
+
+
 def bag(forward, **options):
     return partial(Custom, forward, table=nn.EmbeddingBag(VOCABULARY, 3, **options))
 
@@ -489,6 +522,9 @@ BY_GRAPH = {
         layer=nn.Linear(6, 5, bias=False),
         second=nn.Linear(4, 5, bias=False),
     ),
+    "weight norm": weight_norm,
+    "standardised weights": lambda: stack((4, 6), Standardised(4, 3, 2)),
+    "relative positions": RelativePositions,
     "used within and without": lambda: Custom(
         lambda m, x: F.linear(m.layer(x[:, :6]).tanh(), m.layer.weight), layer=nn.Linear(6, 6)
     ),
@@ -519,5 +555,4 @@ FALLBACK = {
         ),
         ["layer"],
     ),
-    "weight norm": (weight_norm, ["layer.parametrizations"]),
 }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode, run_eagerly
 from clext.methods.parts.teacher import LARGE_BATCH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class FeatureExtractor:
@@ -16,13 +21,21 @@ class FeatureExtractor:
         owner: who asks, for errors.
         model: from inputs to logits.
         layer: the layer's name in the model; None: the nn.Linear that runs last.
+        logits: from inputs to logits, by calling `model`; None: `model`.
 
     Raises:
         ValueError: the model has no layer of that name.
     """
 
-    def __init__(self, owner: str, model: nn.Module, layer: str | None) -> None:
+    def __init__(
+        self,
+        owner: str,
+        model: nn.Module,
+        layer: str | None,
+        logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._owner, self._model, self._layer = owner, model, layer
+        self._logits = model if logits is None else logits
         names = [name for name, _ in model.named_modules() if name]
         if layer is not None and layer not in names:
             raise ValueError(
@@ -44,7 +57,7 @@ class FeatureExtractor:
         ]
         try:
             with run_eagerly():
-                logits: Tensor = self._model(inputs)
+                logits: Tensor = self._logits(inputs)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.core.batches import class_labels
-from clext.core.inputs import flatten, mapped, rows, taken
-from clext.core.likelihood import CATEGORICAL
+from clext.core.inputs import described, flatten, is_plain, mapped, rows, taken
 from clext.core.modes import module_mode
 from clext.core.parameters import device_of
 from clext.core.supervision import Supervision
@@ -46,9 +45,9 @@ class Heads(Supervision):
         """Outputs that are active, [N, active] (or [N, ...] where all are)."""
         return self.narrow(self.outputs(inputs))
 
-    def logits(self, inputs: Inputs, model: nn.Module | None = None) -> Tensor:
+    def logits(self, inputs: Inputs) -> Tensor:
         """All outputs, [N, outputs]; ValueError if the model returns something else."""
-        return _as_logits(self.outputs(inputs, model))
+        return _as_logits(self.outputs(inputs))
 
     def narrow(self, logits: Tensor, active: range | None = None) -> Tensor:
         """The columns of the active outputs, or of those given."""
@@ -106,6 +105,11 @@ class Heads(Supervision):
         check_range("begin_task: block", block)
         check_range("begin_task: active", active)
         if active is not None:
+            if not self.is_categorical:
+                raise ValueError(
+                    f"begin_task: active={active} is for classes, which loss= and likelihood= "
+                    "here have not; leave it out"
+                )
             if block is None:
                 raise ValueError(
                     f"begin_task: active={active} needs block, the outputs of the task itself"
@@ -149,6 +153,11 @@ class Heads(Supervision):
         classes: range | None = None
         device = device_of(self._model)
         for inputs, labels in self.read(owner, batches, device):
+            if not is_plain(inputs):
+                raise ValueError(
+                    f"{owner}: inputs are {described(inputs)}, expected tensors, tuples, lists and "
+                    "mappings, which can be kept in a state dict; make the loader give such"
+                )
             for entry in flatten(inputs)[0]:
                 if entry.is_floating_point() and not bool(entry.isfinite().all()):
                     raise ValueError(
@@ -167,18 +176,13 @@ class Heads(Supervision):
 
     def has_classes(self, labels: Tensor) -> bool:
         """Whether they say a class of each whole example."""
-        is_categorical = self.options.get("likelihood") == CATEGORICAL
-        return is_categorical and labels.dim() == 1 and not self.gives_losses
+        return self.is_categorical and labels.dim() == 1
 
     def _classes(self, inputs: Inputs, ended: int) -> range:
         """The local labels that may occur."""
         if self.classes is not None and len(self.blocks) > ended:
             return self.classes
         return range(self.count(inputs) if self.active is None else len(self.active))
-
-    def loss_of(self, outputs: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
-        """The mean loss of labels that go with these (active) outputs of `inputs`."""
-        return self.likelihood.loss(outputs, self.fitted("loss", outputs, inputs, labels))
 
     def loss_over_tasks(self, inputs: Inputs, labels: Tensor, *, reduction: str = "mean") -> Tensor:
         """The loss of examples of any tasks seen.

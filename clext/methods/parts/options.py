@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from clext.core.checks import number
+from clext.core.supervision import SupervisionOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from clext.methods.base import Method
 
 
@@ -20,6 +23,13 @@ def option_names(kind: type[Method]) -> list[str]:
     parameters = inspect.signature(kind).parameters.values()
     names = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
     return [name for name in names if name != "strength" or kind.has_strength]
+
+
+def check_options(kind: type[Method], given: Mapping[str, object]) -> None:
+    """TypeError for what is left of the keywords and none of `SupervisionOptions`."""
+    for name in given.keys() - SupervisionOptions.__annotations__.keys():
+        valid = ", ".join([*option_names(kind), *SupervisionOptions.__annotations__])
+        raise TypeError(f"{kind.__name__} has no option {name!r}; its options are {valid}")
 
 
 def checked_strength(kind: type[Method], given: object) -> float:

@@ -1,0 +1,30 @@
+"""The clip of a step: one factor, from the norm of all gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clext.core.lists import widest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@torch.no_grad()
+def clip_factor(
+    groups: Sequence[dict[str, Any]], max_norm: float, scale: Tensor | None
+) -> Tensor | None:
+    """min(1, max_norm / norm of all gradients); nothing waits for the device."""
+    params = (entry for group in groups for entry in group["params"])
+    grads = [entry.grad for entry in params if entry.grad is not None]
+    if not grads:
+        return None
+    # In float32 (float64): scaled gradients in half precision would overflow.
+    norms = torch._foreach_norm(grads, 2, dtype=widest(grads))
+    total = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    if scale is not None:
+        total = total / scale.to(total.device)
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
