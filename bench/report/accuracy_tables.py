@@ -168,6 +168,7 @@ def encoder_table() -> str:
                 "" if strength is None else f"{strength:g}",
                 percent(found, lambda e: e["accuracy"][1][0]),
                 percent(found, lambda e: e["accuracy"][1][1]),
+                f"{100 * mean(found, lambda e: fmean(e['accuracy'][1])):.1f}",
                 percent(found, lambda e: e["others"][2]["accuracy"]),
                 f"{mean(found, lambda e: e['others'][2]['cosine']):.2f}",
                 f"{mean(found, lambda e: e['seconds'][1]):.0f}",
@@ -182,8 +183,15 @@ def encoder_table() -> str:
     learned = 100 * mean([*entries], lambda e: e["accuracy"][0][0])
     cosine = mean([*entries], lambda e: e["others"][1]["cosine"])
     head = [
-        *("second task by", "strength", "first task, %", "second task, %", "other texts, %"),
-        *("cosine", "steps, s", "consolidate, s", "method's state, MB", "optimizer's, MB"),
+        *("second task by", "strength", "first task, %", "second task, %", "both, %"),
+        *(
+            "other texts, %",
+            "cosine",
+            "steps, s",
+            "consolidate, s",
+            "method's state, MB",
+            "optimizer's, MB",
+        ),
     ]
     return (
         f"{markdown(head, rows)}\n\n"
