@@ -52,7 +52,8 @@ class MergedPenalty(Method):
         model = lora.merge_and_unload()             # if you like: reg protects the merged weights
 
     `consolidate` measures what `merge_and_unload` would make, of all that the method knows, and the
-    anchor is there; the model stays as it is. Options, counts and state are the method's own. (SI
+    anchor is there; the model stays as it is. Options, counts and state are the method's own. It is
+    in no `Combined`, whose two methods begin with their first task together. (SI
     and RWalk, which follow the steps of the weights themselves, learn nothing of LoRA's.)
 
     Args:

@@ -22,7 +22,7 @@ class MAS(QuadraticPenalty):
     """Importance: how much the outputs react, mean over samples of |d ||f(x)||^2 / d parameter|.
 
     After a task with sensitivity S, importance = gamma * importance + S; the anchor is the end of
-    the latest task. Labels are not used.
+    the latest task. Labels are not used; all outputs count, those at padded positions too.
 
     Args:
         model: see `Method`.

@@ -22,7 +22,8 @@ class SCP(QuadraticPenalty):
     """Importance: the mean over directions xi of (d (xi . f) / d parameter)^2, f the mean output.
 
     The directions are uniform on the unit sphere of the outputs, f is the mean over the data.
-    Importances of the tasks add up; the anchor is the end of the latest task. Labels are not used.
+    Importances of the tasks add up; the anchor is the end of the latest task. Labels are not used;
+    all outputs count, those at padded positions too.
 
     Args:
         model: see `Method`.
