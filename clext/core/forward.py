@@ -14,35 +14,34 @@ if TYPE_CHECKING:
 LABELS = "labels"  # the entry of a batch that is a mapping
 
 
-def call_model(model: nn.Module, inputs: Inputs) -> Any:  # noqa: ANN401
+def call_model(model: nn.Module, inputs: Inputs, labels: Tensor | None = None) -> Any:  # noqa: ANN401
     """What the model returns: for a tensor, for the tensors of a tuple or list as its arguments, or
-    for those entries of a mapping that its `forward` names, but not the labels.
+    for those entries of a mapping that its `forward` names (all tensors where it takes any).
+
+    `labels`: are given too, for which a Transformers model returns its own loss as well.
     """
+    keywords = {} if labels is None else {LABELS: labels}
     if not isinstance(inputs, Mapping):
-        return model(inputs) if isinstance(inputs, Tensor) else model(*inputs)
-    inner, names = _innermost(model)
+        return model(*((inputs,) if isinstance(inputs, Tensor) else inputs), **keywords)
+    inner, names, takes_all = _innermost(model)
+    entries = {**inputs, **keywords}
     # An encoder-decoder makes the decoder's inputs of the labels.
     makes_inputs = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
-    left_out = () if makes_inputs else (LABELS,)
+    if labels is None and not makes_inputs:
+        entries.pop(LABELS, None)
     return model(
         **{
             name: entry
-            for name, entry in inputs.items()
-            if (name in names or not names) and name not in left_out
+            for name, entry in entries.items()
+            if name in names or (takes_all and isinstance(entry, Tensor))
         }
     )
 
 
-def call_with_labels(model: nn.Module, inputs: Inputs, labels: Tensor) -> Any:  # noqa: ANN401
-    """The same with the labels, for which a Transformers model returns its own loss too; None of a
-    model that takes none.
-    """
-    _, names = _innermost(model)
-    if LABELS not in names:
-        return None
-    if not isinstance(inputs, Mapping):
-        return model(*((inputs,) if isinstance(inputs, Tensor) else inputs), labels=labels)
-    return model(**{n: e for n, e in {**inputs, LABELS: labels}.items() if n in names})
+def takes_labels(model: nn.Module) -> bool:
+    """Whether `call_model` may give it some."""
+    _, names, takes_all = _innermost(model)
+    return LABELS in names or takes_all
 
 
 def entry_of(found: Any, name: str) -> Any:  # noqa: ANN401
@@ -50,12 +49,13 @@ def entry_of(found: Any, name: str) -> Any:  # noqa: ANN401
     return found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
 
 
-def _innermost(model: nn.Module) -> tuple[nn.Module, set[str]]:
-    """The model inside of wrappers whose `forward` takes anything (DDP, torch.compile, PEFT), and
-    the names that its own takes; none where it takes anything itself.
+def _innermost(model: nn.Module) -> tuple[nn.Module, set[str], bool]:
+    """The model inside of wrappers whose `forward` takes anything (DDP, torch.compile, PEFT), the
+    names that its own takes, and whether it takes others too.
     """
     while True:
         parameters = inspect.signature(model.forward).parameters.values()
+        kinds = {entry.kind for entry in parameters}
         variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         names = {entry.name for entry in parameters if entry.kind not in variable}
         inside = (getattr(model, name, None) for name in ("module", "_orig_mod"))
@@ -63,5 +63,5 @@ def _innermost(model: nn.Module) -> tuple[nn.Module, set[str]]:
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()  # type: ignore[operator]
         if names or inner is None or inner is model:
-            return model, names
+            return model, names, inspect.Parameter.VAR_KEYWORD in kinds
         model = inner

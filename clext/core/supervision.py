@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clext.core.batches import read_batches
 from clext.core.checks import choice
-from clext.core.forward import LABELS, call_model, call_with_labels, entry_of
+from clext.core.forward import LABELS, call_model, entry_of, takes_labels
 from clext.core.inputs import described, rows, taken
 from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
@@ -250,8 +250,10 @@ class Supervision:
 
         Its own loss says so. None where it says nothing: no label of the batch counts.
         """
+        if not takes_labels(self._model):
+            return False
         with isolated_rng(0, labels.device), buffers_kept(self._model):
-            found = call_with_labels(self._model, inputs, labels)
+            found = call_model(self._model, inputs, labels)
         own, logits = entry_of(found, "loss"), entry_of(found, "logits")
         if own is None or logits is None or logits.dim() != 3:
             return False

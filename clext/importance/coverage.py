@@ -87,12 +87,12 @@ class Coverage:
 class CoverageFinder:
     """Finds the coverage of each batch's pass, once for each kind of pass.
 
-    Two passes are of one kind if they make the same calls in the same order, and the sizes allow
-    the same layouts. The first one is probed: its rows are matched to samples by which samples move
-    them, and the gradient by the rules is compared with autograd's, so that uses of a parameter
-    that no rule sees are noticed. A parameter that had no gradient in it is compared again until it
-    has one. Where the data may arrange the rows (a sample has several rows in one dimension, or
-    rows are moved by an index), every pass is probed.
+    Two passes are of one kind if their graphs have the same nodes, they make the same calls in the
+    same order, and the sizes allow the same layouts. The first one is probed: its rows are matched
+    to samples by which samples move them, and the gradient by the rules is compared with
+    autograd's, so that uses of a parameter that no rule sees are noticed. A parameter that had no
+    gradient in it is compared again until it has one. Where the data may arrange the rows (a sample
+    has several rows in one dimension, or rows are moved by an index), every pass is probed.
 
     Where layers do not give all of a parameter's uses, the graph is asked for them instead.
     """
@@ -102,7 +102,7 @@ class CoverageFinder:
         self._trainable = frozenset(i for i, p in enumerate(params) if p.requires_grad)
         self._by_graph = capture.without_rule  # the parameters that the graph is asked for
         self._known: dict[object, Coverage] = {}
-        self._unmixed: set[object] = set()  # sets of calls
+        self._unmixed: set[object] = set()  # structures of passes
 
     def find(self, x: Inputs, outputs: Tensor, calls: Sequence[Call], samples: int) -> Coverage:
         """The coverage of the pass of `x` that made `outputs` [rows, outputs] and `calls`.
@@ -113,12 +113,14 @@ class CoverageFinder:
         hooked, calls = calls, self._with_graph(graph, calls, samples, packs)
         moves = moving(graph.nodes, samples) if samples > 1 else []
         possible = _possible(calls, samples, packs)
-        kind = self._kind(calls, possible, moves, (samples, len(outputs)))
+        structure = (samples, len(outputs), graph.structure)
+        moved = tuple(node.name() for node in moves)
+        kind = _kind((structure, moved), calls, possible)
         known = self._known.get(kind)
         if known is not None and not _any_moves(moves, known):
             known = replace(known, calls=calls)
             return self._settle(outputs, known, kind) if known.unsettled else known
-        if _used(calls, outputs) not in self._unmixed and mixes(self._capture, x, outputs):
+        if structure not in self._unmixed and mixes(self._capture, x, outputs):
             found, lasting = Coverage(singly=self._trainable, mixed=True), True
         else:
             found, lasting = self._probe(outputs, calls, possible, moves, samples)
@@ -126,9 +128,9 @@ class CoverageFinder:
                 self._by_graph |= found.singly
                 calls = self._with_graph(graph, hooked, samples, packs)
                 possible = _possible(calls, samples, packs)
-                kind = self._kind(calls, possible, moves, (samples, len(outputs)))
+                kind = _kind((structure, moved), calls, possible)
                 found, lasting = self._probe(outputs, calls, possible, moves, samples)
-            self._unmixed.add(_used(calls, outputs))
+            self._unmixed.add(structure)
         if lasting and not _any_moves(moves, found):
             self._known[kind] = replace(found, calls=())  # which would keep the pass's tensors
         return found
@@ -152,21 +154,6 @@ class CoverageFinder:
             if call.places:
                 kept.append(call)
         return kept + graph.calls(self._params, self._by_graph, samples)
-
-    def _kind(
-        self, calls: Sequence[Call], possible: Layouts, moves: Sequence[Node], sizes: object
-    ) -> object:
-        """Equal for passes that have the same coverage."""
-        parts: dict[int, set[object]] = {}
-        for call in calls:
-            for i in call.places.values():
-                parts.setdefault(i, set()).add(call.path.key)
-        return (
-            sizes,
-            *(node.name() for node in moves),
-            *((call.kind, *possible[call]) for call in calls),
-            *((i, frozenset(keys)) for i, keys in parts.items() if len(keys) > 1),
-        )
 
     def _probe(
         self,
@@ -232,9 +219,17 @@ class CoverageFinder:
         )
 
 
-def _used(calls: Sequence[Call], outputs: Tensor) -> object:
-    """What says whether samples mix: the calls, in any order and number, and how many samples."""
-    return len(outputs), frozenset(call.kind for call in calls)
+def _kind(structure: object, calls: Sequence[Call], possible: Layouts) -> object:
+    """Equal for passes that have the same coverage."""
+    parts: dict[int, set[object]] = {}
+    for call in calls:
+        for i in call.places.values():
+            parts.setdefault(i, set()).add(call.path.key)
+    return (
+        structure,
+        *((call.kind, *call.places.items(), *possible[call]) for call in calls),
+        *((i, frozenset(keys)) for i, keys in parts.items() if len(keys) > 1),
+    )
 
 
 def _weights(outputs: Tensor) -> Tensor:

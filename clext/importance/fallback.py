@@ -113,6 +113,7 @@ class SingleSamples:
         named = {name: entry.detach() for name, entry in self._model.named_parameters()}
         places = {n: index[id(p)] for n, p in self._model.named_parameters() if id(p) in index}
         values = {name: named.pop(name) for name in places}
+        named.update((name, entry.detach()) for name, entry in self._model.named_buffers())
         tensors, rebuild = flatten(x)
 
         def weighted_output(

@@ -65,6 +65,11 @@ class Graph:
                         waiting.append(before)
 
     @property
+    def structure(self) -> tuple[str, ...]:
+        """The names of the nodes: whatever else happens in a pass shows there."""
+        return tuple(node.name() for node in self.nodes)
+
+    @property
     def scales_by_frequency(self) -> bool:
         """Whether a gradient is scaled by how often each token is in the whole batch."""
         return any(getattr(node, "_saved_scale_grad_by_freq", False) for node in self.nodes)

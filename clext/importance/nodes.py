@@ -176,7 +176,7 @@ def _scaled(
     leading = [d for d in spread if d not in behind]
     if not any(output[d] % argument.samples == 0 for d in leading):
         leading, behind = spread, []
-    if not spread:
+    if not spread or any(full[d] != output[d] for d in kept):  # repeated within itself
         return None
     order = (*leading, *kept, *behind)
     parameter = argument.like([full[d] for d in kept])
@@ -292,5 +292,4 @@ NODE_RULES: dict[str, Callable[[Argument], NodeUse | None]] = {
     "NativeGroupNormBackward0": _group_norm,
     "NativeBatchNormBackward0": _batch_norm,
     "CudnnBatchNormBackward0": _batch_norm,
-    "MiopenBatchNormBackward0": _batch_norm,
 }

@@ -47,9 +47,32 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
         isolated_rng(seed, device),
         torch.autocast(device.type, enabled=False),
         torch.enable_grad(),
+        _gradients_kept(model),
     ):
         _compute_plainly(model)
         yield
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the parameters' gradients back.
+
+    ValueError if a backward pass of the model's own has left some, as checkpointing by other means
+    than torch's does: what it goes through has no part in the gradients that are measured.
+    """
+    before = [(entry, entry.grad) for entry in model.parameters()]
+    for entry, _ in before:
+        entry.grad = None
+    try:
+        yield
+        if any(entry.grad is not None for entry, _ in before):
+            raise ValueError(
+                f"importance of {type(model).__name__}: it runs a backward pass of its own, which "
+                "hides gradients from what is measured; turn its activation checkpointing off"
+            )
+    finally:
+        for entry, gradient in before:
+            entry.grad = gradient
 
 
 def _compute_plainly(model: nn.Module) -> None:

@@ -462,3 +462,18 @@ def test_an_option_that_there_is_not_is_named_with_those_there_are():
         TypeError, match="EWC has no option 'lam'; its options are strength, fisher, "
     ):
         EWC(nn.Linear(3, 3), lam=3.0)
+
+
+def test_keywords_that_a_model_passes_on_are_given_to_it():
+    class Passing(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.lm = inner
+
+        def forward(self, input_ids, **more):
+            return self.lm(input_ids, **more)
+
+    model = Passing(Language(shifts=True))
+    ids, mask = torch.randint(5, (N, 4)), (torch.rand(N, 4) > 0.5).float()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    torch.testing.assert_close(EWC(model).loss(batch), model.lm(**batch).loss)

@@ -373,3 +373,71 @@ def test_rule_gives_way_where_a_later_batch_breaks_it(device):
             log_p = model.head(hidden).log_softmax(1)[0, int(y[n])]
             expected.append([g.square() for g in gradients_of(log_p, params)])
     assert_close(fisher_information(model, params, batches), mean(expected))
+
+
+class Changing(nn.Module):
+    """A layer that is used in another way too where the inputs are long, or mixes samples there."""
+
+    def __init__(self, *, mixes):
+        super().__init__()
+        self.e, self.o, self.mixes = nn.Linear(5, 5), nn.Linear(5, CLASSES), mixes
+
+    def forward(self, x):
+        h = self.e(x).tanh()
+        if x.shape[1] > 6:
+            more = h.mean(0, keepdim=True) if self.mixes else F.linear(x.roll(1, 1), self.e.weight)
+            h = h + more
+        return self.o(h.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning")
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_pass_that_does_something_else_is_of_another_kind(mixes):
+    torch.manual_seed(0)
+    model = Changing(mixes=mixes).double()
+    batches = [(torch.randn(4, n, 5).double(), torch.randint(CLASSES, (4,))) for n in (5, 7, 5)]
+    params = list(model.parameters())
+    found = fisher_information(model, params, batches)
+    expected = [torch.zeros_like(p) for p in params]
+    for x, y in batches:
+        for sample, label in zip(x.split(1), y.split(1), strict=True):
+            gradients = torch.autograd.grad(F.cross_entropy(model(sample), label), params)
+            torch._foreach_add_(expected, [g.square() / 12 for g in gradients])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+
+
+def test_a_backward_pass_of_the_models_own_is_refused():
+    """As of checkpointing by other means than torch's; gradients are put back."""
+
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            ctx.save_for_backward(x)
+            with torch.no_grad():
+                return layer(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                torch.autograd.backward(ctx.layer(x), g)
+            return x.grad, None
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.c(Hidden.apply(self.a(x), self.b))
+
+    model = Own()
+    kept = model.b.weight.grad = torch.ones(6, 6)
+    with pytest.raises(ValueError, match="backward pass of its own, .* checkpointing off"):
+        fisher_information(
+            model, list(model.parameters()), [(torch.randn(4, 6), torch.zeros(4).long())]
+        )
+    assert model.b.weight.grad is kept
+    assert torch.equal(kept, torch.ones(6, 6))
