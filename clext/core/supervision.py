@@ -48,7 +48,8 @@ class Supervision:
 
     Args:
         model: whose outputs are meant.
-        forward: (model, batch) -> outputs [N, ...], for other models and batches.
+        forward: (model, batch) -> outputs [N, ...], for other models and batches (of which mappings
+            come as plain dicts).
         labels: batch -> labels, each for the output of its own place, for other batches.
         loss: (model, batch) -> a loss for each sample [N], which is -log p then, in place of all of
             that. Its mean alone, 0-dim, is enough to train on and for fisher="batch".
