@@ -141,6 +141,7 @@ def test_images(name):
 def test_a_model_prepared_in_bfloat16():
     """Its `forward` is inside of an autocast, which measuring leaves out, and is put back."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one for the process
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, CLASSES))
     params = list(model.parameters())
@@ -156,3 +157,4 @@ def test_a_model_prepared_in_bfloat16():
             assert_close(estimate(prepared, params, batches), values, rtol=0)
     assert prepared.forward is forward
     assert torch.equal(prepared(batches[0][0]), before)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
