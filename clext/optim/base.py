@@ -209,7 +209,7 @@ class FusedOptimizer(Optimizer):
             )
             numbers = {"strength": method.strength, "decay": method.decay}
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._plans.current(method)
+        self._plans.refresh(method)
         self._plans.fill_sparse_gradients(type(self).__name__, self.takes_sparse)
         clip = None
         if self.max_grad_norm is not None:

@@ -50,13 +50,12 @@ class Plans:
         self._waiting: list[Tensor] = [entry for group in groups for entry in group["params"]]
         self._sparse: list[Tensor] = []  # parameters whose first gradient was sparse
 
-    def current(self, method: Protector | None) -> list[Part]:
-        """The plans for a step with `method`."""
+    def refresh(self, method: Protector | None) -> None:
+        """Make the plans for a step with `method`, where those that there are do not serve."""
         if self._are_stale(method):
             if method is not None:
                 method._follow_model()
             self._make(method)
-        return self._parts
 
     def fill_sparse_gradients(self, owner: str, is_taken: bool) -> None:
         """Make them dense: the pull, momentum and weight decay touch every row anyway.

@@ -32,9 +32,6 @@ class DerivedRule(LayerRule):
     def features(self, inputs: Tensor) -> Tensor:
         return self._rule.features(inputs)
 
-    def samples_at_once(self, inputs: Tensor) -> int:
-        return self._rule.samples_at_once(inputs)
-
     def gradient(self, name: str, features: Tensor, g: Tensor) -> Tensor:
         gradients = self._rule.gradient(name, features, g)
         return torch.stack([self._path.back(gradient) for gradient in gradients]).to(g.dtype)
