@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.core.batches import read_batches
-from clext.core.checks import choice
+from clext.core.checks import choice, flag
 from clext.core.forward import LABELS, call_model, entry_of, takes_labels
 from clext.core.inputs import described, rows, taken
 from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
+from clext.core.processes import Processes, apart, own_rows, processes_of
 from clext.core.seeding import isolated_rng
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class SupervisionOptions(TypedDict, total=False):
     labels: Callable[[Any], Tensor] | None
     loss: Callable[[Any, Any], Tensor] | None
     likelihood: str
+    sync: bool
 
 
 class Supervision:
@@ -57,6 +59,10 @@ class Supervision:
             int [N, ...], -100 where none counts), "bernoulli" (outputs are logits of labels from 0
             to 1, shaped alike) or "gaussian" (outputs are the mean of labels shaped alike, with
             variance 1).
+        sync: where several processes train the model (DDP, FSDP2), what is measured or kept at the
+            end of a task is that of all their data, in the process group that the model's wrapper
+            or mesh says, or else the default one; they call `consolidate` together. False: each is
+            on its own.
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class Supervision:
         labels: Callable[[Any], Tensor] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         likelihood: str = CATEGORICAL,
+        sync: bool = True,
     ) -> None:
         for name, given in (("forward", forward), ("labels", labels), ("loss", loss)):
             if given is not None and not callable(given):
@@ -74,7 +81,11 @@ class Supervision:
         choice("every method", "likelihood", likelihood, tuple(LIKELIHOODS))
         self._model = model
         self.options = SupervisionOptions(
-            forward=forward, labels=labels, loss=loss, likelihood=likelihood
+            forward=forward,
+            labels=labels,
+            loss=loss,
+            likelihood=likelihood,
+            sync=flag("every method", "sync", sync),
         )
         # What the first batches say of the model, where they are sequences.
         self._classes_last: bool | None = None
@@ -84,6 +95,11 @@ class Supervision:
     def likelihood(self) -> Likelihood:
         """Of the labels given the outputs."""
         return LIKELIHOODS[self.options["likelihood"]]
+
+    @property
+    def processes(self) -> Processes:
+        """Those that train the model together, each on its share of the data."""
+        return processes_of(self._model) if self.options["sync"] else Processes()
 
     @property
     def is_categorical(self) -> bool:
@@ -108,9 +124,12 @@ class Supervision:
     ) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Inputs and labels of each batch, on `device`; of the first `samples` only.
 
-        ValueError if there are none, or (with `labelled`) no labels.
+        Of several processes each reads its share, without what a sampler repeats to give all as
+        many. ValueError if there are none, or (with `labelled`) no labels.
         """
-        left = samples
+        left = None if samples is None else self.processes.share(samples)
+        if self.processes.groups and (own := own_rows(batches)) is not None:
+            left = own if left is None else min(own, left)
         for index, batch in enumerate(read_batches(owner, batches, device)):
             inputs, labels = self.inputs_and_labels(batch)
             if labels is None and labelled and not self.gives_losses:
@@ -120,6 +139,8 @@ class Supervision:
                     "[(x, y)]; labels= says where they are in other batches"
                 )
             count = _checked_rows(f"{owner}: batch {index}", inputs, labels if labelled else None)
+            if left == 0:
+                return
             if left is not None and count > left:
                 inputs = taken(inputs, slice(left))
                 labels = None if labels is None else labels[:left]
@@ -253,7 +274,7 @@ class Supervision:
         """
         if not takes_labels(self._model):
             return False
-        with isolated_rng(0, labels.device), buffers_kept(self._model):
+        with isolated_rng(0, labels.device), buffers_kept(self._model), apart(self._model):
             found = call_model(self._model, inputs, labels)
         own, logits = entry_of(found, "loss"), entry_of(found, "logits")
         if own is None or logits is None or logits.dim() != 3:

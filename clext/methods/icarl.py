@@ -76,6 +76,7 @@ class ICaRL(Method):
 
     name: ClassVar[str] = "icarl"
     needs_classes: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
     has_own_loss: ClassVar[bool] = True
 
     def __init__(

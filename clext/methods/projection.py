@@ -41,6 +41,7 @@ class GradientProjection(Method):
 
     has_penalty: ClassVar[bool] = True
     runs_model: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
     fused: tuple[str, ...] | None = None
 
     def __init__(

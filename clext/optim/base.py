@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unl
 from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
+from clext.core.sharding import local, summed
 from clext.optim.clip import clip_factor
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
 from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
@@ -138,6 +139,7 @@ class FusedOptimizer(Optimizer):
     def penalty(self) -> Tensor:
         """The method's penalty before the last step: 0-dim; zero where there was none.
 
+        Of sharded parameters a DTensor: `full_tensor()` sums it, called on all processes.
         Of several optimizers with one method each has the part of its own parameters; the constant
         of `EWC(anchors="all")` is in each.
         """
@@ -201,7 +203,7 @@ class FusedOptimizer(Optimizer):
             self._protector._after_step()
 
     def _launch(self) -> None:
-        method, numbers, penalty = self._protector, {"strength": 0.0, "decay": 0.0}, None
+        method, numbers = self._protector, {"strength": 0.0, "decay": 0.0}
         if method is not None:
             method._check_unpulled(
                 f"{type(self).__name__} adds it in its step: leave add_penalty_grad_() out, and "
@@ -231,13 +233,15 @@ class FusedOptimizer(Optimizer):
                 clip=_on(part.device, clip),
             )
 
+        penalty: Tensor | None = None
         for value in self._plans.each(method, run):
             if value is not None:
-                penalty = value if penalty is None else penalty + value.to(penalty.device)
+                penalty = value if penalty is None else summed([penalty, value])
         if self.clear_grad and found_inf is not None:
             self.zero_grad(set_to_none=False)  # a skipped pass leaves them, infinite as they are
         if method is not None and method.constant and penalty is not None:
-            penalty = penalty + method.strength * method.constant
+            constant = torch.full_like(local(penalty), method.strength * method.constant)
+            penalty = summed([penalty, constant])
         self._penalty = penalty
 
     # ------------------------------------------------------------------ torch's habits
