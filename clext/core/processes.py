@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from clext.core.inputs import Inputs, mapped
+from clext.core.seeding import CpuGenerator, generator
 from clext.core.sharding import is_sharded
 
 T = TypeVar("T")
@@ -45,6 +48,25 @@ class Processes:
             dist.all_gather_object(lists, found, group=group)
             found = [entry for some in lists for entry in some]
         return found
+
+    def gathered_rows(self, own: Inputs) -> list[Inputs]:
+        """The same of tensors in tuples, lists and mappings, which come back on the CPU."""
+        return self.gathered(mapped(Tensor.cpu, own))
+
+    def own_generator(self, common: CpuGenerator) -> CpuGenerator:
+        """One whose draws are others than those of the other processes, for a `common` one.
+
+        On the first it is that itself, and `follow_first` then is for the others.
+        """
+        if self.rank == 0:
+            return common
+        seed = int(torch.randint(2**62, (), generator=copy.deepcopy(common)))
+        return generator(seed, self.rank)
+
+    def follow_first(self, common: CpuGenerator) -> None:
+        """Give it the state that it has on the first process."""
+        if self.groups:
+            common.set_state(self.gathered(common.get_state())[0])
 
     def share(self, count: int) -> int:
         """How many of `count` rows that all have together are this process's."""
@@ -121,7 +143,7 @@ def _of_mesh(mesh: Any) -> Processes:  # noqa: ANN401
 
 def inner(model: nn.Module) -> nn.Module:
     """The model in the wrapper of DDP, or itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model  # type: ignore[no-any-return]
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
@@ -151,7 +173,7 @@ def own_rows(loader: object) -> int | None:
         return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
     if hasattr(batches, "process_index") and getattr(batches, "even_batches", False):
         parts, first = batches.num_processes, batches.process_index
-        size = batches.batch_size // (parts if batches.split_batches else 1)
-        rows = len(batches.batch_sampler.sampler)
+        size: int = batches.batch_size // (parts if batches.split_batches else 1)
+        rows: int = len(batches.batch_sampler.sampler)
         return sum(min(size, rows - k) for k in range(first * size, rows, parts * size))
     return None

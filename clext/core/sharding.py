@@ -92,7 +92,7 @@ class Mesh:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         meshes: list[Any] = [entry.device_mesh for entry in tensors if is_sharded(entry)]  # type: ignore[attr-defined]
-        self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+        self._mesh: Any = max(meshes, key=lambda mesh: mesh.size(), default=None)
 
     def __bool__(self) -> bool:
         return self._mesh is not None
@@ -105,9 +105,11 @@ class Mesh:
         """The sum of a number over the processes, for whoever calls `full_tensor()` of it."""
         return self._over_all(value, "sum") if self else value
 
-    def largest(self, value: Tensor) -> Tensor:
-        """The maximum of a number over the processes."""
-        return whole(self._over_all(value, "max")) if self else value
+    def largest(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The largest element of all that the processes have, 0-dim float64."""
+        found = [entry.max().double() for entry in tensors if entry.numel() > 0]
+        lowest = torch.tensor(-torch.inf, dtype=torch.float64)
+        return whole(self._over_all(torch.stack(found).max() if found else lowest, "max"))
 
     def _over_all(self, value: Tensor, how: str) -> Tensor:
         from torch.distributed.tensor import DTensor, Partial

@@ -121,14 +121,18 @@ class Supervision:
         *,
         samples: int | None = None,
         labelled: bool = True,
+        processes: Processes | None = None,
     ) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Inputs and labels of each batch, on `device`; of the first `samples` only.
 
         Of several processes each reads its share, without what a sampler repeats to give all as
         many. ValueError if there are none, or (with `labelled`) no labels.
+
+        `processes`: where the model does not show them now.
         """
-        left = None if samples is None else self.processes.share(samples)
-        if self.processes.groups and (own := own_rows(batches)) is not None:
+        processes = self.processes if processes is None else processes
+        left = None if samples is None else processes.share(samples)
+        if processes.groups and (own := own_rows(batches)) is not None:
             left = own if left is None else min(own, left)
         for index, batch in enumerate(read_batches(owner, batches, device)):
             inputs, labels = self.inputs_and_labels(batch)

@@ -83,8 +83,11 @@ def fisher_information(
         sums = kind_of_sum(owner, model, held, forward, absolute=False)
         draws = generator(seed, processes.rank)
         count, any_counts = 0, False
+        data = supervision.read(
+            owner, batches, held[0].device, samples=samples, processes=processes
+        )
         with processes.together():
-            for x, y in supervision.read(owner, batches, held[0].device, samples=samples):
+            for x, y in data:
                 sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
                 count += rows(x)
                 any_counts = any_counts or y is None or bool((y != IGNORED).any())

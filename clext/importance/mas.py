@@ -57,9 +57,16 @@ def output_sensitivity(
     processes = supervision.processes
     with evaluation(model, params, seed=0) as held:
         sums = kind_of_sum(owner, model, held, supervision, absolute=True)
-        device = held[0].device
+        data = supervision.read(
+            owner,
+            batches,
+            held[0].device,
+            samples=samples,
+            labelled=False,
+            processes=processes,
+        )
         with processes.together():
-            for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
+            for x, _ in data:
                 sums.add(x, lambda outputs: [2 * outputs])
                 count += rows(x)
         processes.sum_(sums.sums)

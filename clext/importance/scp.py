@@ -80,9 +80,16 @@ def sliced_cramer_importance(
     with evaluation(model, params, seed) as held:
         capture = Capture(model, held, supervision, lambda rule: rule.gives_rows)
         finder = CoverageFinder(capture, held)
-        device = held[0].device
+        data = supervision.read(
+            owner,
+            batches,
+            held[0].device,
+            samples=samples,
+            labelled=False,
+            processes=processes,
+        )
         with processes.together():
-            for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
+            for x, _ in data:
                 outputs, calls = capture.forward(x)
                 outputs = flat(check_finite(owner, outputs))
                 if jacobian is None:

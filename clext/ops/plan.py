@@ -10,7 +10,7 @@ from torch import Tensor
 from clext.core.sharding import Mesh, is_sharded, local, number_of_parts, sharded_as
 from clext.ops import reference
 from clext.ops._extension import C, build_info
-from clext.ops.reference.arithmetic import maximum, total
+from clext.ops.reference.arithmetic import total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -198,12 +198,15 @@ class ShardedPlan:
 
     def consolidate_riemannian_walk_(self, mix: float) -> None:
         """End of a task for RWalk, with the maxima over all processes."""
-        keys = ("importance", "anchor", "score", "task_score", "fisher")
         reference.consolidate_riemannian_walk_(
-            *(self._lists[key] for key in keys),
+            self._lists["importance"],
+            self._lists["anchor"],
+            self._lists["score"],
+            self._lists["task_score"],
+            self._lists["fisher"],
             self._parts,
             mix,
-            largest=lambda entries: self._mesh.largest(maximum(entries)),
+            largest=self._mesh.largest,
         )
 
     def _take_gradients(self) -> None:

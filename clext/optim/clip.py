@@ -27,8 +27,8 @@ def clip_factor(
     if not grads:
         return None
     # In float32 (float64): scaled gradients in half precision would overflow.
-    norms = torch._foreach_norm(list(map(local, grads)), 2, dtype=widest(grads))
-    norms = [norm.to(grads[0].device) for norm in norms]
+    found = torch._foreach_norm(list(map(local, grads)), 2, dtype=widest(grads))
+    norms = [norm.to(grads[0].device) for norm in found]
     if mesh := Mesh(grads):
         # In float64: the square of a norm may be out of float32's range.
         pairs = zip(norms, grads, strict=True)

@@ -154,7 +154,7 @@ class ParameterState:
 
     def largest(self, entries: Sequence[Tensor]) -> Tensor:
         """The largest element of such a list, of all processes."""
-        return self.mesh.largest(maximum(entries))
+        return self.mesh.largest(entries) if self.is_sharded else maximum(entries)
 
     @torch.no_grad()
     def restart(self, key: str) -> None:
