@@ -102,13 +102,16 @@ class Processes:
             )
 
 
+ALONE = Processes()
+
+
 def processes_of(model: nn.Module) -> Processes:
     """Those with other data for this model: as its wrapper or mesh says, else all that there are.
 
     One alone for a model under tensor parallelism, which all see the same data.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return Processes()
+        return ALONE
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             return _of_group(module.process_group)
@@ -117,7 +120,7 @@ def processes_of(model: nn.Module) -> Processes:
         if group is not None:
             return _of_mesh(group.mesh_info.mesh)
     if any(map(is_sharded, model.parameters())):
-        return Processes()
+        return ALONE
     return _of_group(dist.group.WORLD)
 
 
@@ -130,7 +133,7 @@ def sharded_modules(model: nn.Module) -> list[Any]:
 
 def _of_group(group: Any) -> Processes:  # noqa: ANN401
     size = dist.get_world_size(group)
-    return Processes((group,), dist.get_rank(group), size) if size > 1 else Processes()
+    return Processes((group,), dist.get_rank(group), size) if size > 1 else ALONE
 
 
 def _of_mesh(mesh: Any) -> Processes:  # noqa: ANN401
@@ -138,7 +141,7 @@ def _of_mesh(mesh: Any) -> Processes:  # noqa: ANN401
     for place, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
         rank = rank * size + place
     groups = tuple(mesh.get_all_groups())
-    return Processes(groups, rank, mesh.size()) if mesh.size() > 1 else Processes()
+    return Processes(groups, rank, mesh.size()) if mesh.size() > 1 else ALONE
 
 
 def inner(model: nn.Module) -> nn.Module:

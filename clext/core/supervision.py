@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -16,7 +17,7 @@ from clext.core.forward import LABELS, call_model, entry_of, takes_labels
 from clext.core.inputs import described, rows, taken
 from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
-from clext.core.processes import Processes, apart, own_rows, processes_of
+from clext.core.processes import ALONE, Processes, apart, own_rows, processes_of
 from clext.core.seeding import isolated_rng
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Supervision:
     @property
     def processes(self) -> Processes:
         """Those that train the model together, each on its share of the data."""
-        return processes_of(self._model) if self.options["sync"] else Processes()
+        return processes_of(self._model) if self.options["sync"] else ALONE
 
     @property
     def is_categorical(self) -> bool:
@@ -110,6 +111,15 @@ class Supervision:
     def gives_losses(self) -> bool:
         """Whether the user's own function gives each sample's loss."""
         return self.options["loss"] is not None
+
+    @contextmanager
+    def calling(self, wrapper: nn.Module) -> Iterator[None]:
+        """The model is called through its wrapper inside, which reduces gradients (DDP)."""
+        model, self._model = self._model, wrapper
+        try:
+            yield
+        finally:
+            self._model = model
 
     # ------------------------------------------------------------------ of a batch
 

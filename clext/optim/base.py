@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unl
 from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
+from clext.core.processes import processes_of
 from clext.core.sharding import local, summed
 from clext.optim.clip import clip_factor
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
@@ -99,6 +100,7 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"{owner}: {method.name} was made for a model that has none of these parameters"
                 )
+            self._check_whole(method)
         self._begin()
 
     def _begin(self) -> None:
@@ -108,6 +110,20 @@ class FusedOptimizer(Optimizer):
         self._attachment: Attached | None = None  # of a method that is called around the step
         if self._method is not None and self._method.fused is None:
             self._attachment, self._protector = self._method.attach(self), None
+
+    def _check_whole(self, method: Protector) -> None:
+        """ValueError if a path would be followed for a part of the parameters on each process."""
+        if not method.fused or "path" not in method.fused or not processes_of(method.model).groups:
+            return
+        own = {entry for group in self.param_groups for entry in group["params"]}
+        trained = [entry for entry in method.model.parameters() if entry.requires_grad]
+        if not own.issuperset(trained):
+            raise ValueError(
+                f"{type(self).__name__}: got {len(own)} of {len(trained)} parameters that "
+                f"{method.name} follows, expected all on each of several processes; where "
+                "ZeroRedundancyOptimizer makes this one, leave method= out, and attach() the "
+                "method to that"
+            )
 
     # ------------------------------------------------------------------ for subclasses
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from clext.core.batches import check_alike
 from clext.core.inputs import concatenated, described, mapped, taken
+from clext.core.processes import ALONE, Processes
 from clext.core.seeding import CpuGenerator, generator, restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from clext.core.inputs import Inputs
-    from clext.core.processes import Processes
 
 POLICIES = ("reservoir", "balanced")
 _KEYS = 2**62  # so many that two examples hardly ever have the same
@@ -48,7 +48,7 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.rows[1]) if self.rows else 0
 
-    def sample(self, count: int, processes: Processes) -> tuple[Inputs, Tensor]:
+    def sample(self, count: int, processes: Processes = ALONE) -> tuple[Inputs, Tensor]:
         """Draw inputs [count, ...] and labels [count], where there are examples.
 
         Without replacement, unless there are fewer than `count`. Several processes, all of which
@@ -64,7 +64,7 @@ class ReplayBuffer:
         return inputs, labels
 
     def add(
-        self, owner: str, batches: Iterable[tuple[Inputs, Tensor]], processes: Processes
+        self, owner: str, batches: Iterable[tuple[Inputs, Tensor]], processes: Processes = ALONE
     ) -> None:
         """Choose anew between what is kept and the examples of `batches`, those of all processes.
 
