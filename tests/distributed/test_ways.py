@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sharded_models import WAYS, all_batches, make_loader, make_network, make_steps, plain_parameters
+from sharded_models import (
+    WAYS,
+    all_batches,
+    make_loader,
+    make_network,
+    make_steps,
+    plain_parameters,
+)
 
 
 def trained(name):

@@ -169,7 +169,7 @@ def _serve(
             return
         try:
             answer = pickle.dumps(_called(*pickle.loads(call)))
-            dist.barrier()  # what one rank does more than the others shows here, not in the next call
+            dist.barrier()  # what one rank does more shows here, not in the next call
         except BaseException:  # pytest's own are no Exceptions
             answer = pickle.dumps(Failure(traceback.format_exc()))
         pipe.send_bytes(answer)

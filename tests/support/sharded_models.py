@@ -56,7 +56,7 @@ def make_network(dtype: torch.dtype = torch.float64) -> Network:
 
 @dataclass(frozen=True)
 class Way:
-    """`wrap` puts a model on `ranks` processes, of which each `ranks / shares` read the same data."""
+    """`wrap` puts a model on `ranks` processes; `ranks / shares` of them read the same data."""
 
     ranks: int
     shares: int
