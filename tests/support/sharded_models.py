@@ -21,26 +21,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-FEATURES, CLASSES = 7, 4
+FEATURES, CLASSES = 7, 4  # three processes divide no size here evenly
 EXAMPLES, BATCH = 25, 4  # neither two nor three processes get the same number of examples
 
 
 class Block(nn.Module):
-    """A residual block: three divides no size, and of the gate's bias one process has all."""
+    """A residual block with a gate, of whose bias one process has all."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(FEATURES, 10), nn.Linear(10, FEATURES)
-        self.gate = nn.Linear(FEATURES, 1)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.gate = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.sigmoid(self.gate(x)) * self.down(torch.tanh(self.up(x)))
 
 
 class Network(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = FEATURES, hidden: int = 10) -> None:
         super().__init__()
-        self.first, self.second, self.head = Block(), Block(), nn.Linear(FEATURES, CLASSES)
+        self.first, self.second = Block(width, hidden), Block(width, hidden)
+        self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.second(self.first(x)))
