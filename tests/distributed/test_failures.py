@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from processes import Failure, Processes
 from sharded_models import WAYS, make_loader, make_network, make_steps, plain_parameters
 from sharded_training import state_of
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from toy_training import assert_same_state
 
@@ -125,19 +125,25 @@ def test_what_needs_a_copy_or_whole_gradients_is_refused_on_shards(processes, ki
         assert found.count(". ") == 0
 
 
-def made_before():
-    """Of a model that is sharded afterwards."""
-    model = make_network()
-    method = clext.SI(model)
-    fully_shard(model)
-    F.cross_entropy(model(make_steps(0, WAYS["fsdp"])[0][0]), torch.zeros(6).long()).backward()
-    return sentence(method.add_penalty_grad_)
+def made_before(is_before):
+    """State of a method made before the model is sharded, or after."""
+    way, model = WAYS["fsdp"], make_network()
+    method = clext.SI(model) if is_before else None
+    way.wrap(model)
+    method = method or clext.SI(model)
+    optimizer = clext.optim.Adam(model.parameters(), lr=0.02, method=method)
+    for x, y in make_steps(0, way):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    method.consolidate()
+    return {"parameters": plain_parameters(model), **state_of(method)}
 
 
-def test_a_method_made_before_the_model_is_sharded_is_refused(processes):
-    for found in processes(2).run(made_before):
-        assert "fully_shard" in found
-        assert found.count(". ") == 0
+def test_a_method_follows_a_model_that_is_sharded_after_it_was_made(processes):
+    expected = processes(2).run(made_before, False)
+    for found in processes(2).run(made_before, True):
+        assert_same_state(found, expected[0])
 
 
 def made_before_ddp():

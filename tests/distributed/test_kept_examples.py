@@ -23,7 +23,6 @@ def _combined(model):
 UNDRAWN = {
     "gem": (clext.GEM, {}),
     "agem": (clext.AGEM, {}),
-    "replay": (clext.Replay, {"batch": EXAMPLES}),
     "lwf": (clext.LwF, {}),
     "lwf and ewc": (_combined, {}),
 }
@@ -37,37 +36,36 @@ DRAWN = {
 }
 
 
-def make_data(task):
+def make_data(task, count=EXAMPLES):
     """Inputs in [0, 1] and two classes of a growing head."""
     random = torch.Generator().manual_seed(300 + task)
-    inputs = torch.rand(EXAMPLES, FEATURES, generator=random, dtype=torch.float64)
-    return TensorDataset(inputs, torch.randint(2, (EXAMPLES,), generator=random) + 2 * task)
+    inputs = torch.rand(count, FEATURES, generator=random, dtype=torch.float64)
+    return TensorDataset(inputs, torch.randint(2, (count,), generator=random) + 2 * task)
 
 
-def make_loader(task, way):
-    data = make_data(task)
+def make_loader(task, way, count=EXAMPLES):
+    data = make_data(task, count)
     sampler = DistributedSampler(data, way.shares, way.share, shuffle=False)
     return DataLoader(data, BATCH // way.shares, sampler=sampler)
 
 
-def taught(name, cases, method_name):
+def taught(name, kind, options, count=EXAMPLES):
     """All that is alike on the processes: parameters, and what the method keeps."""
     way = WAYS[name]
     model = way.wrap(make_network())
-    kind, options = cases[method_name]
     method = kind(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for task in range(TASKS):
         method.begin_task(block=range(2 * task, 2 * task + 2), active=range(2 * task + 2))
         for _ in range(2):
             # Full batches alone, the mean over which is that of the processes' means.
-            for x, y in list(make_loader(task, way))[: EXAMPLES // BATCH]:
+            for x, y in list(make_loader(task, way, count))[: EXAMPLES // BATCH]:
                 method.loss(x, y).backward()
                 method.add_penalty_grad_()
                 optimizer.step()
                 method.update()
                 optimizer.zero_grad()
-        method.consolidate(make_loader(task, way))
+        method.consolidate(make_loader(task, way, count))
     return {"parameters": plain_parameters(model), "state": without_random(method.state_dict())}
 
 
@@ -80,30 +78,40 @@ def without_random(state):
 
 @pytest.mark.parametrize("method", UNDRAWN)
 def test_what_draws_nothing_is_as_on_one_process(processes, method):
-    expected = taught("single", UNDRAWN, method)["parameters"]
-    first, second = processes(2).run(taught, "ddp", UNDRAWN, method)
+    expected = taught("single", *UNDRAWN[method])["parameters"]
+    first, second = processes(2).run(taught, "ddp", *UNDRAWN[method])
     assert_close(first["parameters"], expected, 1e-9)
     assert_same_state(second, first)
 
 
 @pytest.mark.parametrize("method", DRAWN)
 def test_what_draws_ends_alike_on_all_processes(processes, method):
-    first, second = processes(2).run(taught, "ddp", DRAWN, method)
+    first, second = processes(2).run(taught, "ddp", *DRAWN[method])
+    assert_same_state(second, first)
+
+
+def test_processes_together_replay_what_one_does(processes):
+    """All that is kept, in each step: half of it on each process."""
+    expected = taught("single", clext.Replay, {"batch": 24}, 24)["parameters"]
+    first, second = processes(2).run(taught, "ddp", clext.Replay, {"batch": 12}, 24)
+    assert_close(first["parameters"], expected, 1e-9)
     assert_same_state(second, first)
 
 
 # ---------------------------------------------------------------------- what is kept
 
 
-def memory(budget, per_task):
-    """Labels and inputs that replay and GEM keep of a task, and what replay then draws."""
+def memory(budget):
+    """Labels and inputs that replay and GEM keep of a task, and what replay draws in a step."""
     way = WAYS["ddp"]
-    model = way.wrap(make_network())
-    replay, gem = clext.Replay(model, budget=budget), clext.GEM(model, per_task=per_task)
+    model, inputs = way.wrap(make_network()), []
+    replay, gem = clext.Replay(model, budget=budget), clext.GEM(model, per_task=budget)
     replay.consolidate(make_loader(0, way))
     gem.consolidate(make_loader(0, way))
-    drawn = replay._buffer.sample(6)[0]
-    return replay.state_dict()["extra"]["memory"], gem.state_dict()["extra"], drawn
+    model.module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    x, y = next(iter(make_loader(1, way)))
+    replay.loss(x, y)
+    return replay.state_dict()["extra"]["memory"], gem.state_dict()["extra"], inputs[-1][len(x) :]
 
 
 def rows(inputs):
@@ -113,7 +121,7 @@ def rows(inputs):
 @pytest.mark.parametrize("kept", [10, EXAMPLES, 100])
 def test_examples_are_kept_from_all_shares_and_each_once(processes, kept):
     data = rows(make_data(0).tensors[0])
-    for replayed, projected, _ in processes(2).run(memory, kept, kept):
+    for replayed, projected, _ in processes(2).run(memory, kept):
         for found in (replayed, projected):
             chosen = rows(found["inputs"])
             assert len(chosen) == len(set(chosen)) == min(kept, EXAMPLES)
@@ -123,6 +131,7 @@ def test_examples_are_kept_from_all_shares_and_each_once(processes, kept):
                     assert set(chosen) & set(rows(make_data(0).tensors[0][share::2]))
 
 
-def test_each_process_replays_examples_of_its_own_choice(processes):
-    (_, _, first), (_, _, second) = processes(2).run(memory, 100, 100)
-    assert rows(first) != rows(second)
+def test_no_two_processes_replay_the_same_example_in_a_step(processes):
+    (_, _, first), (_, _, second) = processes(2).run(memory, 100)
+    drawn = rows(first) + rows(second)
+    assert len(set(drawn)) == BATCH

@@ -72,7 +72,7 @@ def values(name):
         for entry in model.parameters():
             entry.add_(0.5)
     found = method.add_penalty_grad_()
-    return float(found), float(plain(found)), float(method.penalty())
+    return float(found), float(plain(found)), float(method.penalty().detach())
 
 
 @pytest.mark.parametrize("name", SMALL)
