@@ -146,7 +146,7 @@ def state_of(method: clext.Method) -> dict[str, dict[str, Tensor]]:
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], part: float) -> None:
-    """Differences are at most this part of the largest entry of each tensor, and of one."""
+    """Each tensor differs by at most this part of its largest entry."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         if isinstance(value, dict):
