@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from clext.core.lists import PARAMETER_DTYPES, is_dense, state_dtype
+from clext.core.sharding import local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +33,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = {name: entry for name, entry in model.named_parameters() if entry.requires_grad}
+    check_wrappers(model)
     check_parameters(named, type(model).__name__)
     return named
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """ValueError for a model whose parameters are hidden in flat ones, or on no process whole."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, fsdp) for module in model.modules()):
+        found = "FullyShardedDataParallel (FSDP1)"
+    elif any(hasattr(entry, "ds_id") for entry in model.parameters()):
+        found = "DeepSpeed ZeRO-3"
+    else:
+        return
+    raise ValueError(
+        f"clext does not see single parameters in {found}; shard the model with "
+        "torch.distributed.fsdp.fully_shard (FSDP2), or use DistributedDataParallel"
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -68,7 +86,8 @@ def check_parameters(
             f"{owner} has no trainable parameter: expected at least one with requires_grad=True"
         )
     first, device = next((name, entry.device) for name, entry in named)
-    for name, entry in named:
+    for name, parameter in named:
+        entry = local(parameter)
         label = f"parameter '{name}' of {owner}"
         if is_lazy(entry):
             raise ValueError(

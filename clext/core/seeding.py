@@ -34,6 +34,10 @@ class Seeds:
         return cls(*(int(word) for word in words))
 
 
+# Far from the seeds of a study's runs, which follow each other.
+_STRIDE = 0x9E3779B97F4A7C15
+
+
 class CpuGenerator(torch.Generator):
     """A generator whose draws are the same whatever device the run is on."""
 
@@ -42,10 +46,10 @@ class CpuGenerator(torch.Generator):
         return restored, (0, self.get_state().numpy())
 
 
-def generator(seed: int) -> CpuGenerator:
-    """Such a generator, started by `seed`."""
+def generator(seed: int, process: int = 0) -> CpuGenerator:
+    """Such a generator, started by `seed`; another one on each of several processes."""
     random = CpuGenerator()
-    random.manual_seed(seed)
+    random.manual_seed((seed + process * _STRIDE) % 2**63)
     return random
 
 

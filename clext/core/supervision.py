@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clext.core.batches import read_batches
-from clext.core.checks import choice
+from clext.core.checks import choice, flag
 from clext.core.forward import LABELS, call_model, entry_of, takes_labels
 from clext.core.inputs import described, rows, taken
 from clext.core.likelihood import CATEGORICAL, IGNORED, LIKELIHOODS
 from clext.core.modes import buffers_kept
+from clext.core.processes import ALONE, Processes, apart, own_rows, processes_of
 from clext.core.seeding import isolated_rng
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class SupervisionOptions(TypedDict, total=False):
     labels: Callable[[Any], Tensor] | None
     loss: Callable[[Any, Any], Tensor] | None
     likelihood: str
+    sync: bool
 
 
 class Supervision:
@@ -57,6 +60,10 @@ class Supervision:
             int [N, ...], -100 where none counts), "bernoulli" (outputs are logits of labels from 0
             to 1, shaped alike) or "gaussian" (outputs are the mean of labels shaped alike, with
             variance 1).
+        sync: where several processes train the model (DDP, FSDP2), what is measured or kept at the
+            end of a task is that of all their data, in the process group that the model's wrapper
+            or mesh says, or else the default one; they call `consolidate` together. False: each is
+            on its own.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Supervision:
         labels: Callable[[Any], Tensor] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         likelihood: str = CATEGORICAL,
+        sync: bool = True,
     ) -> None:
         for name, given in (("forward", forward), ("labels", labels), ("loss", loss)):
             if given is not None and not callable(given):
@@ -74,7 +82,11 @@ class Supervision:
         choice("every method", "likelihood", likelihood, tuple(LIKELIHOODS))
         self._model = model
         self.options = SupervisionOptions(
-            forward=forward, labels=labels, loss=loss, likelihood=likelihood
+            forward=forward,
+            labels=labels,
+            loss=loss,
+            likelihood=likelihood,
+            sync=flag("every method", "sync", sync),
         )
         # What the first batches say of the model, where they are sequences.
         self._classes_last: bool | None = None
@@ -86,6 +98,11 @@ class Supervision:
         return LIKELIHOODS[self.options["likelihood"]]
 
     @property
+    def processes(self) -> Processes:
+        """Those that train the model together, each on its share of the data."""
+        return processes_of(self._model) if self.options["sync"] else ALONE
+
+    @property
     def is_categorical(self) -> bool:
         """Whether labels are classes of outputs; not with a loss of the user's own."""
         return self.options["likelihood"] == CATEGORICAL and not self.gives_losses
@@ -94,6 +111,15 @@ class Supervision:
     def gives_losses(self) -> bool:
         """Whether the user's own function gives each sample's loss."""
         return self.options["loss"] is not None
+
+    @contextmanager
+    def calling(self, wrapper: nn.Module) -> Iterator[None]:
+        """The model is called through its wrapper inside, which reduces gradients (DDP)."""
+        model, self._model = self._model, wrapper
+        try:
+            yield
+        finally:
+            self._model = model
 
     # ------------------------------------------------------------------ of a batch
 
@@ -105,12 +131,19 @@ class Supervision:
         *,
         samples: int | None = None,
         labelled: bool = True,
+        processes: Processes | None = None,
     ) -> Iterator[tuple[Inputs, Tensor | None]]:
         """Inputs and labels of each batch, on `device`; of the first `samples` only.
 
-        ValueError if there are none, or (with `labelled`) no labels.
+        Of several processes each reads its share, without what a sampler repeats to give all as
+        many. ValueError if there are none, or (with `labelled`) no labels.
+
+        `processes`: where the model does not show them now.
         """
-        left = samples
+        processes = self.processes if processes is None else processes
+        left = None if samples is None else processes.share(samples)
+        if processes.groups and (own := own_rows(batches)) is not None:
+            left = own if left is None else min(own, left)
         for index, batch in enumerate(read_batches(owner, batches, device)):
             inputs, labels = self.inputs_and_labels(batch)
             if labels is None and labelled and not self.gives_losses:
@@ -120,6 +153,8 @@ class Supervision:
                     "[(x, y)]; labels= says where they are in other batches"
                 )
             count = _checked_rows(f"{owner}: batch {index}", inputs, labels if labelled else None)
+            if left == 0:
+                return
             if left is not None and count > left:
                 inputs = taken(inputs, slice(left))
                 labels = None if labels is None else labels[:left]
@@ -253,7 +288,7 @@ class Supervision:
         """
         if not takes_labels(self._model):
             return False
-        with isolated_rng(0, labels.device), buffers_kept(self._model):
+        with isolated_rng(0, labels.device), buffers_kept(self._model), apart(self._model):
             found = call_model(self._model, inputs, labels)
         own, logits = entry_of(found, "loss"), entry_of(found, "logits")
         if own is None or logits is None or logits.dim() != 3:

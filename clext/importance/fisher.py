@@ -74,22 +74,29 @@ def fisher_information(
     check_kind("fisher_information", kind, supervision)
     owner = f"Fisher information ({kind})"
     params = parameter_list(owner, model, params)
-    with evaluation(model, params, seed):
+    processes = supervision.processes
+    with evaluation(model, params, seed) as held:
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
         forward: Forward = supervision
         if supervision.gives_losses:
             forward = supervision.own_losses if kind != "batch" else supervision.mean_losses
-        sums = kind_of_sum(owner, model, params, forward, absolute=False)
-        draws = generator(seed)
+        sums = kind_of_sum(owner, model, held, forward, absolute=False)
+        draws = generator(seed, processes.rank)
         count, any_counts = 0, False
-        device = params[0].device
-        for x, y in supervision.read(owner, batches, device, samples=samples):
-            sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
-            count += rows(x)
-            any_counts = any_counts or y is None or bool((y != IGNORED).any())
-        if not any_counts:
+        data = supervision.read(
+            owner, batches, held[0].device, samples=samples, processes=processes
+        )
+        with processes.together():
+            for x, y in data:
+                sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
+                count += rows(x)
+                any_counts = any_counts or y is None or bool((y != IGNORED).any())
+        counts = processes.gathered((count, any_counts))
+        if not any(any_counts for _, any_counts in counts):
             raise ValueError(f"{owner}: all labels of the data are {IGNORED}, so that none counts")
-        return averaged(owner, sums.sums, count if reduction == "mean" else 1)
+        processes.sum_(sums.sums)
+        count = sum(count for count, _ in counts)
+        return averaged(owner, sums.sums, count if reduction == "mean" else 1, params)
 
 
 def check_kind(owner: str, kind: str, supervision: Supervision) -> None:

@@ -54,10 +54,20 @@ def output_sensitivity(
     count = 0
     supervision = Supervision(model) if supervision is None else supervision
     params = parameter_list(owner, model, params)
-    with evaluation(model, params, seed=0):
-        sums = kind_of_sum(owner, model, params, supervision, absolute=True)
-        device = params[0].device
-        for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
-            sums.add(x, lambda outputs: [2 * outputs])
-            count += rows(x)
-        return averaged(owner, sums.sums, count)
+    processes = supervision.processes
+    with evaluation(model, params, seed=0) as held:
+        sums = kind_of_sum(owner, model, held, supervision, absolute=True)
+        data = supervision.read(
+            owner,
+            batches,
+            held[0].device,
+            samples=samples,
+            labelled=False,
+            processes=processes,
+        )
+        with processes.together():
+            for x, _ in data:
+                sums.add(x, lambda outputs: [2 * outputs])
+                count += rows(x)
+        processes.sum_(sums.sums)
+        return averaged(owner, sums.sums, sum(processes.gathered(count)), params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,15 +13,20 @@ from torch import Tensor, nn
 
 from clext.core.inputs import Inputs, mapped
 from clext.core.modes import buffers_kept, module_mode, run_eagerly, without_checkpointing
+from clext.core.processes import apart, sharded_modules
 from clext.core.seeding import isolated_rng
+from clext.core.sharding import is_sharded, part_of, sharded_as, whole
 
 # From the inputs of a batch to outputs [samples, ...], by calling the model.
 Forward = Callable[[Inputs], Tensor]
 
 
 @contextmanager
-def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterator[None]:
+def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterator[list[Tensor]]:
     """Eval mode and gradients on inside; afterwards the model is bit for bit what it was.
+
+    Gives the parameters to look at: where a mesh of processes holds `params`, each of them has
+    whole copies inside, and the model runs on these without the others.
 
     Dropout and batch statistics must not enter an importance, nor must measuring it change the
     training that follows: training flags, buffers, attributes and the global random state are put
@@ -36,21 +42,54 @@ def evaluation(model: nn.Module, params: Sequence[Tensor], seed: int) -> Iterato
                 f"importance of {type(model).__name__}: its {what} are inference tensors, which "
                 "have no gradients: make or load the model outside of torch.inference_mode()"
             )
-    device = params[0].device
     with (
         torch.inference_mode(False),
+        apart(model),
         _attributes_kept(model),
         buffers_kept(model),
         run_eagerly(),
         without_checkpointing(),
         module_mode(model, training=False),
-        isolated_rng(seed, device),
-        torch.autocast(device.type, enabled=False),
-        torch.enable_grad(),
-        _gradients_kept(model),
     ):
         _compute_plainly(model)
-        yield
+        copies = _hold_whole(model)
+        params = [copies.get(id(entry), entry) for entry in params]
+        device = params[0].device
+        with (
+            isolated_rng(seed, device),
+            torch.autocast(device.type, enabled=False),
+            torch.enable_grad(),
+            _gradients_kept(model),
+        ):
+            yield params
+
+
+def _hold_whole(model: nn.Module) -> dict[int, Tensor]:
+    """Put whole parameters in the place of sharded ones, and take off the hooks of their mesh.
+
+    Returns them by the sharded parameter's id. What is put back later are the modules' attributes.
+    """
+    for module in sharded_modules(model):
+        module.reshard()
+    copies: dict[int, Tensor] = {}
+    for entry in model.parameters():
+        if is_sharded(entry):
+            copies[id(entry)] = nn.Parameter(whole(entry.detach()), entry.requires_grad)
+    if not copies:
+        return copies
+    for module in model.modules():
+        named = module._parameters.items()
+        module._parameters = {name: copies.get(id(entry), entry) for name, entry in named}  # type: ignore[misc]
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            hooks = module.__dict__[kind].items()
+            own = [(key, hook) for key, hook in hooks if not _is_of_a_mesh(hook)]
+            module.__dict__[kind] = OrderedDict(own)
+    return copies
+
+
+def _is_of_a_mesh(hook: object) -> bool:
+    """Whether FSDP2 or tensor parallel has put this hook."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 @contextmanager
@@ -197,8 +236,13 @@ def gradients(outputs: Tensor, params: Sequence[Tensor], cotangent: Tensor) -> d
     }
 
 
-def averaged(owner: str, sums: list[Tensor], samples: int) -> list[Tensor]:
-    """`sums` divided by the number of samples, in place; ValueError if one is not finite."""
+def averaged(
+    owner: str, sums: list[Tensor], samples: int, params: Sequence[Tensor]
+) -> list[Tensor]:
+    """`sums` divided by the number of samples, in place; ValueError if one is not finite.
+
+    Sharded as `params` are.
+    """
     for entry in sums:
         entry.div_(samples)
     if not all(bool(entry.isfinite().all()) for entry in sums):
@@ -206,4 +250,5 @@ def averaged(owner: str, sums: list[Tensor], samples: int) -> list[Tensor]:
             f"{owner}: an importance is not finite (NaN or infinity): the gradients of the model "
             "overflow on this data"
         )
-    return sums
+    pairs = zip(params, sums, strict=True)
+    return [sharded_as(like, part_of(like, entry).to(like.device)) for like, entry in pairs]

@@ -76,26 +76,39 @@ def sliced_cramer_importance(
     supervision = Supervision(model) if supervision is None else supervision
     jacobian: _Jacobian | None = None
     params = parameter_list(owner, model, params)
-    with evaluation(model, params, seed):
-        capture = Capture(model, params, supervision, lambda rule: rule.gives_rows)
-        finder = CoverageFinder(capture, params)
-        device = params[0].device
-        for x, _ in supervision.read(owner, batches, device, samples=samples, labelled=False):
-            outputs, calls = capture.forward(x)
-            outputs = flat(check_finite(owner, outputs))
-            if jacobian is None:
-                jacobian = _Jacobian(params, outputs.shape[1], slices, seed)
-            if outputs.requires_grad:
-                coverage = finder.find(x, outputs, calls, samples=1)
-                if coverage.mixed or Graph(outputs).scales_by_frequency:
-                    # f is the mean of what each sample gives by itself.
-                    for sample in split(x, 1):
-                        jacobian.add(flat(single_outputs(owner, supervision, sample)), {})
-                else:
-                    jacobian.add(outputs, coverage.uses())
-            count += len(outputs)
-        assert jacobian is not None  # there is at least one batch
-        return averaged(owner, jacobian.squares(), count**2)
+    processes = supervision.processes
+    with evaluation(model, params, seed) as held:
+        capture = Capture(model, held, supervision, lambda rule: rule.gives_rows)
+        finder = CoverageFinder(capture, held)
+        data = supervision.read(
+            owner,
+            batches,
+            held[0].device,
+            samples=samples,
+            labelled=False,
+            processes=processes,
+        )
+        with processes.together():
+            for x, _ in data:
+                outputs, calls = capture.forward(x)
+                outputs = flat(check_finite(owner, outputs))
+                if jacobian is None:
+                    jacobian = _Jacobian(held, outputs.shape[1], slices, seed)
+                if outputs.requires_grad:
+                    coverage = finder.find(x, outputs, calls, samples=1)
+                    if coverage.mixed or Graph(outputs).scales_by_frequency:
+                        # f is the mean of what each sample gives by itself.
+                        for sample in split(x, 1):
+                            jacobian.add(flat(single_outputs(owner, supervision, sample)), {})
+                    else:
+                        jacobian.add(outputs, coverage.uses())
+                count += len(outputs)
+        counts = processes.gathered((count, jacobian.outputs if jacobian else 0))
+        if jacobian is None:  # of several processes one may have no share
+            jacobian = _Jacobian(held, max(outputs for _, outputs in counts), slices, seed)
+        processes.sum_(jacobian.rows)
+        count = sum(count for count, _ in counts)
+        return averaged(owner, jacobian.squares(), count**2, params)
 
 
 class _Jacobian:
@@ -108,7 +121,7 @@ class _Jacobian:
     def __init__(
         self, params: Sequence[Tensor], outputs: int, slices: int | str, seed: int
     ) -> None:
-        self._params = params
+        self._params, self.outputs = params, outputs
         draws, device = generator(seed), params[0].device
         # Weights of the rows, and the directions that remain to be put together from the rows.
         self._weights = torch.eye(outputs, device=device)
@@ -120,7 +133,7 @@ class _Jacobian:
                 self._weights = directions
             else:
                 self._directions = directions
-        self._rows = [allocate_rows(entry, len(self._weights)) for entry in params]
+        self.rows = [allocate_rows(entry, len(self._weights)) for entry in params]
 
     def add(self, outputs: Tensor, uses: Uses) -> None:
         """Add the samples of one batch.
@@ -142,7 +155,7 @@ class _Jacobian:
                 )
                 for i, gradient in zip(others, direct, strict=True):
                     if gradient is not None:
-                        self._rows[i][k].add_(gradient.to_dense())
+                        self.rows[i][k].add_(gradient.to_dense())
                 for call, g in zip(calls, found, strict=True):
                     if g is not None:
                         by_output.setdefault(call, []).append(call.rows(g).squeeze(0))
@@ -151,7 +164,7 @@ class _Jacobian:
                 for call, name in places:
                     if call in stacked:
                         features = call.features().squeeze(0)
-                        call.rule.add_rows_(self._rows[i][chunk], name, features, stacked[call])
+                        call.rule.add_rows_(self.rows[i][chunk], name, features, stacked[call])
 
     def squares(self) -> list[Tensor]:
         """The mean over directions of the squared derivative along each."""
@@ -159,13 +172,13 @@ class _Jacobian:
         if self._directions is None:
             count = len(self._weights)
             for k in range(count):
-                ops.accumulate_square_(sums, [rows[k] for rows in self._rows], 1.0 / count)
+                ops.accumulate_square_(sums, [rows[k] for rows in self.rows], 1.0 / count)
             return sums
         for dtype in {entry.dtype for entry in sums}:  # the op takes one at a time
             chosen = [i for i, entry in enumerate(sums) if entry.dtype == dtype]
             ops.sliced_importance_(
                 [sums[i] for i in chosen],
-                [self._rows[i] for i in chosen],
+                [self.rows[i] for i in chosen],
                 self._directions.to(dtype),
                 1.0 / len(self._directions),
             )

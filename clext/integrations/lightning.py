@@ -64,7 +64,7 @@ class ContinualCallback(Callback):
         optimizer = self._steps.optimizer
         self._steps.end()
         if self.consolidate:
-            self.method.consolidate(optimizer if self.method.takes_optimizer else _batches(trainer))
+            self.method.consolidate(optimizer if self.method.takes_optimizer else _Batches(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state."""
@@ -75,7 +75,15 @@ class ContinualCallback(Callback):
         self.method.load_state_dict(state_dict)
 
 
-def _batches(trainer: Trainer) -> Iterator[Any]:
+class _Batches:
     """The training data as the module gets it: in its precision, on its device."""
-    for batch in trainer.train_dataloader or ():
-        yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        # Which of several processes has which rows.
+        self.batch_sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        strategy, precision = self._trainer.strategy, self._trainer.precision_plugin
+        for batch in self._trainer.train_dataloader or ():
+            yield strategy.batch_to_device(precision.convert_input(batch))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from clext.core.sharding import is_sharded
 from clext.integrations.steps import Steps
 
 if TYPE_CHECKING:
@@ -44,8 +45,13 @@ class MethodCheckpoint(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **_k: Any) -> None:
         """Write the state into the folder that the Trainer has just written."""
-        if args.should_save:
-            torch.save(self.method.state_dict(), _folder(args, state) / self.file_name)
+        path = self._path(_folder(args, state))
+        if self._is_sharded:  # each process has a part
+            from torch.distributed.checkpoint.state_dict_saver import save
+
+            save({"method": self.method}, checkpoint_id=path)
+        elif args.should_save:
+            torch.save(self.method.state_dict(), path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
@@ -61,14 +67,29 @@ class MethodCheckpoint(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(state.best_model_checkpoint)
 
-    def _load(self, folder: str | PathLike[str]) -> None:
+    @property
+    def _is_sharded(self) -> bool:
+        return any(map(is_sharded, self.method.model.parameters()))
+
+    def _path(self, folder: str | PathLike[str]) -> Path:
+        """A file; of sharded state a folder."""
         path = Path(folder) / self.file_name
+        return path.with_suffix("") if self._is_sharded else path
+
+    def _load(self, folder: str | PathLike[str]) -> None:
+        self.method._follow_model()  # it may have been made before the model was sharded
+        path = self._path(folder)
         if not path.exists():
             raise FileNotFoundError(
-                f"{type(self).__name__}: {folder} has no {self.file_name}, so {self.method.name} "
+                f"{type(self).__name__}: {folder} has no {path.name}, so {self.method.name} "
                 "was not saved with this checkpoint; resume from one that has it"
             )
-        self.method.load_state_dict(torch.load(path, map_location="cpu"))
+        if self._is_sharded:
+            from torch.distributed.checkpoint.state_dict_loader import load
+
+            load({"method": self.method}, checkpoint_id=path)
+        else:
+            self.method.load_state_dict(torch.load(path, map_location="cpu"))
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
@@ -104,8 +125,7 @@ class ContinualMixin(AnyTrainer):
 
     Raises:
         TypeError: it is no method of clext.
-        ValueError: when training starts: see `Steps.begin`; or a method with a loss of its own is
-            to train on several processes.
+        ValueError: when training starts: see `Steps.begin`.
     """
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
@@ -120,12 +140,6 @@ class ContinualMixin(AnyTrainer):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        if self.method.has_own_loss and self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"{type(self).__name__}: the loss of {self.method.name} runs the model without the "
-                f"wrapper that reduces gradients over {self.accelerator.num_processes} processes; "
-                "train on one, or take a method with a penalty alone"
-            )
         named = not isinstance(resume_from_checkpoint, bool)  # True: the last one of its own
         self._checkpoint.resume_from = resume_from_checkpoint if named else None
         try:
@@ -143,7 +157,8 @@ class ContinualMixin(AnyTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, or in training that of a method with a loss of its own."""
         if self.method.has_own_loss and model.training:
-            return self.method.loss(inputs)
+            with self.method.heads.calling(model):
+                return self.method.loss(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 

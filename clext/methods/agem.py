@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from clext.methods.projection import GradientProjection
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from clext.core.processes import Processes
     from clext.core.supervision import SupervisionOptions
 
 
@@ -55,12 +56,15 @@ class AGEM(GradientProjection):
     def _row_count(self) -> int:
         return 1
 
-    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
-        inputs, labels = self._examples
+    def _write_rows(
+        self, rows: list[Tensor], params: list[nn.Parameter], processes: Processes
+    ) -> None:
+        examples: Any = self._examples
+        labels = examples[1]
         if len(labels) > self.batch:
             drawn = torch.randperm(len(labels), generator=self._random)[: self.batch]
-            inputs, labels = taken(self._examples, drawn.to(labels.device))
-        self._write_row(rows, 0, params, inputs, labels)
+            examples = taken(examples, drawn.to(labels.device))
+        self._write_row(rows, 0, params, examples, processes)
 
     def _weights(self, gram: Tensor) -> Tensor:
         product, square = gram[0, 1:], gram[0, :1]

@@ -11,6 +11,7 @@ from clext.core.batches import check_examples
 from clext.core.checks import choice
 from clext.core.likelihood import CATEGORICAL
 from clext.core.parameters import trainable_parameters
+from clext.core.sharding import is_sharded
 from clext.methods.parts.attachment import Attachment
 from clext.methods.parts.flat import flattened, nested
 from clext.methods.parts.heads import Heads, check_range
@@ -55,8 +56,8 @@ class Method:
             are none, or one that no state can be kept for.
         strength: weight of what keeps the past, >= 0; may be changed at any time.
         options: what of a batch goes into the model and how labels follow from its outputs, for
-            others than (x, y) with classes y: `forward`, `labels`, `loss`, `likelihood`; see
-            `clext.Supervision`.
+            others than (x, y) with classes y: `forward`, `labels`, `loss`, `likelihood`; and `sync`
+            for several processes; see `clext.Supervision`.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Method:
     has_own_loss: ClassVar[bool] = False  # loss keeps the past
     needs_first_task: ClassVar[bool] = False  # so do the steps of the first task
     needs_classes: ClassVar[bool] = False  # logits [N, outputs], and one class for each example
+    needs_whole: ClassVar[bool] = False  # parameters: it copies the model, or keeps gradients
     runs_model: ClassVar[bool] = False  # add_penalty_grad_ does, in the precision of the loss
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of options in words, the default first
     counter_names: tuple[str, ...] = ("tasks", "steps")
@@ -85,6 +87,11 @@ class Method:
     ) -> None:
         trainable_parameters(model)
         check_options(type(self), supervision)
+        if self.needs_whole and any(map(is_sharded, model.parameters())):
+            raise ValueError(
+                f"{self.name} needs whole parameters, got a model sharded by fully_shard or tensor "
+                "parallelism; wrap it in DistributedDataParallel, or take a regulariser or replay"
+            )
         self.model, self.heads = model, Heads(model, **supervision)
         if self.needs_classes and self.heads.options["likelihood"] != CATEGORICAL:
             raise ValueError(
@@ -166,13 +173,15 @@ class Method:
 
         `dataloader`: batches, for methods that measure importance on data (MAS and SCP do without
         labels) or keep examples; see `clext.Supervision`. EWC(fisher="optimizer") takes the
-        optimizer in its place. ValueError: they are not such, or the steps have left NaN; nothing
-        is changed.
+        optimizer in its place. Of several processes that train the model each gives its share of
+        the data, and all have the same at the end; see `sync` of `clext.Supervision`. ValueError:
+        they are not such, or the steps have left NaN; nothing is changed.
         """
         grad = torch.is_grad_enabled()
         # No later loss could use what is made in inference mode.
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
+            self.heads.processes.check_equal(self.name, self._copies())
             self._end_task(dataloader)  # type: ignore[arg-type]  # an optimizer is EWC's to refuse
         self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
         warn_if_unused(self, steps)
@@ -230,6 +239,10 @@ class Method:
 
     def _follow_model(self) -> None:
         """The model may have changed since the last task."""
+
+    def _copies(self) -> list[Tensor]:
+        """What several processes with the same model have alike."""
+        return list(self.model.parameters())
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         return examples

@@ -78,6 +78,7 @@ class DGR(Rehearsal):
 
     name: ClassVar[str] = "dgr"
     needs_classes: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("tasks", "sum"), "scale": SCALES}
     needs_first_task: ClassVar[bool] = True  # the generator learns in it
     capturable: bool = False  # it draws, and the generator takes a step of its own
@@ -166,8 +167,18 @@ class DGR(Rehearsal):
         self._optimizer.zero_grad()  # what a backward pass may have left that failed
         with torch.autocast(inputs.device.type, enabled=False):
             loss.backward()
+            self._average_gradients()
             self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def _average_gradients(self) -> None:
+        """Of the generator, over the processes, which all have the same one."""
+        processes = self.heads.processes
+        if processes.groups:
+            assert self.generator is not None
+            gradients = [p.grad for p in self.generator.parameters() if p.grad is not None]
+            torch._foreach_div_(gradients, processes.size)
+            processes.sum_(gradients)
 
     def _end_task(self, dataloader: Batches | None) -> None:  # noqa: ARG002
         check_teacher(self.name, self.model)
@@ -176,6 +187,7 @@ class DGR(Rehearsal):
         if self.generator is not None and (self.steps or self._previous is not None):
             check_teacher(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
+        self.heads.processes.follow_first(self._random)
         self._teacher, self._previous = Teacher(self.model, self.heads.logits), previous
 
     # ------------------------------------------------------------------ the generator

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.checks import count_or_all, integer, number
+from clext.core.sharding import whole
 from clext.importance import FISHER_KINDS, fisher_information, second_moment
 from clext.importance.fisher import check_kind
 from clext.methods.quadratic import QuadraticPenalty
@@ -98,7 +99,7 @@ class EWC(QuadraticPenalty):
         fisher = self._measured(dataloader)
         if self.anchors == "all":
             added = self._state.plan.consolidate_all_anchors_(fisher, self.gamma)
-            self.constant = self.gamma * self.constant + float(added)
+            self.constant = self.gamma * self.constant + float(whole(added))
         else:
             self._state.plan.consolidate_importance_(fisher, self.gamma)
 

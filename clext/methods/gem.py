@@ -15,6 +15,7 @@ from clext.methods.projection import GradientProjection
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from clext.core.processes import Processes
     from clext.core.supervision import SupervisionOptions
 
 # Of the iterations that the solver is given, for each unknown; its own default is 3.
@@ -66,9 +67,11 @@ class GEM(GradientProjection):
     def _row_count(self) -> int:
         return len(self._sizes)
 
-    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
-        for k, (inputs, labels) in enumerate(self._kept_tasks()):
-            self._write_row(rows, k, params, inputs, labels)
+    def _write_rows(
+        self, rows: list[Tensor], params: list[nn.Parameter], processes: Processes
+    ) -> None:
+        for k, examples in enumerate(self._kept_tasks()):
+            self._write_row(rows, k, params, examples, processes)
 
     def _weights(self, gram: Tensor) -> Tensor | None:
         weights = projection_weights(gram.cpu().numpy(), self.margin, self.ridge)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clext.core.batches import added_logits, check_alike, class_labels, owned
 from clext.core.checks import flag, integer, softening
-from clext.core.inputs import one_tensor
+from clext.core.inputs import mapped, one_tensor
 from clext.core.parameters import device_of
 from clext.methods.base import Method
 from clext.methods.parts.exemplars import (
@@ -76,6 +76,7 @@ class ICaRL(Method):
 
     name: ClassVar[str] = "icarl"
     needs_classes: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
     has_own_loss: ClassVar[bool] = True
 
     def __init__(
@@ -237,11 +238,16 @@ class ICaRL(Method):
         check_teacher(self.name, self.model)
         known = next((entries[0] for entries in self._sets.values()), None)
         batches: list[tuple[Tensor, Tensor]] = []
-        for inputs, labels in self.heads.read_examples(self.name, dataloader, self.tasks):
-            known = inputs if known is None else known
-            check_alike(self.name, inputs, known, "of the other examples")
-            inputs = one_tensor(self.name, inputs)
-            batches.append((inputs.clone(), labels))  # a loader may use its tensors again
+        processes = self.heads.processes
+        with processes.together():
+            for inputs, labels in self.heads.read_examples(self.name, dataloader, self.tasks):
+                known = inputs if known is None else known
+                check_alike(self.name, inputs, known, "of the other examples")
+                inputs = one_tensor(self.name, inputs)
+                batches.append((inputs.clone(), labels))  # a loader may use its tensors again
+        if processes.groups:
+            found = [own for some in processes.gathered_rows(batches) for own in some]
+            batches = mapped(lambda entry: entry.to(device_of(self.model)), found)
         inputs, labels = map(torch.cat, zip(*batches, strict=True))
         coming = labels.unique().tolist()
         counts = exemplars_per_set(self.name, self._sets, coming, self.budget)

@@ -62,6 +62,7 @@ class LwF(Rehearsal):
     name: ClassVar[str] = "lwf"
     choices: ClassVar[dict[str, tuple[str, ...]]] = {**Rehearsal.choices, "scale": SCALES}
     needs_classes: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
 
     def __init__(
         self,

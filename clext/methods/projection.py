@@ -13,6 +13,7 @@ from clext.core.checks import integer
 from clext.core.inputs import concatenated, mapped, rows, split, taken
 from clext.core.modes import buffers_kept, without_checkpointing
 from clext.core.parameters import allocate_rows, device_of
+from clext.core.processes import apart
 from clext.core.seeding import generator, restored
 from clext.methods.base import Method
 from clext.methods.parts.options import scale_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from clext.core.batches import Batches
     from clext.core.inputs import Inputs
+    from clext.core.processes import Processes
     from clext.core.supervision import SupervisionOptions
 
 
@@ -41,6 +43,7 @@ class GradientProjection(Method):
 
     has_penalty: ClassVar[bool] = True
     runs_model: ClassVar[bool] = True
+    needs_whole: ClassVar[bool] = True
     fused: tuple[str, ...] | None = None
 
     def __init__(
@@ -76,9 +79,15 @@ class GradientProjection(Method):
         grads = [entry.grad for entry in params if entry.grad is not None]
         if not self._sizes or not grads:
             return self.penalty()
-        rows = self._rows_of(params)
-        with torch.enable_grad(), buffers_kept(self.model), without_checkpointing():
-            self._write_rows(rows, params)
+        rows, processes = self._rows_of(params), self.heads.processes
+        with (
+            torch.enable_grad(),
+            buffers_kept(self.model),
+            without_checkpointing(),
+            apart(self.model),
+        ):
+            self._write_rows(rows, params, processes)
+        processes.sum_(rows)
         # Where g is scale times the gradient, so is what is added to it.
         scale = scale_of(scaler)
         gram = gradient_gram(rows, grads)
@@ -101,8 +110,13 @@ class GradientProjection(Method):
         """How many gradients of the past a step makes."""
         raise NotImplementedError
 
-    def _write_rows(self, rows: list[Tensor], params: list[nn.Parameter]) -> None:
-        """Write gradient k of parameter i to rows[i][k], for all of them."""
+    def _write_rows(
+        self, rows: list[Tensor], params: list[nn.Parameter], processes: Processes
+    ) -> None:
+        """Write gradient k of parameter i to rows[i][k], for all of them.
+
+        Of several processes each writes the part of its own share of the examples.
+        """
         raise NotImplementedError
 
     def _write_row(
@@ -110,11 +124,21 @@ class GradientProjection(Method):
         rows: list[Tensor],
         k: int,
         params: list[nn.Parameter],
-        inputs: Inputs,
-        labels: Tensor,
+        examples: tuple[Inputs, Tensor],
+        processes: Processes,
     ) -> None:
         """The gradient of the mean loss of these examples, zero where a parameter has no part."""
+        count = len(examples[1])
+        own = processes.share(count)
+        if own < count:
+            examples = taken(examples, slice(processes.rank, None, processes.size))
+        if own == 0:
+            torch._foreach_zero_([entry[k] for entry in rows])
+            return
+        inputs, labels = examples
         loss = self.heads.loss_over_tasks(inputs, labels)
+        if own < count:
+            loss = loss * (own / count)
         with torch.autocast(labels.device.type, enabled=False):  # for the forward pass alone
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
         with torch.no_grad():
@@ -141,21 +165,30 @@ class GradientProjection(Method):
     def _end_task(self, dataloader: Batches | None) -> None:
         """Draw the examples to keep, uniformly: those with the largest of random keys."""
         random = copy.deepcopy(self._random)  # what fails below has drawn nothing
+        processes = self.heads.processes
+        draws = processes.own_generator(random)
         chosen: tuple[Any, ...] = ()
-        for x, y in self.heads.read_examples(self.name, dataloader, self.tasks):
-            for known in (chosen or self._examples)[:1]:
-                check_alike(self.name, x, known, "in the memory")
-            keys = torch.rand(len(y), dtype=torch.float64, generator=random).to(y.device)
-            pool = (x, y, keys)
-            if chosen:
-                pool = concatenated([chosen, pool])
-            best = pool[2].topk(min(self.per_task, len(pool[2]))).indices
-            chosen = taken(pool, best)
-        new = chosen[:2]
+        with processes.together():
+            for x, y in self.heads.read_examples(self.name, dataloader, self.tasks):
+                for known in (chosen or self._examples)[:1]:
+                    check_alike(self.name, x, known, "in the memory")
+                keys = torch.rand(len(y), dtype=torch.float64, generator=draws).to(y.device)
+                chosen = self._best([chosen, (x, y, keys)] if chosen else [(x, y, keys)])
+        if processes.groups:
+            chosen = self._best([own for own in processes.gathered_rows(chosen) if own])
+            processes.follow_first(random)
+        new = mapped(lambda entry: entry.to(device_of(self.model)), chosen[:2])
         if self._examples:
             new = concatenated([self._examples, new])
         self._examples, self._random = new, random
         self._sizes = [*self._sizes, len(chosen[1])]
+
+    def _best(self, pools: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """Those with the largest keys, as many as are kept of a task."""
+        pool = concatenated(pools) if len(pools) > 1 else pools[0]
+        best = pool[2].topk(min(self.per_task, len(pool[2]))).indices
+        found: tuple[Any, ...] = taken(pool, best)
+        return found
 
     # ------------------------------------------------------------------ state
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from clext.core.parameters import adapted_parameters, canonical_names, check_parameters
+from clext.core.parameters import (
+    adapted_parameters,
+    canonical_names,
+    check_parameters,
+    check_wrappers,
+)
+from clext.core.processes import sharded_modules
+from clext.core.sharding import local, summed
 from clext.methods.base import Method
 from clext.methods.parts.options import checked_state_dtype, scale_of
 from clext.methods.parts.state import ParameterState, StateView
@@ -107,12 +114,15 @@ class QuadraticPenalty(Method):
 
         Call it once in a step, on complete gradients; after it they may be clipped or dropped.
         `scaler`: the GradScaler (or factor) by which they are scaled still; none after `unscale_`.
+        Of sharded parameters it returns a DTensor, which `full_tensor()` sums over the processes.
         RuntimeError: these gradients hold the pull already, by this or by `penalty` in the loss.
         """
         scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += not self._step.follows_path
-        return value + self.strength * self.constant if self.constant else value
+        if not self.constant:
+            return value
+        return summed([value, torch.full_like(local(value), self.strength * self.constant)])
 
     def update(self) -> None:
         """Look at a step, after it; RuntimeError if a path integral needs it and none was kept."""
@@ -147,6 +157,7 @@ class QuadraticPenalty(Method):
         named = self._parameters_now(self._state)
         if self._state.fits(named):
             return
+        check_wrappers(self.model)
         check_parameters(named, type(self.model).__name__)
         state = ParameterState(named, self.state_names, self.state_dtype)
         lost = state.adopt(self._state, self.name)
@@ -173,6 +184,8 @@ class QuadraticPenalty(Method):
 
     def _parameters_now(self, known: ParameterState | None = None) -> dict[str, nn.Parameter]:
         """The trainable parameters, and those known that were frozen since, by canonical name."""
+        for module in sharded_modules(self.model):
+            module.reshard()  # after a pass without gradients some may hold whole parameters
         named = canonical_names(dict(self.model.named_parameters()))
         names, ids = (known.names, set(map(id, known.params))) if known else ((), set())
         return {n: p for n, p in named.items() if p.requires_grad or n in names or id(p) in ids}
@@ -197,6 +210,10 @@ class QuadraticPenalty(Method):
                 raise
         self._follow_model()
         return call(self._state)
+
+    def _copies(self) -> list[Tensor]:
+        lists = [] if self._state.is_sharded else self._state.lists.values()
+        return [*super()._copies(), *(entry for entries in lists for entry in entries)]
 
     def _save(self) -> dict[str, Any]:
         return {"state": self._state.state_dict()}

@@ -84,7 +84,7 @@ class Replay(Rehearsal):
         check_alike(self.name, inputs, self._buffer.rows[0], "in the memory", types=False)
         labels = self.heads.with_start(inputs, labels)
         check_alike("loss", labels, self._buffer.rows[1], "in the memory", "labels y", types=False)
-        old, old_labels = self._buffer.sample(self.batch or count)
+        old, old_labels = self._buffer.sample(self.batch or count, self.heads.processes)
         losses = self.heads.loss_over_tasks(
             concatenated([inputs, old]),
             torch.cat([labels, old_labels]),
@@ -94,7 +94,8 @@ class Replay(Rehearsal):
 
     def _end_task(self, dataloader: Batches | None) -> None:
         examples = self.heads.read_examples(self.name, dataloader, self.tasks)
-        self._buffer.add(self.name, examples)
+        self._buffer.add(self.name, examples, self.heads.processes)
+        self._follow_model()
 
     def _save(self) -> dict[str, Any]:
         return {"extra": {"memory": self._buffer.state_dict()}}

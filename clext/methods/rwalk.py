@@ -11,9 +11,9 @@ from clext import ops
 from clext.core.checks import SMALLEST, integer, number
 from clext.methods.parts.state import COPIES_OF_PARAMETERS
 from clext.methods.quadratic import QuadraticPenalty
-from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Unpack
 
     from clext.core.batches import Batches
@@ -164,7 +164,7 @@ def _close_released_interval(walk: RWalk) -> None:
         lists["path"],
         lists["interval_start"],
         torch._foreach_mul(running, 2.0),  # the op halves it
-        walk._state.params,
+        walk._state.local,
         walk.eps,
     )
     torch._foreach_mul_(running, 1 - walk.alpha)
@@ -180,14 +180,17 @@ def _end_released_task(walk: RWalk) -> None:
     torch._foreach_add_(score, task_score, alpha=1.0 if is_first else walk.mix)
     for key in ("path", "fisher", "task_score"):
         torch._foreach_zero_(lists[key])
-    scaled = torch._foreach_add(_to_unit_range(lists["running_fisher"]), _to_unit_range(score))
+    running, largest = lists["running_fisher"], walk._state.largest
+    scaled = torch._foreach_add(_to_unit_range(running, largest), _to_unit_range(score, largest))
     torch._foreach_copy_(lists["importance"], scaled)
     walk._state.restart("anchor")
 
 
-def _to_unit_range(tensors: list[Tensor]) -> list[Tensor]:
+def _to_unit_range(
+    tensors: list[Tensor], largest: Callable[[list[Tensor]], Tensor]
+) -> list[Tensor]:
     """(x - min) / (max - min) over all of them; 0 where they are all the same."""
-    lowest = -maximum([-entry for entry in tensors])
-    span = maximum(tensors) - lowest
+    lowest = -largest([-entry for entry in tensors])
+    span = largest(tensors) - lowest
     span = torch.where(span == 0, torch.inf, span)
     return [(entry - lowest) / span for entry in tensors]

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from clext.core.sharding import Mesh, is_sharded, local, number_of_parts, sharded_as
 from clext.ops import reference
 from clext.ops._extension import C, build_info
+from clext.ops.reference.arithmetic import total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +146,84 @@ class ReferencePlan:
         return value if "anchor" in self._lists else None
 
 
+class ShardedPlan:
+    """The same over the parts that this process has of parameters, which sends nothing.
+
+    What an op returns is a number still to be summed over the processes: by whoever calls
+    `full_tensor()` of it.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        params: TensorList,
+        state: Mapping[str, TensorList],
+        steps: TensorList,
+    ) -> None:
+        self._params, self._mesh = list(params), Mesh(params)
+        # Tensors in the same memory, for ops that know parameters with gradients.
+        self._parts = [local(entry).detach() for entry in params]
+        self._lists = {key: list(map(local, entries)) for key, entries in state.items()}
+        self._plans: list[tuple[int, list[int], ReferencePlan]] = []
+        counts = [number_of_parts(entry) for entry in params]
+        for count in dict.fromkeys(counts):
+            chosen = [i for i, other in enumerate(counts) if other == count]
+            plan = make_plan(
+                [names[i] for i in chosen],
+                [self._parts[i] for i in chosen],
+                {key: [entries[i] for i in chosen] for key, entries in self._lists.items()},
+                [steps[i] for i in chosen] if steps else (),
+            )
+            self._plans.append((count, chosen, plan))
+
+    def __getattr__(self, op: str) -> Callable[..., Tensor | None]:
+        if op.startswith("_"):
+            raise AttributeError(op)
+
+        def call(*arguments: Any, **options: Any) -> Tensor | None:  # noqa: ANN401
+            self._take_gradients()
+            values = []
+            for count, chosen, plan in self._plans:
+                own = [
+                    [local(entry[i]) for i in chosen] if isinstance(entry, list) else entry
+                    for entry in arguments
+                ]
+                value = getattr(plan, op)(*own, **options)
+                if value is not None:
+                    values.append(self._mesh.share(value, count))
+            self._give_gradients()
+            return self._mesh.total(total(values)) if values else None
+
+        return call
+
+    def consolidate_riemannian_walk_(self, mix: float) -> None:
+        """End of a task for RWalk, with the maxima over all processes."""
+        reference.consolidate_riemannian_walk_(
+            self._lists["importance"],
+            self._lists["anchor"],
+            self._lists["score"],
+            self._lists["task_score"],
+            self._lists["fisher"],
+            self._parts,
+            mix,
+            largest=self._mesh.largest,
+        )
+
+    def _take_gradients(self) -> None:
+        for parameter, part in zip(self._params, self._parts, strict=True):
+            now = local(parameter)
+            if part.data_ptr() != now.data_ptr():
+                part.data = now  # the model was loaded
+            part.requires_grad_(parameter.requires_grad)
+            part.grad = None if parameter.grad is None else local(parameter.grad)
+
+    def _give_gradients(self) -> None:
+        """To parameters that had none."""
+        for parameter, part in zip(self._params, self._parts, strict=True):
+            if parameter.grad is None and part.grad is not None:
+                parameter.grad = sharded_as(parameter, part.grad)
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether clext was built with kernels for `device`; elsewhere the ops run in plain torch."""
     return device.type == "cpu" or (device.type == "cuda" and build_info()["cuda"] is not None)
@@ -160,6 +240,8 @@ def make_plan(
     `steps`: for an optimizer's steps, the counter of each parameter. The compiled ParameterPlan has
     the interface of `ReferencePlan`, which is why that is the declared type.
     """
+    if any(map(is_sharded, params)):
+        return cast("ReferencePlan", ShardedPlan(names, params, state, steps))
     if params and has_kernels(params[0].device):
         lists = {key: list(entries) for key, entries in state.items()}
         plan = C.ParameterPlan(list(names), list(params), lists, list(steps))

@@ -12,6 +12,8 @@ from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unl
 from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
+from clext.core.processes import processes_of
+from clext.core.sharding import local, summed
 from clext.optim.clip import clip_factor
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
 from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
@@ -98,6 +100,7 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"{owner}: {method.name} was made for a model that has none of these parameters"
                 )
+            self._check_whole(method)
         self._begin()
 
     def _begin(self) -> None:
@@ -107,6 +110,20 @@ class FusedOptimizer(Optimizer):
         self._attachment: Attached | None = None  # of a method that is called around the step
         if self._method is not None and self._method.fused is None:
             self._attachment, self._protector = self._method.attach(self), None
+
+    def _check_whole(self, method: Protector) -> None:
+        """ValueError if a path would be followed for a part of the parameters on each process."""
+        if not method.fused or "path" not in method.fused or not processes_of(method.model).groups:
+            return
+        own = {entry for group in self.param_groups for entry in group["params"]}
+        trained = [entry for entry in method.model.parameters() if entry.requires_grad]
+        if not own.issuperset(trained):
+            raise ValueError(
+                f"{type(self).__name__}: got {len(own)} of {len(trained)} parameters that "
+                f"{method.name} follows, expected all on each of several processes; where "
+                "ZeroRedundancyOptimizer makes this one, leave method= out, and attach() the "
+                "method to that"
+            )
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -138,6 +155,7 @@ class FusedOptimizer(Optimizer):
     def penalty(self) -> Tensor:
         """The method's penalty before the last step: 0-dim; zero where there was none.
 
+        Of sharded parameters a DTensor: `full_tensor()` sums it, called on all processes.
         Of several optimizers with one method each has the part of its own parameters; the constant
         of `EWC(anchors="all")` is in each.
         """
@@ -201,7 +219,7 @@ class FusedOptimizer(Optimizer):
             self._protector._after_step()
 
     def _launch(self) -> None:
-        method, numbers, penalty = self._protector, {"strength": 0.0, "decay": 0.0}, None
+        method, numbers = self._protector, {"strength": 0.0, "decay": 0.0}
         if method is not None:
             method._check_unpulled(
                 f"{type(self).__name__} adds it in its step: leave add_penalty_grad_() out, and "
@@ -231,13 +249,15 @@ class FusedOptimizer(Optimizer):
                 clip=_on(part.device, clip),
             )
 
+        penalty: Tensor | None = None
         for value in self._plans.each(method, run):
             if value is not None:
-                penalty = value if penalty is None else penalty + value.to(penalty.device)
+                penalty = value if penalty is None else summed([penalty, value])
         if self.clear_grad and found_inf is not None:
             self.zero_grad(set_to_none=False)  # a skipped pass leaves them, infinite as they are
         if method is not None and method.constant and penalty is not None:
-            penalty = penalty + method.strength * method.constant
+            constant = torch.full_like(local(penalty), method.strength * method.constant)
+            penalty = summed([penalty, constant])
         self._penalty = penalty
 
     # ------------------------------------------------------------------ torch's habits

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.core.lists import widest
+from clext.core.sharding import Mesh, local, number_of_parts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +18,24 @@ if TYPE_CHECKING:
 def clip_factor(
     groups: Sequence[dict[str, Any]], max_norm: float, scale: Tensor | None
 ) -> Tensor | None:
-    """min(1, max_norm / norm of all gradients); nothing waits for the device."""
+    """min(1, max_norm / norm of all gradients); nothing waits for the device.
+
+    Where gradients are sharded over processes, one number is summed over these.
+    """
     params = (entry for group in groups for entry in group["params"])
     grads = [entry.grad for entry in params if entry.grad is not None]
     if not grads:
         return None
     # In float32 (float64): scaled gradients in half precision would overflow.
-    norms = torch._foreach_norm(grads, 2, dtype=widest(grads))
-    total = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    found = torch._foreach_norm(list(map(local, grads)), 2, dtype=widest(grads))
+    norms = [norm.to(grads[0].device) for norm in found]
+    if mesh := Mesh(grads):
+        # In float64: the square of a norm may be out of float32's range.
+        pairs = zip(norms, grads, strict=True)
+        shares = [mesh.share(norm.double().square(), number_of_parts(g)) for norm, g in pairs]
+        total = whole(mesh.total(torch.stack(shares).sum())).sqrt().to(norms[0].dtype)
+    else:
+        total = torch.linalg.vector_norm(torch.stack(norms))
     if scale is not None:
         total = total / scale.to(total.device)
     return torch.clamp(max_norm / (total + 1e-6), max=1.0)

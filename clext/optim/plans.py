@@ -11,6 +11,7 @@ from torch import Tensor
 from clext.core.checks import scalar
 from clext.core.lists import same_layout, state_dtype
 from clext.core.parameters import allocate_state
+from clext.core.sharding import is_sharded, local, part_of, sharded_as
 from clext.ops.plan import make_plan
 from clext.optim.protector import state_of
 
@@ -152,16 +153,24 @@ class Plans:
 
 def _allocate(states: States, params: Sequence[Tensor], keys: Keys) -> None:
     """Give `params`, which share a device, new state: zeros in flat buffers."""
-    scalars = [entry.new_empty(()) for entry in params]
-    lists = [allocate_state(scalars if key == "step" else params) for key in keys]
+    parts = [local(entry) for entry in params]
+    scalars = [entry.new_empty(()) for entry in parts]
+    lists = [allocate_state(scalars if key == "step" else parts) for key in keys]
     for entry, *values in zip(params, *lists, strict=True):
-        states[entry] = {**states.get(entry, {}), **dict(zip(keys, values, strict=True))}
+        own = {
+            key: value if key == "step" else sharded_as(entry, value)
+            for key, value in zip(keys, values, strict=True)
+        }
+        states[entry] = {**states.get(entry, {}), **own}
 
 
 def _is_laid_out_for(parameter: Tensor, value: object) -> bool:
     """Whether the entry of a parameter's state is in its place: dtype, device, layout."""
     if not isinstance(value, Tensor):
         return True
+    if value.dim() > 0 and is_sharded(value) != is_sharded(parameter):
+        return False
+    parameter, value = local(parameter), local(value)
     return (
         value.device == parameter.device
         and value.dtype == state_dtype(parameter.dtype)
@@ -179,7 +188,8 @@ def fitted(parameter: Tensor, key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{key!r} is {got}, expected a tensor {list(parameter.shape)}")
-    return torch.empty_like(parameter, dtype=dtype).copy_(value)
+    own = local(value) if is_sharded(value) else part_of(parameter, value)
+    return sharded_as(parameter, torch.empty_like(local(parameter), dtype=dtype).copy_(own))
 
 
 def refuse_capture(why: str) -> None:

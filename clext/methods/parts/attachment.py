@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clext.core.sharding import whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -70,7 +72,7 @@ class Attachment:
         def evaluate() -> Any:  # noqa: ANN401  (whatever the closure returns)
             loss = closure()
             penalty = self._pull(optimizer)
-            return None if loss is None else loss + penalty
+            return None if loss is None else loss + whole(penalty)
 
         return evaluate
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from clext.core.batches import check_alike
 from clext.core.inputs import concatenated, described, mapped, taken
-from clext.core.seeding import generator, restored
+from clext.core.processes import ALONE, Processes
+from clext.core.seeding import CpuGenerator, generator, restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,42 +48,65 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self.rows[1]) if self.rows else 0
 
-    def sample(self, count: int) -> tuple[Inputs, Tensor]:
+    def sample(self, count: int, processes: Processes = ALONE) -> tuple[Inputs, Tensor]:
         """Draw inputs [count, ...] and labels [count], where there are examples.
 
-        Without replacement, unless there are fewer than `count`.
+        Without replacement, unless there are fewer than `count`. Several processes, all of which
+        keep the same, draw together, and each takes its part.
         """
-        if count <= len(self):
-            places = torch.randperm(len(self), generator=self._random)[:count]
+        total = count * processes.size
+        if total <= len(self):
+            places = torch.randperm(len(self), generator=self._random)[:total]
         else:
-            places = torch.randint(len(self), (count,), generator=self._random)
+            places = torch.randint(len(self), (total,), generator=self._random)
+        places = places[processes.rank :: processes.size]
         inputs, labels = taken(self.rows[:2], places.to(self.rows[1].device))
         return inputs, labels
 
-    def add(self, owner: str, batches: Iterable[tuple[Inputs, Tensor]]) -> None:
-        """Choose anew between what is kept and the examples of `batches`.
+    def add(
+        self, owner: str, batches: Iterable[tuple[Inputs, Tensor]], processes: Processes = ALONE
+    ) -> None:
+        """Choose anew between what is kept and the examples of `batches`, those of all processes.
 
-        ValueError, in the name of `owner`, if inputs are not alike; nothing is changed then.
+        Afterwards they may be on the CPU. ValueError, in the name of `owner`, if inputs are not
+        alike; nothing is changed then.
         """
-        random, seen = copy.deepcopy(self._random), self._seen.copy()
-        pieces, waiting = [self.rows] if self.rows else [], 0
+        random = copy.deepcopy(self._random)
+        with processes.together():
+            rows, seen = self._with(owner, batches, random, processes)
+        if processes.groups:
+            seen = sum(processes.gathered(seen), Counter())
+            rows = self._chosen([own for own in processes.gathered_rows(rows) if own], seen)
+            processes.follow_first(random)
+        self.rows, self._seen, self._random = rows, seen, random
+
+    def _with(
+        self,
+        owner: str,
+        batches: Iterable[tuple[Inputs, Tensor]],
+        random: CpuGenerator,
+        processes: Processes,
+    ) -> tuple[tuple[Any, ...], Counter[int]]:
+        """What this process would keep, and what it has seen; the first has all that is kept."""
+        has_kept, draws = processes.rank == 0 and bool(self.rows), processes.own_generator(random)
+        seen = self._seen.copy() if processes.rank == 0 else Counter[int]()
+        pieces, waiting = [self.rows] if has_kept else [], 0
         for inputs, labels in batches:
-            if pieces:
-                check_alike(owner, inputs, pieces[0][0], "in the memory")
+            for known in (pieces or [self.rows])[0][:1]:
+                check_alike(owner, inputs, known, "in the memory")
             if self.policy == "balanced" and (labels.dim() != 1 or labels.is_floating_point()):
                 raise ValueError(
                     f'{owner}: policy="balanced" needs a class for each example, and labels are '
                     f'{described(labels)}; take policy="reservoir"'
                 )
-            keys = torch.randint(_KEYS, (len(labels),), generator=random).to(labels.device)
+            keys = torch.randint(_KEYS, (len(labels),), generator=draws).to(labels.device)
             # A loader may use the tensors of a batch again for the next one.
             pieces.append((mapped(Tensor.clone, inputs), labels.clone(), keys))
             seen.update(self._groups(labels).tolist())
             waiting += len(labels)
             if waiting >= self.budget:  # a choice costs a copy of all
                 pieces, waiting = [self._chosen(pieces, seen)], 0
-        self.rows = self._chosen(pieces, seen)
-        self._seen, self._random = seen, random
+        return self._chosen(pieces, seen) if pieces else (), seen
 
     def _groups(self, labels: Tensor) -> Tensor:
         """Whom each example shares the budget with: its class, or all."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode, run_eagerly
+from clext.core.processes import apart, inner
 from clext.methods.parts.teacher import LARGE_BATCH
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class FeatureExtractor:
     ) -> None:
         self._owner, self._model, self._layer = owner, model, layer
         self._logits = model if logits is None else logits
-        names = [name for name, _ in model.named_modules() if name]
+        self._inner = inner(model)
+        names = [name for name, _ in self._inner.named_modules() if name]
         if layer is not None and layer not in names:
             raise ValueError(
                 f"{owner}: the model has no layer '{layer}'; features must be one of "
@@ -52,11 +54,11 @@ class FeatureExtractor:
         seen: list[object] = []
         hooks = [
             layer.register_forward_pre_hook(lambda _layer, args: seen.extend(args[:1]))
-            for name, layer in self._model.named_modules()
+            for name, layer in self._inner.named_modules()
             if (isinstance(layer, nn.Linear) if self._layer is None else name == self._layer)
         ]
         try:
-            with run_eagerly():
+            with run_eagerly(), apart(self._model):
                 logits: Tensor = self._logits(inputs)
         finally:
             for hook in hooks:

@@ -12,6 +12,7 @@ from clext.core.batches import class_labels
 from clext.core.inputs import described, flatten, is_plain, mapped, rows, taken
 from clext.core.modes import module_mode
 from clext.core.parameters import device_of
+from clext.core.processes import apart
 from clext.core.supervision import Supervision
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Heads(Supervision):
     @torch.no_grad()
     def count(self, inputs: Inputs) -> int:
         """How many outputs the model has, as it makes them of inputs like these."""
-        with module_mode(self._model, training=False):
+        with module_mode(self._model, training=False), apart(self._model):
             return self.logits(taken(inputs, slice(2))).shape[1]
 
     def read_examples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from clext import ops
 from clext.core.lists import same_layout, state_dtype
 from clext.core.parameters import allocate_state, canonical_names
+from clext.core.sharding import Mesh, is_sharded, local, number_of_parts, part_of, sharded_as, whole
 from clext.ops.plan import make_plan
+from clext.ops.reference.arithmetic import maximum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +37,8 @@ SCRATCH = ("task_gradient", "step_start")
 class StateView(Mapping[str, Tensor]):
     """The tensors of one list by parameter name: the state itself, and open to be written."""
 
-    def __init__(self, label: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        self._label, self._tensors = label, dict(zip(names, tensors, strict=True))
+    def __init__(self, label: str, tensors: Mapping[str, Tensor]) -> None:
+        self._label, self._tensors = label, tensors
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -61,11 +63,14 @@ class StateView(Mapping[str, Tensor]):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{self._label}[{name!r}] is {got}, expected {list(own.shape)}")
         for name, value in values.items():
-            self._tensors[name].copy_(value)
+            own = self._tensors[name]
+            local(own).copy_(local(value) if is_sharded(value) else part_of(own, value))
 
 
 class ParameterState:
     """Parameters by name, one list of state tensors per key, and the plan over both.
+
+    Where parameters are sharded over processes, the lists hold this one's parts of the state.
 
     Args:
         named: the parameters.
@@ -86,13 +91,20 @@ class ParameterState:
                     f"parameter '{name}' is float64, whose state is float64: leave "
                     f"state_dtype={dtype} out"
                 )
+        self.mesh = Mesh(self.params)
+        self.is_sharded = bool(self.mesh)
         self.lists = {
-            key: allocate_state(self.params, dtype if key in CONSOLIDATED else None) for key in keys
+            key: allocate_state(self.local, dtype if key in CONSOLIDATED else None) for key in keys
         }
         self.scratch: dict[str, list[Tensor]] = {}
         for key in COPIES_OF_PARAMETERS:
             if key in self.lists:
                 self.restart(key)
+
+    @property
+    def local(self) -> list[Tensor]:
+        """What this process has of the parameters."""
+        return [local(entry) for entry in self.params]
 
     @cached_property
     def plan(self) -> ReferencePlan:
@@ -101,12 +113,13 @@ class ParameterState:
 
     def keep_steps(self) -> None:
         """From now on the pull also keeps the task's gradient and the parameters: see `SCRATCH`."""
-        self.scratch = {key: allocate_state(self.params) for key in SCRATCH}
+        self.scratch = {key: allocate_state(self.local) for key in SCRATCH}
         self.__dict__.pop("plan", None)
 
     def view(self, key: str) -> StateView:
         """The tensors of `key` by parameter name."""
-        return StateView(key, self.names, self.lists[key])
+        parts = zip(self.names, self.params, self.lists[key], strict=True)
+        return StateView(key, {name: sharded_as(like, part) for name, like, part in parts})
 
     def penalty(self, given: Mapping[str, Tensor] | None = None) -> Tensor:
         """Sum of importance * (parameter - anchor)^2, 0-dim, differentiable.
@@ -123,24 +136,42 @@ class ParameterState:
             raise ValueError(ALL_FROZEN)
         params = [values.get(*pair) for pair in zip(self.names, self.params, strict=True)]
         lists = (params, self.lists["anchor"], self.lists["importance"])
-        return ops.quadratic_penalty(*(list(compress(entries, moving)) for entries in lists))
+        chosen = [list(compress(entries, moving)) for entries in lists]
+        return self._sharded_penalty(*chosen) if self.is_sharded else ops.quadratic_penalty(*chosen)
+
+    def _sharded_penalty(
+        self, params: list[Tensor], anchors: list[Tensor], importances: list[Tensor]
+    ) -> Tensor:
+        """The penalty of all parts, whose gradient by each is that of its own."""
+        value: Any = 0.0
+        for theta, *rest in zip(params, anchors, importances, strict=True):
+            part = theta.to_local() if is_sharded(theta) else theta  # type: ignore[attr-defined]
+            own = ops.quadratic_penalty([part], *([entry] for entry in rest))
+            shared = self.mesh.share(own.detach(), number_of_parts(theta))
+            value = value + own + (shared - own.detach())
+        others = whole(self.mesh.total(value.detach())) - value.detach()
+        return cast("Tensor", value + others)
+
+    def largest(self, entries: Sequence[Tensor]) -> Tensor:
+        """The largest element of such a list, of all processes."""
+        return self.mesh.largest(entries) if self.is_sharded else maximum(entries)
 
     @torch.no_grad()
     def restart(self, key: str) -> None:
         """Make the list `key` a copy of the parameters as they are now."""
         entries = self.lists.get(key) or self.scratch[key]
-        for entry, parameter in zip(entries, self.params, strict=True):
+        for entry, parameter in zip(entries, self.local, strict=True):
             entry.copy_(parameter)
 
     def has_moved(self) -> bool:
         """Whether the parameters are not where the step that is kept began."""
         starts = self.scratch["step_start"]
-        pairs = zip(starts, self.params, strict=True)
+        pairs = zip(starts, self.local, strict=True)
         return not all(torch.equal(start, entry.to(start.dtype)) for start, entry in pairs)
 
     def check_finite(self, owner: str, keys: Sequence[str]) -> None:
         """ValueError if a parameter or the state `keys` is not finite: importance is made of it."""
-        for key, entries in {"parameter": self.params, **{k: self.lists[k] for k in keys}}.items():
+        for key, entries in {"parameter": self.local, **{k: self.lists[k] for k in keys}}.items():
             finite = torch.stack([entry.isfinite().all() for entry in entries]).tolist()
             if not all(finite):
                 raise ValueError(
@@ -161,7 +192,7 @@ class ParameterState:
             and entry.dtype == self._dtype_of(key, parameter)
             and same_layout(entry.shape, entry.stride(), parameter.stride())
             for key, entries in self.lists.items()
-            for entry, parameter in zip(entries, self.params, strict=True)
+            for entry, parameter in zip(entries, self.local, strict=True)
         )
 
     def _dtype_of(self, key: str, parameter: Tensor) -> torch.dtype:
@@ -191,17 +222,19 @@ class ParameterState:
             for name, parameter in zip(self.names, self.params, strict=True)
         ]
         for key in self.lists.keys() & old.lists.keys():
-            for name, entry, place in zip(self.names, self.lists[key], places, strict=True):
+            for name, place in zip(self.names, places, strict=True):
                 if place is not None:
-                    known = old.lists[key][place]
-                    entry[_leading_part(owner, name, known, entry)].copy_(known)
+                    known, now = old.view(key)[old.names[place]], self.view(key)[name]
+                    before, after = whole(known), whole(now)  # entry itself, if it is not sharded
+                    after[_leading_part(owner, name, before, after)].copy_(before)
+                    local(now).copy_(part_of(now, after))
         return [name for place, name in enumerate(old.names) if place not in places]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Copies of all lists, by parameter name."""
         return {
-            key: {name: entry.clone() for name, entry in zip(self.names, entries, strict=True)}
-            for key, entries in self.lists.items()
+            key: {name: entry.clone() for name, entry in self.view(key).items()}
+            for key in self.lists
         }
 
     def load_state_dict(self, given: Mapping[str, Mapping[str, Tensor]]) -> None:

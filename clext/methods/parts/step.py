@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from clext import ops
+from clext.core.sharding import local
 from clext.methods.parts.state import ALL_FROZEN
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class _Mark(NamedTuple):
 def _mark(state: ParameterState) -> _Mark | None:
     for place, entry in enumerate(state.params):
         if entry.grad is not None:
-            return _Mark(place, weakref.ref(entry.grad), entry.grad._version)
+            gradient = local(entry.grad) if state.is_sharded else entry.grad
+            return _Mark(place, weakref.ref(gradient), gradient._version)
     return None
 
 
@@ -94,6 +96,8 @@ class Step:
         if self._pulled is None:
             return
         now = state.params[self._pulled.place].grad
+        if state.is_sharded and now is not None:
+            now = local(now)
         # To clear and fill it again takes two writes, one more backward pass of this step one.
         if (
             now is None

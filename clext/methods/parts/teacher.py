@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clext.core.inputs import split
 from clext.core.modes import call_with, module_mode
+from clext.core.processes import apart, inner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,13 +35,15 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, logits: Callable[[Inputs], Tensor] | None = None) -> None:
-        self._model, self._logits = model, model if logits is None else logits
-        self._values = {name: value.detach().clone() for name, value in _values(model).items()}
+        self._wrapped, self._model = model, inner(model)
+        self._logits = model if logits is None else logits
+        values = _values(self._model)
+        self._values = {name: value.detach().clone() for name, value in values.items()}
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Tensor:
         """All outputs of the model for `inputs` at that time, in eval mode, without gradients."""
-        with module_mode(self._model, training=False):
+        with module_mode(self._model, training=False), apart(self._wrapped):
             return call_with(self._model, self._values, self._logits, inputs)
 
     def record(self, inputs: Inputs) -> Tensor:
@@ -65,7 +68,7 @@ class Teacher:
         """The teacher of `model` with such values, if any; ValueError if it never had such."""
         if given is None:
             return None
-        teacher, live = cls(model, logits), _values(model)
+        teacher, live = cls(model, logits), _values(inner(model))
         teacher._values = {}
         for name, value in given["values"].items():
             fits = value.dim() == live[name].dim()

@@ -5,6 +5,8 @@ SI: Zenke et al. 2017, arXiv:1703.04200. RWalk: Chaudhry et al. 2018, arXiv:1801
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -105,16 +107,19 @@ def consolidate_riemannian_walk_(
     fisher: TensorList,
     params: TensorList,
     mix: float,
+    *,
+    largest: Callable[[TensorList], Tensor] = maximum,
 ) -> None:
     """Merge the scores; importance = fisher / max(fisher) + score / max(score).
 
     `score` becomes (1 - mix) * score + mix * task_score, task_score 0, the anchor the parameter.
     The maxima are taken over all lists; a term whose maximum is 0 is 0, rather than 0 / 0.
+    `largest`: of lists of which this process has a part alone.
     """
     for mean, new in zip(score, task_score, strict=True):
         mean.mul_(1 - mix).add_(new, alpha=mix)
         new.zero_()
-    largest_fisher, largest_score = maximum(fisher), maximum(score)
+    largest_fisher, largest_score = largest(fisher), largest(score)
     for omega, anchor, mean, average, theta in zip(
         importances, anchors, score, fisher, params, strict=True
     ):

@@ -1,0 +1,119 @@
+"""Sharded tensors: of a DTensor this process has a part, and all else is whole."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor, as FSDP2 and tensor parallel make parameters."""
+    module = sys.modules.get("torch.distributed.tensor")  # takes a second to import
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, in the same memory, outside of autograd; the tensor itself if whole."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, gathered from the processes, on the device of their mesh."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    found: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
+    return found
+
+
+def part_of(like: Tensor, value: Tensor) -> Tensor:
+    """What this process has of a whole `value` that is sharded as `like` is."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = like
+    sizes, starts = compute_local_shape_and_global_offset(
+        sharded.shape, sharded.device_mesh, sharded.placements
+    )
+    places = zip(starts, sizes, strict=True)
+    return value[tuple(slice(start, start + size) for start, size in places)]
+
+
+def sharded_as(like: Tensor, part: Tensor) -> Tensor:
+    """The tensor of which this process has `part`, sharded as `like` is."""
+    if not is_sharded(like):
+        return part
+    given: Any = like
+    made: Tensor = type(given).from_local(
+        part,
+        given.device_mesh,
+        given.placements,
+        run_check=False,
+        shape=given.shape,
+        stride=given.stride(),
+    )
+    return made
+
+
+def number_of_parts(tensor: Tensor) -> int:
+    """How many different parts there are; processes beyond these have copies."""
+    if not is_sharded(tensor):
+        return 1
+    sharded: Any = tensor
+    sizes = zip(sharded.device_mesh.shape, sharded.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def summed(values: Sequence[Tensor]) -> Tensor:
+    """The sum of numbers; where some are still to be summed over processes, such a number."""
+    mesh = Mesh(values)
+    parts = [mesh.share(local(value), number_of_parts(value)) for value in values]
+    device = parts[0].device
+    return mesh.total(sum((part.to(device) for part in parts[1:]), parts[0]))
+
+
+class Mesh:
+    """The processes that have the parts of some tensors, all of which none or one mesh holds.
+
+    Tensors on a part of it, or whole ones, are there several times.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        meshes: list[Any] = [entry.device_mesh for entry in tensors if is_sharded(entry)]  # type: ignore[attr-defined]
+        self._mesh: Any = max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+    def __bool__(self) -> bool:
+        return self._mesh is not None
+
+    def share(self, value: Tensor, parts: int) -> Tensor:
+        """What this process adds to a sum over all, of a number that only `parts` have for all."""
+        return value * (parts / self._mesh.size()) if self else value
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a number over the processes, for whoever calls `full_tensor()` of it."""
+        return self._over_all(value, "sum") if self else value
+
+    def largest(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The largest element of all that the processes have, 0-dim float64."""
+        found = [entry.max().double() for entry in tensors if entry.numel() > 0]
+        lowest = torch.tensor(-torch.inf, dtype=torch.float64)
+        return whole(self._over_all(torch.stack(found).max() if found else lowest, "max"))
+
+    def _over_all(self, value: Tensor, how: str) -> Tensor:
+        from torch.distributed.tensor import DTensor, Partial
+
+        value = value.to(self._mesh.device_type)
+        placements = [Partial(how)] * self._mesh.ndim
+        return DTensor.from_local(value, self._mesh, placements, run_check=False)

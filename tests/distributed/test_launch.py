@@ -1,0 +1,51 @@
+"""What README and docs say is started by torchrun, as they say it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(script, *options, folder):
+    """Two processes; their output. They end by themselves or after two minutes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    found = subprocess.run(
+        [*command, "--standalone", str(script), *options],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+def test_the_script_of_the_readme(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if block.startswith("# torchrun")]
+    assert block.startswith("# torchrun --nproc_per_node 2 ddp.py\n")
+    (tmp_path / "ddp.py").write_text(block)
+    lines = torchrun("ddp.py", folder=tmp_path).splitlines()
+    assert sorted(line.split(":")[0] for line in lines) == ["process 0", "process 1"]
+    (importance,) = {line.split(":")[1] for line in lines}
+    assert float(importance.rpartition(" ")[2]) > 0
+
+
+def test_the_script_with_fsdp2_goes_on_where_it_was_stopped(tmp_path):
+    script = ROOT / "docs" / "fsdp.py"
+    whole = torchrun(script, "--folder", "whole", folder=tmp_path)
+    assert whole.startswith("ewc: step 40, losses ")
+    assert float(whole.rpartition("penalty ")[2]) > 0
+    torchrun(script, "--folder", "stopped", "--stop-after", "27", folder=tmp_path)
+    assert torchrun(script, "--folder", "stopped", folder=tmp_path) == whole
+
+
+def test_the_script_with_fsdp2_and_si(tmp_path):
+    found = torchrun(ROOT / "docs" / "fsdp.py", "--method", "si", folder=tmp_path)
+    assert found.startswith("si: step 40, losses ")
+    assert float(found.rpartition("penalty ")[2]) > 0
