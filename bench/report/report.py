@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rehearsal": speed_tables.rehearsal_table,
     "plan": speed_tables.plan_table,
     "frameworks": speed_tables.frameworks_table,
+    "communication": speed_tables.communication_table,
     "importance": speed_tables.importance_table,
     "course": accuracy_tables.course_table,
     "course_sizes": speed_tables.course_sizes_table,

@@ -273,6 +273,21 @@ def frameworks_table() -> str:
     return by_device(newest(read_lines("frameworks"), "framework"), head, row)
 
 
+def communication_table() -> str:
+    """Calls and bytes of collectives on one process."""
+
+    def cells(counts: Entry) -> list[str]:
+        return [f"{counts['calls']:g}", f"{counts['bytes'] / 1e6:.6f}"]
+
+    def row(e: Entry) -> list[str]:
+        return [e["way"], e["training"], *cells(e["without"]), *cells(e["step"]), *cells(e["end"])]
+
+    places = ["a step without a method", "with it", "end of a task"]
+    head = ["model on", "training"]
+    head += [entry for place in places for entry in (f"{place}, calls", "MB")]
+    return by_device(newest(read_lines("communication"), "way", "training"), head, row)
+
+
 def importance_table() -> str:
     """Everything as a multiple of a plain forward and backward pass over the same data."""
     others = ["vmap", "loop", "backpack", "curvlinops product", "100 backward passes"]

@@ -1,0 +1,82 @@
+"""Two tasks on processes end as they do on one: parameters, importances, anchors, penalties."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from sharded_models import WAYS, make_network, plain
+from sharded_training import LOOPS, METHODS, assert_close, trained
+from toy_training import assert_same_state
+
+import clext
+
+reference = functools.cache(trained)
+PART = {torch.float64: 1e-9, torch.float32: 1e-5}
+SMALL = ["ddp", "fsdp", "fsdp uneven", "tp"]
+LARGE = ["fsdp+tp", "hsdp"]
+
+
+def check(processes, name, method, loop, dtype):
+    way = WAYS[name]
+    expected = reference("single", method, loop, dtype, way.shares)
+    first, *others = processes(way.ranks).run(trained, name, method, loop, dtype)
+    for other in others:
+        assert_same_state(other, first)
+    for key, value in expected.items():
+        # What is made of differences of parameters, or of single gradients, is less exact.
+        part = PART[dtype] if key == "parameters" else 10 * PART[dtype]
+        assert_close({key: first[key]}, {key: value}, part)
+
+
+# Those that follow the steps go through every loop; to the others all loops are alike.
+PATHS = ["si", "rwalk", "rwalk released"]
+CASES = [
+    *((method, loop) for method in PATHS for loop in ("attached", "fused sgd")),
+    *((method, "by hand") for method in METHODS if method != "ewc optimizer"),
+    *((method, "fused adam") for method in METHODS),
+]
+
+
+@pytest.mark.parametrize(("method", "loop"), CASES)
+@pytest.mark.parametrize("name", SMALL)
+def test_every_method(processes, name, method, loop):
+    check(processes, name, method, loop, torch.float64)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("method", ["si", "ewc empirical"])
+@pytest.mark.parametrize("name", SMALL)
+def test_every_loop_in_single_precision(processes, name, method, loop):
+    check(processes, name, method, loop, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "loop"),
+    [("si", "fused adamw"), ("rwalk", "by hand"), ("ewc all", "attached"), ("scp", "fused sgd")],
+)
+@pytest.mark.parametrize("name", LARGE)
+def test_two_dimensions_of_processes(processes, name, method, loop):
+    check(processes, name, method, loop, torch.float64)
+
+
+def values(name):
+    """The penalty as `float` reads it, and all of it."""
+    way = WAYS[name]
+    model = way.wrap(make_network())
+    method = clext.EWC(model)
+    method.importance = {key: torch.ones_like(entry) for key, entry in method.importance.items()}
+    with torch.no_grad():
+        for entry in model.parameters():
+            entry.add_(0.5)
+    found = method.add_penalty_grad_()
+    return float(found), float(plain(found)), float(method.penalty().detach())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_value_is_reduced_when_it_is_read(processes, name):
+    count = sum(entry.numel() for entry in make_network().parameters())
+    for found in processes(WAYS[name].ranks).run(values, name):
+        assert found == pytest.approx([250 * count * 0.25] * 3)
