@@ -1,4 +1,4 @@
-"""The `clext` command: `clext train`, `clext compare`, `clext info`.
+"""The `clext` command: `clext train`, `clext compare`, `clext sweep`, `clext info`.
 
 Help and wrong options do not wait for torch: it is imported where work begins.
 """
@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,12 +51,14 @@ _SETTINGS = {
 }
 
 
-def _takes_settings(command: Command) -> Command:
-    """Options for all settings of a run, with their defaults."""
+def _takes_settings(command: Command, *, without: str = "") -> Command:
+    """Options for all settings of a run but one, with their defaults."""
     command = click.option("--progress/--quiet", default=True, help="Show progress, or do not.")(
         command
     )
     for name, text in reversed(_SETTINGS.items()):
+        if name == without:
+            continue
         default = getattr(Settings, name)
         command = click.option(
             _option(name),
@@ -79,6 +82,7 @@ _MAIN_HELP = """Continual learning: train a method on a sequence of tasks, compa
 Examples:
   clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
   clext compare                 six methods on it, or those of --methods, and the picture
+  clext sweep --seeds 0-4       the same for several seeds: mean and confidence interval
   clext info                    versions, build, data, methods and options
   clext info --method gem       what a method is, its options and its memory
 """
@@ -102,6 +106,18 @@ Examples:
   clext compare
   clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=100
   clext compare --methods ewc,ewc+replay --option ewc+replay.replay.strength=3
+"""
+
+_SWEEP_HELP = """Run methods with several strengths and seeds; print means and their spread.
+
+Each run has a folder of its own. The same command again does what is missing there: runs that were
+interrupted or have failed, and those that the command did not name before.
+
+\b
+Examples:
+  clext sweep --methods ewc,si --strengths 1,10,100 --seeds 0-4 --n-jobs 4
+  clext sweep --methods ewc,si --strengths ewc=10,100 --strengths si=1,5 --out runs/two
+  clext sweep --methods ewc --option ewc.gamma=0.9 --table latex
 """
 
 
@@ -160,20 +176,25 @@ def train(
         click.echo(f"\nSaved in {folder}: {', '.join(['result.json', *result.pictures])}")
 
 
-@main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
-@click.option(
+# What compare and sweep take alike.
+_METHODS = click.option(
     "--methods",
     metavar="A,B,...",
-    help=f"Which to compare.  [default: {','.join(DEFAULT_METHODS)}]",
+    help=f"Which to run.  [default: {','.join(DEFAULT_METHODS)}]",
 )
-@click.option(
+_OPTIONS = click.option(
     "--option",
     "options",
     multiple=True,
     metavar="METHOD.NAME=VALUE",
-    help="Option of one method, such as ewc.strength=100; repeatable. The method, as in --methods, "
+    help="Option of one method, such as ewc.gamma=0.9; repeatable. The method, as in --methods, "
     "ends at the first dot: ewc+replay.replay.strength=3.",
 )
+
+
+@main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
+@_METHODS
+@_OPTIONS
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_takes_settings
 def compare(
@@ -184,14 +205,7 @@ def compare(
 ) -> None:
     """`clext compare`."""
     with _one_line_errors():
-        chosen = [*DEFAULT_METHODS] if methods is None else methods.split(",")
-        chosen = ["+".join(part_names(name)) for name in chosen]
-        per_method: dict[str, dict[str, Any]] = {}
-        for name, value in parse_options(options).items():
-            method, dot, option = name.partition(".")
-            if not dot:
-                raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
-            per_method.setdefault(method, {})[option] = value
+        chosen, per_method = _methods(methods), _options_by_method(options)
         Settings(**settings)
 
         import clext
@@ -203,6 +217,59 @@ def compare(
         comparison.save(folder)  # as for train
         click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
     if not all(result.complete for result in comparison.results.values()):
+        sys.exit(_FAILED)
+
+
+@main.command(help=_SWEEP_HELP, short_help="Run methods with several strengths and seeds.")
+@_METHODS
+@click.option(
+    "--strengths",
+    multiple=True,
+    metavar="[METHOD=]X,Y,...",
+    help="For all methods that have one, or for one of them; repeatable.  [default: each "
+    "method's own]",
+)
+@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 0,1,7.")
+@_OPTIONS
+@click.option("--out", metavar="FOLDER", default="runs/sweep", show_default=True, help="For runs.")
+@click.option("--n-jobs", type=int, help="Runs at once; -1: one on each core.  [default: 1]")
+@click.option("--threads", type=int, help="Of each run.  [default: the machine's, shared out]")
+@click.option(
+    "--table",
+    "form",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    show_default=True,
+    help="How to print the table.",
+)
+@partial(_takes_settings, without="seed")
+def sweep(
+    methods: str | None,
+    strengths: tuple[str, ...],
+    seeds: str,
+    options: tuple[str, ...],
+    out: str,
+    n_jobs: int | None,
+    threads: int | None,
+    form: str,
+    **settings: Any,  # noqa: ANN401
+) -> None:
+    """`clext sweep`."""
+    with _one_line_errors():
+        chosen, per_method = _methods(methods), _options_by_method(options)
+        plan = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
+        Settings(**settings)
+
+        import clext
+        from clext.training.result import PICTURE_NAME
+
+        jobs = {"n_jobs": n_jobs, "threads": threads}
+        done = clext.sweep(chosen, options=per_method, out=out, **plan, **jobs, **settings)
+        click.echo(done.table(form))
+        done.save(out)  # as for train
+        pictures = f", {PICTURE_NAME}" if done.results else ""
+        say(f"Saved in {out}: sweep.json, a folder for each method and strength{pictures}")
+    if done.failed:
         sys.exit(_FAILED)
 
 
@@ -265,6 +332,54 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parsed[name.strip().replace("-", "_")] = text
     return parsed
+
+
+def parse_strengths(given: tuple[str, ...]) -> list[float] | dict[str, list[float]] | None:
+    """The strengths in "1,10" for all methods, or in "ewc=1,10" and others for one each."""
+    by_method: dict[str, list[float]] = {}
+    for text in given:
+        method, equals, values = text.rpartition("=")
+        try:
+            numbers = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--strengths {text}: expected numbers such as 1,10,100 or ewc=1,10,100"
+            ) from None
+        if not equals and len(given) > 1:
+            raise ValueError(
+                f"--strengths {text}: expected METHOD={text}, as strengths are given several times"
+            )
+        if not equals:
+            return numbers
+        by_method[method] = numbers
+    return by_method or None
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds in "0-4", "3" or "0-2,7"."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            seeds += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise ValueError(f"--seeds {text}: expected seeds such as 0-4 or 0,1,7") from None
+    return seeds
+
+
+def _methods(names: str | None) -> list[str]:
+    chosen = [*DEFAULT_METHODS] if names is None else names.split(",")
+    return ["+".join(part_names(name)) for name in chosen]
+
+
+def _options_by_method(options: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    by_method: dict[str, dict[str, Any]] = {}
+    for name, value in parse_options(options).items():
+        method, dot, option = name.partition(".")
+        if not dot:
+            raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
+        by_method.setdefault(method, {})[option] = value
+    return by_method
 
 
 def _new_folder(name: str) -> Path:

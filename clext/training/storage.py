@@ -103,6 +103,11 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
     return file, content
 
 
+def as_read(content: dict[str, Any]) -> Any:  # noqa: ANN401
+    """What `read_json` would give back of `content`."""
+    return json.loads(json.dumps(_plain(content)))
+
+
 def _on_one_line(matched: re.Match[str]) -> str:
     entries = (line.strip() for line in matched[0][1:-1].strip().splitlines())
     return f"[{' '.join(entries)}]"
