@@ -5,7 +5,6 @@ Help and wrong options do not wait for torch: it is imported where work begins.
 
 from __future__ import annotations
 
-import ast
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +25,13 @@ from clext.core.names import (
     PRECISIONS,
     SCENARIOS,
     part_names,
+)
+from clext.training.arguments import (
+    method_labels,
+    options_by_method,
+    parse_options,
+    parse_seeds,
+    parse_strengths,
 )
 from clext.training.settings import NAMES, Settings, check_option_names
 
@@ -205,7 +211,7 @@ def compare(
 ) -> None:
     """`clext compare`."""
     with _one_line_errors():
-        chosen, per_method = _methods(methods), _options_by_method(options)
+        chosen, per_method = method_labels(methods), options_by_method(options)
         Settings(**settings)
 
         import clext
@@ -248,27 +254,22 @@ def sweep(
     strengths: tuple[str, ...],
     seeds: str,
     options: tuple[str, ...],
-    out: str,
-    n_jobs: int | None,
-    threads: int | None,
     form: str,
-    **settings: Any,  # noqa: ANN401
+    **given: Any,  # noqa: ANN401
 ) -> None:
     """`clext sweep`."""
     with _one_line_errors():
-        chosen, per_method = _methods(methods), _options_by_method(options)
-        plan = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
-        Settings(**settings)
+        chosen, per_method = method_labels(methods), options_by_method(options)
+        plan: Any = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
+        Settings(**{name: value for name, value in given.items() if name in NAMES})
 
         import clext
         from clext.training.result import PICTURE_NAME
 
-        jobs = {"n_jobs": n_jobs, "threads": threads}
-        done = clext.sweep(chosen, options=per_method, out=out, **plan, **jobs, **settings)
+        done = clext.sweep(chosen, options=per_method, **plan, **given)
         click.echo(done.table(form))
-        done.save(out)  # as for train
-        pictures = f", {PICTURE_NAME}" if done.results else ""
-        say(f"Saved in {out}: sweep.json, a folder for each method and strength{pictures}")
+        folder = done.save(given["out"])  # as for train
+        say(f"Saved in {folder}: sweep.json, {PICTURE_NAME}, result.json in a folder for each run")
     if done.failed:
         sys.exit(_FAILED)
 
@@ -279,107 +280,12 @@ def sweep(
 def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
     with _one_line_errors():
-        if method is None:
-            _print_everything(data_dir)
-        else:
+        if method is not None:
             part_names(method)
 
-            from clext.training.describe import describe_method
+        from clext.training.describe import describe_everything, describe_method
 
-            click.echo(describe_method(method))
-
-
-def _print_everything(data_dir: str | None) -> None:
-    import torch
-
-    import clext
-    from clext.data.datasets import whereabouts
-    from clext.training.describe import option_values
-
-    build = {key: _text(value) for key, value in clext.build_info().items()}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
-    methods = {
-        name: " ".join(f"{option}={value}" for option, value in option_values(kind).items())
-        for name, kind in clext.METHODS.items()
-    }
-    _print_section("build", build)
-    _print_section("machine", {"threads": str(torch.get_num_threads()), "cuda device": gpu})
-    _print_section("data", whereabouts(data_dir))
-    _print_section("methods", methods)
-
-
-def _print_section(title: str, rows: dict[str, str]) -> None:
-    click.echo(f"{title}:")
-    for name, value in rows.items():
-        click.echo(f"  {name:<14} {value}")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None or value == "" else str(value)
-
-
-def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE pairs, a value being a Python literal (0.9, 5, True) or else the text itself."""
-    parsed: dict[str, Any] = {}
-    for option in options:
-        name, equals, text = option.partition("=")
-        if not (name and equals and text):
-            raise ValueError(f"--option {option}: expected NAME=VALUE")
-        try:
-            parsed[name.strip().replace("-", "_")] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            parsed[name.strip().replace("-", "_")] = text
-    return parsed
-
-
-def parse_strengths(given: tuple[str, ...]) -> list[float] | dict[str, list[float]] | None:
-    """The strengths in "1,10" for all methods, or in "ewc=1,10" and others for one each."""
-    by_method: dict[str, list[float]] = {}
-    for text in given:
-        method, equals, values = text.rpartition("=")
-        try:
-            numbers = [float(value) for value in values.split(",")]
-        except ValueError:
-            raise ValueError(
-                f"--strengths {text}: expected numbers such as 1,10,100 or ewc=1,10,100"
-            ) from None
-        if not equals and len(given) > 1:
-            raise ValueError(
-                f"--strengths {text}: expected METHOD={text}, as strengths are given several times"
-            )
-        if not equals:
-            return numbers
-        by_method[method] = numbers
-    return by_method or None
-
-
-def parse_seeds(text: str) -> list[int]:
-    """The seeds in "0-4", "3" or "0-2,7"."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            seeds += range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise ValueError(f"--seeds {text}: expected seeds such as 0-4 or 0,1,7") from None
-    return seeds
-
-
-def _methods(names: str | None) -> list[str]:
-    chosen = [*DEFAULT_METHODS] if names is None else names.split(",")
-    return ["+".join(part_names(name)) for name in chosen]
-
-
-def _options_by_method(options: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    by_method: dict[str, dict[str, Any]] = {}
-    for name, value in parse_options(options).items():
-        method, dot, option = name.partition(".")
-        if not dot:
-            raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
-        by_method.setdefault(method, {})[option] = value
-    return by_method
+        click.echo(describe_everything(data_dir) if method is None else describe_method(method))
 
 
 def _new_folder(name: str) -> Path:

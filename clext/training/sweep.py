@@ -182,8 +182,8 @@ def _finished(
     for name, value in as_read(planned).items():
         if there.get(name) != value:
             raise ValueError(
-                f"sweep: {folder / str(run)} holds a run with {name} {there.get(name)!r}, but this sweep has "
-                f"{value!r}; choose another out, or repeat the settings of the sweep that is there"
+                f"sweep: {folder / str(run)} holds a run with {name} {there.get(name)!r}, but this "
+                f"sweep has {value!r}; choose another out, or the settings that are there"
             )
     return result
 
