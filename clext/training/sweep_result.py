@@ -156,7 +156,7 @@ class Sweep:
             failed = sum(run.cell == cell for run in self.failed)
             known = ["" if math.isnan(value) else value for value in values]
             writer.writerow([*cell, len(self.of(*cell)), failed, *known])
-        return file.getvalue()
+        return file.getvalue().removesuffix("\n")
 
     def to_dataframe(self) -> DataFrame:
         """A row for each run: its cell and seed, its metrics, its seconds and why it failed.
