@@ -260,17 +260,6 @@ class TestWhatTheySayTogether:
         assert there.table("csv").splitlines()[1].split(",")[5:8] == ["", "", ""]
         assert there.plot().axes[0].collections[:] == []
 
-    def test_a_data_frame_has_a_row_for_each_run(self, done):
-        pytest.importorskip("pandas")
-        frame = done[0].to_dataframe()
-        assert list(frame[["method", "seed"]].itertuples(index=False, name=None)) == [
-            (method, seed) for method, _, seed in RUNS
-        ]
-        assert frame.groupby(["method", "strength"])["accuracy"].mean()["ewc", 1000] == (
-            pytest.approx(done[0].summary("accuracy", "ewc", 1000).mean)
-        )
-        assert frame["failed"].isna().all()
-
     def test_the_best_strength_has_the_highest_mean(self, done):
         means = {s: done[0].summary("accuracy", "ewc", s).mean for s in (1, 1000)}
         assert done[0].best("ewc") == max(means, key=means.get)
