@@ -1,8 +1,8 @@
 """What docs/sweeps.md shows is run as it is written: here, on a local Ray, with Ray Tune."""
 
+import copy
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,26 +25,29 @@ def run(number, **names):
 
 
 @pytest.fixture
-def page(monkeypatch, tmp_path):
-    """The names of the page, with sweeps that take seconds."""
-    monkeypatch.chdir(tmp_path)
+def quick_sweeps(monkeypatch, tmp_path):
+    """Sweeps take seconds, and write into a folder that goes again."""
+    whole = clext.sweep
 
     def sweep(methods, **settings):
-        return clext.sweep(methods, **{**settings, **QUICK, "epochs": 1, "model": small()})
+        return whole(methods, **{**settings, **QUICK, "epochs": 1, "model": small()})
 
-    return SimpleNamespace(sweep=sweep)
+    monkeypatch.setattr(clext, "sweep", sweep)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def ray():
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False)
     yield ray
     ray.shutdown()
 
 
-def test_here(page, tmp_path):
-    sweep = run(0, clext=page)["sweep"]
+def test_here(quick_sweeps, tmp_path):
+    sweep = run(0)["sweep"]
     assert len(sweep.results) == 30
     assert {"sweep.pdf", "ewc.png", "runs"} <= {path.name for path in tmp_path.iterdir()}
     pytest.importorskip("pandas")
@@ -57,16 +60,17 @@ def test_here(page, tmp_path):
     assert frame["failed"].isna().all()
 
 
-def test_on_ray(page, ray, monkeypatch, tmp_path):
+def test_on_ray(quick_sweeps, ray, monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "init", lambda: None)  # it is there
-    there = run(1, clext=page)["sweep"]
-    here = page.sweep("ewc, si", strengths=[1, 10, 100], threads=1, out=tmp_path / "here")
+    there = run(1, clext=clext)["sweep"]
+    here = clext.sweep("ewc, si", strengths=[1, 10, 100], threads=1, out=tmp_path / "here")
     assert there.table("csv") == here.table("csv")
     assert [r.curve for r in there.results.values()] == [r.curve for r in here.results.values()]
 
 
-def test_ray_tune_prunes(ray):
+def test_ray_tune_prunes(ray, tmp_path):
     pytest.importorskip("ray.tune")
+    model = make_model(torch.float32)
 
     def accuracy(model, batches):
         with torch.no_grad():
@@ -74,8 +78,12 @@ def test_ray_tune_prunes(ray):
         return hits.float().mean().item()
 
     tasks = [(make_task(k, torch.float32), make_task(k, torch.float32)) for k in range(3)]
-    names = {"tasks": tasks, "make_model": lambda: make_model(torch.float32), "accuracy": accuracy}
-    found = run(2, clext=clext, **names)
-    whole = len(tasks) * found["epochs"]
-    assert found["found"].metrics["training_iteration"] == whole
-    assert 1 <= found["found"].config["strength"] <= 1e4
+    names = {"tasks": tasks, "make_model": lambda: copy.deepcopy(model), "accuracy": accuracy}
+    done = run(2, clext=clext, folder=str(tmp_path), **names)
+    ends = [end.metrics["training_iteration"] for end in done["found"]]
+    assert len(ends) == 8
+    assert max(ends) == 9
+    assert 4 <= min(ends) < 9  # given up, but not in the first task
+    assert done["best"].metrics["accuracy"] == max(
+        end.metrics["accuracy"] for end in done["found"] if end.metrics["training_iteration"] == 9
+    )
