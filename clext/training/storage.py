@@ -69,7 +69,8 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(document), indent=2, allow_nan=False)
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
-    temporary = path.with_name(path.name + ".part")
+    # A process that a killed sweep has left behind may be writing the same result.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)

@@ -30,7 +30,8 @@ def quick_sweeps(monkeypatch, tmp_path):
     whole = clext.sweep
 
     def sweep(methods, **settings):
-        return whole(methods, **{**settings, **QUICK, "epochs": 1, "model": small()})
+        quick = {**QUICK, "epochs": 1, "model": small(), "threads": 1}
+        return whole(methods, **{**settings, **quick})
 
     monkeypatch.setattr(clext, "sweep", sweep)
     monkeypatch.chdir(tmp_path)
@@ -63,7 +64,7 @@ def test_here(quick_sweeps, tmp_path):
 def test_on_ray(quick_sweeps, ray, monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "init", lambda: None)  # it is there
     there = run(1, clext=clext)["sweep"]
-    here = clext.sweep("ewc, si", strengths=[1, 10, 100], threads=1, out=tmp_path / "here")
+    here = clext.sweep("ewc, si", strengths=[1, 10, 100], out=tmp_path / "here")
     assert there.table("csv") == here.table("csv")
     assert [r.curve for r in there.results.values()] == [r.curve for r in here.results.values()]
 
