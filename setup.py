@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     import types
 
 OLDEST_TORCH = "2.11"
-RUNTIME_REQUIREMENTS = ["click", "matplotlib", "numpy", "scikit-learn", "scipy", "tqdm"]
+RUNTIME_REQUIREMENTS = [
+    "click",
+    "joblib>=1.4",
+    "matplotlib",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "tqdm",
+]
 
 # Fused multiply-adds would make results depend on the instruction set that a machine has.
 # A root that could set errno is a call, and a loop with a call is not vectorised.

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from clext.training.loop import NonFiniteLossError as NonFiniteLossError
     from clext.training.loop import train as train
     from clext.training.result import Result as Result
+    from clext.training.sweep import sweep as sweep
+    from clext.training.sweep_result import Sweep as Sweep
 
 # Imported when they are first used, so that the command line starts without torch.
 _PACKAGES = ("course", "data", "importance", "methods", "ops", "optim", "reference")
@@ -59,6 +61,8 @@ _NAMES = {
     "training.compare": "Comparison compare",
     "training.loop": "NonFiniteLossError train",
     "training.result": "Result",
+    "training.sweep": "sweep",
+    "training.sweep_result": "Sweep",
 }
 _PLACES = {name: place for place, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_PACKAGES, *_PLACES]

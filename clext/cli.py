@@ -1,15 +1,15 @@
-"""The `clext` command: `clext train`, `clext compare`, `clext info`.
+"""The `clext` command: `clext train`, `clext compare`, `clext sweep`, `clext info`.
 
 Help and wrong options do not wait for torch: it is imported where work begins.
 """
 
 from __future__ import annotations
 
-import ast
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,13 @@ from clext.core.names import (
     PRECISIONS,
     SCENARIOS,
     part_names,
+)
+from clext.training.arguments import (
+    method_labels,
+    options_by_method,
+    parse_options,
+    parse_seeds,
+    parse_strengths,
 )
 from clext.training.settings import NAMES, Settings, check_option_names
 
@@ -50,12 +57,14 @@ _SETTINGS = {
 }
 
 
-def _takes_settings(command: Command) -> Command:
-    """Options for all settings of a run, with their defaults."""
+def _takes_settings(command: Command, *, without: str = "") -> Command:
+    """Options for all settings of a run but one, with their defaults."""
     command = click.option("--progress/--quiet", default=True, help="Show progress, or do not.")(
         command
     )
     for name, text in reversed(_SETTINGS.items()):
+        if name == without:
+            continue
         default = getattr(Settings, name)
         command = click.option(
             _option(name),
@@ -79,6 +88,7 @@ _MAIN_HELP = """Continual learning: train a method on a sequence of tasks, compa
 Examples:
   clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
   clext compare                 six methods on it, or those of --methods, and the picture
+  clext sweep --seeds 0-4       the same for several seeds: mean and confidence interval
   clext info                    versions, build, data, methods and options
   clext info --method gem       what a method is, its options and its memory
 """
@@ -102,6 +112,18 @@ Examples:
   clext compare
   clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=100
   clext compare --methods ewc,ewc+replay --option ewc+replay.replay.strength=3
+"""
+
+_SWEEP_HELP = """Run methods with several strengths and seeds; print means and their spread.
+
+Each run has a folder of its own. The same command again does what is missing there: runs that were
+interrupted or have failed, and those that the command did not name before.
+
+\b
+Examples:
+  clext sweep --methods ewc,si --strengths 1,10,100 --seeds 0-4 --n-jobs 4
+  clext sweep --methods ewc,si --strengths ewc=10,100 --strengths si=1,5 --out runs/two
+  clext sweep --methods ewc --option ewc.gamma=0.9 --table latex
 """
 
 
@@ -160,20 +182,25 @@ def train(
         click.echo(f"\nSaved in {folder}: {', '.join(['result.json', *result.pictures])}")
 
 
-@main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
-@click.option(
+# What compare and sweep take alike.
+_METHODS = click.option(
     "--methods",
     metavar="A,B,...",
-    help=f"Which to compare.  [default: {','.join(DEFAULT_METHODS)}]",
+    help=f"Which to run.  [default: {','.join(DEFAULT_METHODS)}]",
 )
-@click.option(
+_OPTIONS = click.option(
     "--option",
     "options",
     multiple=True,
     metavar="METHOD.NAME=VALUE",
-    help="Option of one method, such as ewc.strength=100; repeatable. The method, as in --methods, "
+    help="Option of one method, such as ewc.gamma=0.9; repeatable. The method, as in --methods, "
     "ends at the first dot: ewc+replay.replay.strength=3.",
 )
+
+
+@main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
+@_METHODS
+@_OPTIONS
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_takes_settings
 def compare(
@@ -184,14 +211,7 @@ def compare(
 ) -> None:
     """`clext compare`."""
     with _one_line_errors():
-        chosen = [*DEFAULT_METHODS] if methods is None else methods.split(",")
-        chosen = ["+".join(part_names(name)) for name in chosen]
-        per_method: dict[str, dict[str, Any]] = {}
-        for name, value in parse_options(options).items():
-            method, dot, option = name.partition(".")
-            if not dot:
-                raise ValueError(f"--option {name}: expected METHOD.NAME=VALUE")
-            per_method.setdefault(method, {})[option] = value
+        chosen, per_method = method_labels(methods), options_by_method(options)
         Settings(**settings)
 
         import clext
@@ -206,65 +226,66 @@ def compare(
         sys.exit(_FAILED)
 
 
+@main.command(help=_SWEEP_HELP, short_help="Run methods with several strengths and seeds.")
+@_METHODS
+@click.option(
+    "--strengths",
+    multiple=True,
+    metavar="[METHOD=]X,Y,...",
+    help="For all methods that have one, or for one of them; repeatable.  [default: each "
+    "method's own]",
+)
+@click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 0,1,7.")
+@_OPTIONS
+@click.option("--out", metavar="FOLDER", default="runs/sweep", show_default=True, help="For runs.")
+@click.option("--n-jobs", type=int, help="Runs at once; -1: one on each core.  [default: 1]")
+@click.option("--threads", type=int, help="Of each run.  [default: the machine's, shared out]")
+@click.option(
+    "--table",
+    "form",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    show_default=True,
+    help="How to print the table.",
+)
+@partial(_takes_settings, without="seed")
+def sweep(
+    methods: str | None,
+    strengths: tuple[str, ...],
+    seeds: str,
+    options: tuple[str, ...],
+    form: str,
+    **given: Any,  # noqa: ANN401
+) -> None:
+    """`clext sweep`."""
+    with _one_line_errors():
+        chosen, per_method = method_labels(methods), options_by_method(options)
+        plan: Any = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
+        Settings(**{name: value for name, value in given.items() if name in NAMES})
+
+        import clext
+        from clext.training.result import PICTURE_NAME
+
+        done = clext.sweep(chosen, options=per_method, **plan, **given)
+        click.echo(done.table(form))
+        folder = done.save(given["out"])  # as for train
+        say(f"Saved in {folder}: sweep.json, {PICTURE_NAME}, result.json in a folder for each run")
+    if done.failed:
+        sys.exit(_FAILED)
+
+
 @main.command(short_help="Print versions, build, data, methods and options.")
 @click.option("--data-dir", metavar="FOLDER", help="Where to look for data sets.")
 @click.option("--method", help="Say what this method is, its options and what it keeps in memory.")
 def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
     with _one_line_errors():
-        if method is None:
-            _print_everything(data_dir)
-        else:
+        if method is not None:
             part_names(method)
 
-            from clext.training.describe import describe_method
+        from clext.training.describe import describe_everything, describe_method
 
-            click.echo(describe_method(method))
-
-
-def _print_everything(data_dir: str | None) -> None:
-    import torch
-
-    import clext
-    from clext.data.datasets import whereabouts
-    from clext.training.describe import option_values
-
-    build = {key: _text(value) for key, value in clext.build_info().items()}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
-    methods = {
-        name: " ".join(f"{option}={value}" for option, value in option_values(kind).items())
-        for name, kind in clext.METHODS.items()
-    }
-    _print_section("build", build)
-    _print_section("machine", {"threads": str(torch.get_num_threads()), "cuda device": gpu})
-    _print_section("data", whereabouts(data_dir))
-    _print_section("methods", methods)
-
-
-def _print_section(title: str, rows: dict[str, str]) -> None:
-    click.echo(f"{title}:")
-    for name, value in rows.items():
-        click.echo(f"  {name:<14} {value}")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None or value == "" else str(value)
-
-
-def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE pairs, a value being a Python literal (0.9, 5, True) or else the text itself."""
-    parsed: dict[str, Any] = {}
-    for option in options:
-        name, equals, text = option.partition("=")
-        if not (name and equals and text):
-            raise ValueError(f"--option {option}: expected NAME=VALUE")
-        try:
-            parsed[name.strip().replace("-", "_")] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            parsed[name.strip().replace("-", "_")] = text
-    return parsed
+        click.echo(describe_everything(data_dir) if method is None else describe_method(method))
 
 
 def _new_folder(name: str) -> Path:

@@ -118,7 +118,11 @@ _Root = tuple[Path, str]
 
 
 def load_dataset(
-    name: str = "auto", data_dir: str | os.PathLike[str] | None = None, *, show: bool = True
+    name: str = "auto",
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    show: bool = True,
+    announce: bool = True,
 ) -> Dataset:
     """Load a data set by name and say on stderr, in one line, which one and why.
 
@@ -129,6 +133,7 @@ def load_dataset(
             `MNIST/raw` (`FashionMNIST/raw`). By default $CLEXT_DATA, then the cache folder. A
             download goes to `data_dir`, else to the cache folder.
         show: let a download show its progress.
+        announce: False where that line was said before.
 
     Raises:
         ValueError: unknown name.
@@ -140,12 +145,17 @@ def load_dataset(
         dataset, reason = _load_digits(), "comes with scikit-learn"
     else:
         dataset, reason = _load_idx_or_fall_back(name, _roots(data_dir), show)
+    if announce:
+        _announce(dataset, reason)
+    return dataset
+
+
+def _announce(dataset: Dataset, reason: str) -> None:
     say(
         f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
         f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
         f"{_ADVICE.get(dataset.name, '')}"
     )
-    return dataset
 
 
 def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str]:

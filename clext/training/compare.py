@@ -17,6 +17,7 @@ from torch import nn
 from clext.core.checks import unknown_name
 from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
+from clext.training import tables
 from clext.training.loop import NonFiniteLossError, load_scenario, run
 from clext.training.machine import resolve_device
 from clext.training.result import PICTURE_NAME, Result
@@ -109,8 +110,7 @@ class Comparison:
             reverse=True,
         )
         rows = [_cells(label, result, joint) for label, result in ranked]
-        table = [{title: title for title in rows[0]}, *rows] if rows else []
-        lines = ["  ".join(cells) for cells in zip(*_columns(table), strict=True)]
+        lines = tables.text(rows, _LEFT)
         for number, (_, result) in enumerate(ranked, 1):
             lines[number] += f"  stopped early: {result.stopped}" if result.stopped else ""
         return "\n".join([*lines, "", *self._legend(rows)])
@@ -173,7 +173,7 @@ def compare(
         raise unknown_name("option of compare", next(iter(settings)), own)
     resolve_device(taken.device)
     seeds = Seeds.derive(taken.seed)
-    specs = _specs(methods, model, {} if options is None else options)
+    specs = method_specs("compare", methods, model, {} if options is None else options)
     for spec in specs.values():
         spec.build(seeds, taken.own_scenario)  # before any work: it knows its options
     with claimed_folder(out, "compare: out") as folder:
@@ -202,19 +202,20 @@ def compare(
     return comparison
 
 
-def _specs(
+def method_specs(
+    owner: str,
     methods: str | Sequence[str | Sequence[str]] | None,
     model: nn.Module | None,
     options: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, MethodSpec]:
-    """Each method by its label; ValueError for what is none, or options of none."""
-    parts = _parts_by_label(methods)
+    """Each method by its label; ValueError by `owner` for what is none, or options of none."""
+    parts = _parts_by_label(owner, methods)
     for label, given in options.items():
         if label not in parts:
             raise unknown_name("method in options", label, parts)
         if not isinstance(given, Mapping):
             raise ValueError(
-                f"compare: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
+                f"{owner}: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
                 f"{given!r}"
             )
     specs = {}
@@ -225,6 +226,7 @@ def _specs(
 
 
 def _parts_by_label(
+    owner: str,
     methods: str | Sequence[str | Sequence[str]] | None,
 ) -> dict[str, list[str]]:
     """The names in each entry of `methods`; ValueError for what has none."""
@@ -236,17 +238,17 @@ def _parts_by_label(
     for entry in methods:
         if not isinstance(entry, str | Sequence):
             raise ValueError(
-                f"compare: methods must be a list of names, such as ['ewc', 'si'], got {entry!r}; "
+                f"{owner}: methods must be a list of names, such as ['ewc', 'si'], got {entry!r}; "
                 "pass the settings of a method in options"
             )
         names = part_names(entry)
         label = entry.strip() if isinstance(entry, str) else "+".join(names)
         if label in parts:
-            raise ValueError(f"compare: method {label!r} is given twice; name each method once")
+            raise ValueError(f"{owner}: method {label!r} is given twice; name each method once")
         parts[label] = names
     if not parts:
         raise ValueError(
-            f"compare: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
+            f"{owner}: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
         )
     return parts
 
@@ -259,14 +261,14 @@ def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
         "method": label,
         "strength": ", ".join(f"{strength:g}" for strength in result.strengths) or "-",
         "accuracy": (f"{average[-1]:.4f}" if average else "-") + part,
-        "forgetting": _number(result.forgetting, ".4f"),
-        "BWT": _number(result.backward_transfer, "+.4f"),
-        "FWT": _number(result.forward_transfer, "+.4f"),
-        "LA": _number(result.learning_accuracy, ".4f"),
-        "min-ACC": _number(result.worst_accuracy, ".4f"),
+        "forgetting": tables.number(result.forgetting, ".4f"),
+        "BWT": tables.number(result.backward_transfer, "+.4f"),
+        "FWT": tables.number(result.forward_transfer, "+.4f"),
+        "LA": tables.number(result.learning_accuracy, ".4f"),
+        "min-ACC": tables.number(result.worst_accuracy, ".4f"),
     }
     if joint is not None:
-        cells["intr."] = _number(_mean_intransigence(result, joint), "+.4f")
+        cells["intr."] = tables.number(_mean_intransigence(result, joint), "+.4f")
     return {**cells, "time": f"{result.seconds:.1f} s"}
 
 
@@ -278,17 +280,3 @@ def _mean_intransigence(result: Result, joint: Result) -> float:
         return math.nan
     missed = missed[np.isfinite(missed)]
     return float(missed.mean()) if len(missed) else math.nan
-
-
-def _columns(table: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """The cells below each title, all of one width."""
-    columns = []
-    for title in table[0] if table else ():
-        width = max(len(row[title]) for row in table)
-        align = "<" if title in _LEFT else ">"
-        columns.append([f"{row[title]:{align}{width}}" for row in table])
-    return columns
-
-
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else format(value, form)

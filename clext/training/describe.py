@@ -1,4 +1,4 @@
-"""A method described: its docstring, its options, and the memory that it takes after a task."""
+"""What `clext info` says: of a method its docstring, options and memory; of the machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from clext.core.names import part_names
 from clext.core.seeding import generator
+from clext.data.datasets import whereabouts
 from clext.methods import METHODS, Method, make_method
 from clext.methods.parts.options import option_names
 from clext.methods.parts.state import CONSOLIDATED
+from clext.ops._extension import build_info
 from clext.training.models import mlp
 
 _EXAMPLES = 1000
@@ -31,6 +33,30 @@ def describe_method(method: str) -> str:
     names = part_names(method)
     make_method(names, torch.nn.Linear(1, 1))  # if they combine
     return "\n\n".join(_describe(METHODS[name]) for name in names)
+
+
+def describe_everything(data_dir: str | None) -> str:
+    """How clext was built, what the machine has, where data comes from, methods and options."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
+    sections = {
+        "build": {key: _text(value) for key, value in build_info().items()},
+        "machine": {"threads": str(torch.get_num_threads()), "cuda device": gpu},
+        "data": whereabouts(data_dir),
+        "methods": {
+            name: " ".join(f"{option}={value}" for option, value in option_values(kind).items())
+            for name, kind in METHODS.items()
+        },
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines += [f"{title}:", *(f"  {name:<14} {value}" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None or value == "" else str(value)
 
 
 def option_values(kind: type[Method]) -> dict[str, str]:

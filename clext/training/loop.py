@@ -134,12 +134,13 @@ def train(
     return run(made, scenario, settings, save, draws=not spec.makes_model)
 
 
-def load_scenario(settings: Settings) -> Scenario:
+def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
     """The scenario that was given, or is made of the data set, which is loaded."""
     name = settings.scenario
     if not isinstance(name, str):
         return name
-    data = load_dataset(settings.dataset, settings.data_dir, show=settings.progress)
+    where = settings.data_dir
+    data = load_dataset(settings.dataset, where, show=settings.progress, announce=announce)
     seed = Seeds.derive(settings.seed).scenario
     return make_scenario(name, data, settings.tasks, seed, settings.incremental)
 

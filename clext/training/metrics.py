@@ -8,7 +8,7 @@ not reached. All results are in the units of `accuracy` (here fractions, not per
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Step(TypedDict):
@@ -26,6 +26,32 @@ class Step(TypedDict):
     task: int
     step: int
     accuracy: list[float]
+
+
+class Summary(NamedTuple):
+    """Of a metric over several seeds; NaN where there are too few values."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def summary(values: Iterable[float]) -> Summary:
+    """Mean, standard deviation and 95 % confidence interval of the mean, of what is finite.
+
+    std = sqrt( 1/(n-1) sum_i (x_i - mean)^2 ); the interval is mean -+ t std / sqrt(n), t the 0.975
+    quantile of Student's distribution with n-1 degrees of freedom. Of one value only the mean is
+    known.
+    """
+    known = np.array([value for value in values if math.isfinite(value)])
+    if len(known) < 2:
+        return Summary(float(known[0]) if len(known) else math.nan, math.nan, math.nan, math.nan)
+    from scipy.special import stdtrit
+
+    mean, std = float(known.mean()), float(known.std(ddof=1))
+    half = float(stdtrit(len(known) - 1, 0.975)) * std / math.sqrt(len(known))
+    return Summary(mean, std, mean - half, mean + half)
 
 
 def tasks_learned(accuracy: Matrix) -> int:

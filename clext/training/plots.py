@@ -81,8 +81,14 @@ def plot_curves(
     epochs: int,
     title: str,
     path: str | os.PathLike[str] | None = None,
+    *,
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
-    """Draw a line for each curve, an entry per epoch, labelled with its key; save it at `path`."""
+    """Draw a line for each curve, an entry per epoch, labelled with its key; save it at `path`.
+
+    A label is a method's name, which more may follow after a space. `bands` are the lower and the
+    upper edge of what is shaded about a curve.
+    """
     figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
     axes = figure.add_subplot()
     styles = _styles(curves)
@@ -91,6 +97,9 @@ def plot_curves(
         # One marker a task, each line at another epoch of it, or they would cover each other.
         offset = int((rank + 0.5) / len(lines) * epochs)
         _draw_line(axes, curve, style, markers=(offset, epochs))
+    for label, (low, high) in (bands or {}).items():
+        epoch = range(1, len(low) + 1)
+        axes.fill_between(epoch, low, high, color=styles[label].color, alpha=0.2, linewidth=0)
     _draw_frame(axes, tasks, epochs)
     axes.set_title(title, pad=20, **_TITLE_STYLE)
     _label_ends(axes, lines, tasks, epochs)
@@ -133,15 +142,14 @@ def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 def _styles(labels: Iterable[str]) -> dict[str, _Style]:
     """The style of each label, no two alike while there are enough.
 
-    A combination takes that of its second method unless this is drawn as well.
+    A method's comes first, then a combination takes that of its second method if it is free.
     """
-    styles: dict[str, _Style] = {label: _STYLES[label] for label in labels if label in _STYLES}
+    styles: dict[str, _Style] = {}
     others = cycle(_OTHER_STYLES)
-    for label in labels:
-        if label not in styles:
-            second = _STYLES.get(label.rpartition("+")[2])
-            is_free = second is not None and second not in styles.values()
-            styles[label] = second if second and is_free else next(others)
+    names = {label: label.partition(" ")[0] for label in labels}
+    for label, name in sorted(names.items(), key=lambda entry: "+" in entry[1]):
+        own = _STYLES.get(name.rpartition("+")[2])
+        styles[label] = own if own and own not in styles.values() else next(others)
     return styles
 
 

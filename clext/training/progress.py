@@ -14,7 +14,7 @@ from clext.core.console import say
 _TASK_AND_EPOCH = "task {task}/{tasks} epoch {epoch}/{epochs}"
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
     """Whether stderr is a terminal that a bar can be drawn on.
 
     In one without a height, as some containers make them, tqdm would draw nothing at all.
@@ -43,7 +43,7 @@ class Progress:
     def __init__(self, label: str, tasks: int, epochs: int, *, show: bool) -> None:
         self._label, self._tasks, self._epochs = label, tasks, epochs
         self._steps = [0] * tasks  # of an epoch of each
-        self._lines = show and not _has_terminal()
+        self._lines = show and not has_terminal()
         self._start = time.perf_counter()
         self._last = ""
         self._bar = tqdm(

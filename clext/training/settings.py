@@ -125,13 +125,17 @@ def check_option_names(label: str, options: Iterable[str], of_method: Iterable[s
 
 
 def shows_settings(function: Function) -> Function:
-    """Lists the settings, which `function` takes as **options, in its signature."""
+    """Lists the settings, which `function` takes as **options, in its signature.
+
+    Without the seed where it has `seeds`.
+    """
     signature = inspect.signature(function)
     *own, rest = signature.parameters.values()
     keyword = inspect.Parameter.KEYWORD_ONLY
     settings = [
         inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
         for field in fields(Settings)
+        if f"{field.name}s" not in signature.parameters
     ]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*own, *settings, rest]

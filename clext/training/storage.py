@@ -69,7 +69,8 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(document), indent=2, allow_nan=False)
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
-    temporary = path.with_name(path.name + ".part")
+    # A process that a killed sweep has left behind may be writing the same result.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -101,6 +102,11 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
             "it was saved by another version of clext"
         )
     return file, content
+
+
+def as_read(content: dict[str, Any]) -> Any:  # noqa: ANN401
+    """What `read_json` would give back of `content`."""
+    return json.loads(json.dumps(_plain(content)))
 
 
 def _on_one_line(matched: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import clext
 
@@ -96,11 +96,14 @@ def lightning(name, folder):
     model = Module()
     method = METHODS[name](model)
     for task in range(2):
-        loader = DataLoader(examples(task), batch_size=BATCH // SIZE)
+        data = examples(task)
+        sampler = DistributedSampler(data, SIZE, RANK, shuffle=False)  # Lightning's own shuffles
+        loader = DataLoader(data, batch_size=BATCH // SIZE, sampler=sampler)
         Trainer(
             accelerator="cpu",
             devices=SIZE,
             strategy="ddp" if SIZE > 1 else "auto",
+            use_distributed_sampler=False,
             max_epochs=1,
             gradient_clip_val=0.05,
             logger=False,

@@ -154,6 +154,56 @@ class TestCompare:
         assert message in outcome.stderr
 
 
+class TestSweep:
+    PLAN = ("sweep", "--methods", "baseline,ewc", "--strengths", "ewc=1,10", "--seeds", "0-1")
+
+    def test_prints_the_table_and_goes_on_in_the_same_folder(self, tmp_path):
+        outcome = run(*self.PLAN, *ONE_TASK)
+        assert outcome.exit_code == 0, outcome.output
+        assert "Saved in runs/sweep: sweep.json, accuracy.png" in outcome.stderr
+        sweep = clext.Sweep.load(tmp_path / "runs" / "sweep")
+        assert outcome.stdout == f"{sweep}\n"
+        assert list(sweep.results) == [
+            *[("baseline", None, 0), ("baseline", None, 1)],
+            *[("ewc", strength, seed) for strength in (1, 10) for seed in (0, 1)],
+        ]
+        file = tmp_path / "runs" / "sweep" / "ewc-10" / "seed-1" / "result.json"
+        before = clext.Result.load(file).timings
+        more = run(*self.PLAN, "--seeds", "1,2", "--table", "csv", *ONE_TASK)
+        assert more.exit_code == 0, more.output
+        assert [line.split(",")[:4] for line in more.stdout.splitlines()[1:]] == [
+            *[["baseline", "", "2", "0"], ["ewc", "1.0", "2", "0"], ["ewc", "10.0", "2", "0"]],
+        ]
+        assert clext.Result.load(file).timings == before  # not run again
+
+    def test_a_failed_run_is_exit_code_1_after_all_have_run(self):
+        plan = ("sweep", "--methods", "ewc", "--strengths", "1e300,1", "--seeds", "3")
+        outcome = run(*plan, *QUICK)
+        assert outcome.exit_code == 1
+        assert "Warning: sweep: ewc-1e+300/seed-3 failed: ewc: the loss became" in outcome.stderr
+        assert "ewc-1e+300/seed-3: ewc: the loss became" in outcome.stdout
+        assert clext.Result.load("runs/sweep/ewc-1/seed-3").complete
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--methods", "ewc,sii"], "Error: unknown method 'sii'"),
+            (["--strengths", "ewc=x"], "--strengths ewc=x: expected numbers such as 1,10,100 or"),
+            (["--strengths", "1"], "--strengths 1: expected METHOD=1, as strengths are given"),
+            (["--strengths", "si=1"], "unknown method in strengths 'si'"),
+            (["--seeds", "0..3"], "--seeds 0..3: expected seeds such as 0-4 or 0,1,7"),
+            (["--seeds", "3-1"], "expected seeds as a list of numbers, got []"),
+            (["--option", "ewc.gama=1"], "'gama'; did you mean 'gamma'"),
+            (["--seed", "1"], "No such option"),
+            (["--epochs", "0"], "epochs must be an integer >= 1"),
+        ],
+    )
+    def test_bad_input_is_exit_code_2(self, arguments, message):
+        outcome = run(*self.PLAN, *ONE_TASK, *arguments)
+        assert outcome.exit_code == 2
+        assert message in outcome.stderr
+
+
 def test_info_shows_versions_build_data_and_methods():
     outcome = run("info")
     assert outcome.exit_code == 0, outcome.output
@@ -183,11 +233,11 @@ def test_info_on_a_method_is_its_docstring_its_options_and_what_it_keeps():
     assert kept["memory"] == "3.0 MiB"  # 1,000 images of 784 floats
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("info",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("sweep",), ("info",)])
 def test_help_shows_examples_and_every_choice(command):
     outcome = run(*command, "--help")
     assert outcome.exit_code == 0
-    if command in {("train",), ("compare",)}:
+    if command in {("train",), ("compare",), ("sweep",)}:
         for expected in (f"clext {command[0]} --method", "fashion_mnist", "permuted", "rwalk"):
             assert expected in outcome.stdout
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from clext.training import metrics
 
@@ -69,6 +70,17 @@ def test_an_unfinished_run_is_measured_as_far_as_it_went():
     begun: list[metrics.Step] = [{"task": 1, "step": 5, "accuracy": [0.7, 0.2]}]
     first = np.array([[0.8, NAN], [NAN, NAN]])
     assert metrics.worst_accuracy(first, begun) == pytest.approx(0.7)
+
+
+def test_the_interval_is_students():
+    values = [0.81, 0.85, 0.79, 0.9]
+    mean, std, low, high = metrics.summary([*values, NAN])
+    assert (mean, std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    interval = stats.t.interval(0.95, df=3, loc=mean, scale=stats.sem(values))
+    assert (low, high) == pytest.approx(interval)
+    assert metrics.summary([0.5])[0] == 0.5
+    for known in ([], [0.5]):
+        assert np.isnan(metrics.summary(known)[1:]).all()
 
 
 @pytest.mark.parametrize("accuracy", [np.full((2, 2), NAN), np.array([[0.8]])])

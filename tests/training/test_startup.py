@@ -37,12 +37,13 @@ def clext(command, code):
         main(command.split())
     except SystemExit as end:
         assert end.code == code, command
-for command in ("", "train", "compare", "info"):
+for command in ("", "train", "compare", "sweep", "info"):
     clext(f"{command} --help", 0)
 clext("--version", 0)
 for wrong in (
     "train --method ewx", "train --option xii=1", "train --tasks x", "train --tasks 0",
     "train --dataset minst", "compare --methods si,ewx", "info --method ewx",
+    "sweep --methods ewx", "sweep --strengths x", "sweep --seeds x", "sweep --tasks 0",
 ):
     clext(wrong, 2)
 """
@@ -108,3 +109,5 @@ class TestNames:
             parameters = inspect.signature(function).parameters
             assert parameters["batch_size"].default == 128
             assert set(settings.NAMES) < parameters.keys()
+        of_sweep = inspect.signature(clext.sweep).parameters
+        assert set(settings.NAMES) - of_sweep.keys() == {"seed"}

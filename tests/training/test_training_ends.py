@@ -205,7 +205,7 @@ class TestProgress:
 
     @pytest.mark.parametrize("method", ["baseline", "joint"])  # and one whose tasks grow
     def test_the_bar_is_that_of_all_tasks_from_the_first(self, capsys, monkeypatch, method):
-        monkeypatch.setattr("clext.training.progress._has_terminal", lambda: True)
+        monkeypatch.setattr("clext.training.progress.has_terminal", lambda: True)
         clext.train(method, model=small(), **{**QUICK, "progress": True})
         shown = re.findall(r"(\d+)%.*?task (\d)/2", capsys.readouterr().err)
         furthest = {task: max(int(p) for p, t in shown if t == task) for task in "12"}

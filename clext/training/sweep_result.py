@@ -1,0 +1,250 @@
+"""What a sweep leaves behind: results by method, strength and seed, and what they say together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from clext.core.checks import choice, unknown_name
+from clext.training import tables
+from clext.training.metrics import Summary, summary
+from clext.training.result import FILE_NAME as RESULT_NAME
+from clext.training.result import PICTURE_NAME, Result
+from clext.training.storage import read_json, writable_folder, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+FILE_NAME = "sweep.json"
+
+_KIND = "sweep"
+_METRICS: dict[str, Callable[[Result], float]] = {
+    "accuracy": lambda result: result.average_accuracy[-1],
+    "forgetting": lambda result: result.forgetting,
+    "backward_transfer": lambda result: result.backward_transfer,
+    "forward_transfer": lambda result: result.forward_transfer,
+    "learning_accuracy": lambda result: result.learning_accuracy,
+    "worst_accuracy": lambda result: result.worst_accuracy,
+}
+_FORMATS = {"text": tables.text, "markdown": tables.markdown, "latex": tables.latex}
+_LEFT = ("method", "accuracy", "forgetting")
+_LEGEND = (
+    "accuracy       mean over the tasks, after the last of them",
+    "forgetting     drop from the best accuracy, mean of the earlier tasks; lower is better",
+    "± [low, high]  standard deviation over the seeds, and 95 % confidence interval of the mean",
+)
+
+
+class Cell(NamedTuple):
+    """A method with a strength, None for its own; what the runs of several seeds have in common."""
+
+    method: str
+    strength: float | None
+
+    def __str__(self) -> str:
+        return self.method if self.strength is None else f"{self.method} {_short(self.strength)}"
+
+
+class Run(NamedTuple):
+    """One run of a sweep; `str` is its folder."""
+
+    method: str
+    strength: float | None
+    seed: int
+
+    @property
+    def cell(self) -> Cell:
+        """What it has in common with the runs of other seeds."""
+        return Cell(self.method, self.strength)
+
+    def __str__(self) -> str:
+        return f"{str(self.cell).replace(' ', '-')}/seed-{self.seed}"
+
+
+@dataclass(eq=False, repr=False)
+class Sweep:
+    """The outcome of `clext.sweep`.
+
+    Attributes:
+        runs: (method, strength, seed) of all runs of the plan, in its order; the strength is None
+            where none was asked for.
+        results: those of the runs that are complete, such as `results["ewc", 100, 0]`.
+        failed: for each of the others why it failed, or that it is not finished.
+    """
+
+    runs: list[Run]
+    results: dict[Run, Result]
+    failed: dict[Run, str]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Each method with each strength, in the order of the plan."""
+        return [*dict.fromkeys(run.cell for run in self.runs)]
+
+    def of(self, method: str, strength: float | None = None) -> list[Result]:
+        """The results of a method with a strength, a seed each."""
+        return [r for run, r in self.results.items() if run.cell == (method, strength)]
+
+    def summary(self, metric: str, method: str, strength: float | None = None) -> Summary:
+        """Mean, standard deviation and 95 % confidence interval of a metric over the seeds.
+
+        Metrics are "accuracy" (average, after the last task) and the other summaries of `Result`,
+        "forgetting" to "worst_accuracy".
+        """
+        if metric not in _METRICS:
+            raise unknown_name("metric", metric, _METRICS)
+        return summary(_METRICS[metric](result) for result in self.of(method, strength))
+
+    def best(self, method: str) -> float | None:
+        """The strength of the method's highest mean accuracy, which is that on the test data."""
+        means = {
+            cell.strength: self.summary("accuracy", *cell).mean
+            for cell in self.cells
+            if cell.method == method
+        }
+        if not means:
+            raise unknown_name("method of the sweep", method, {run.method for run in self.runs})
+        return max(means, key=lambda strength: (math.isfinite(means[strength]), means[strength]))
+
+    def table(self, format: str = "text") -> str:  # noqa: A002
+        """A row for each method and strength.
+
+        "text" is for a terminal and says what failed; "markdown" and "latex" (with booktabs) are
+        for papers; "csv" has all metrics in full precision and no times, so that it is the same
+        for the same results.
+        """
+        choice("Sweep.table", "format", format, [*_FORMATS, "csv"])
+        if format == "csv":
+            return self._csv()
+        lines = _FORMATS[format]([self._row(cell) for cell in self.cells], _LEFT)
+        if format == "text":
+            lines += ["", *_LEGEND]
+            lines += [f"{run}: {problem}" for run, problem in self.failed.items()]
+        return "\n".join(lines)
+
+    def _row(self, cell: Cell) -> dict[str, str]:
+        results = self.of(*cell)
+        strengths = [cell.strength] if cell.strength is not None else []
+        if results:
+            strengths = [*results[0].strengths]
+        planned = sum(run.cell == cell for run in self.runs)
+        part = "" if len(results) == planned else f" of {planned}"
+        return {
+            "method": cell.method,
+            "strength": ", ".join(map(_short, strengths)) or "-",
+            "seeds": f"{len(results)}{part}",
+            "accuracy": _words(self.summary("accuracy", *cell)),
+            "forgetting": _words(self.summary("forgetting", *cell)),
+            "time": f"{fmean(r.seconds for r in results):.1f} s" if results else "-",
+        }
+
+    def _csv(self) -> str:
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        columns = [f"{metric}_{part}" for metric in _METRICS for part in Summary._fields]
+        writer.writerow(["method", "strength", "seeds", "failed", *columns])
+        for cell in self.cells:
+            values = [value for metric in _METRICS for value in self.summary(metric, *cell)]
+            failed = sum(run.cell == cell for run in self.failed)
+            known = ["" if math.isnan(value) else value for value in values]
+            writer.writerow([*cell, len(self.of(*cell)), failed, *known])
+        return file.getvalue().removesuffix("\n")
+
+    def to_dataframe(self) -> DataFrame:
+        """A row for each run: its cell and seed, its metrics, its seconds and why it failed.
+
+        Needs pandas (`pip install "clext[tables]"`).
+        """
+        from pandas import DataFrame
+
+        rows: list[dict[str, Any]] = []
+        for run in self.runs:
+            row = {**run._asdict(), "failed": self.failed.get(run)}
+            if (result := self.results.get(run)) is not None:
+                row |= {name: metric(result) for name, metric in _METRICS.items()}
+                row["seconds"] = result.seconds
+            rows.append(row)
+        names = [*Run._fields, *_METRICS, "seconds", "failed"]
+        return DataFrame(rows, columns=names)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw mean accuracy against epoch, its confidence interval shaded; save it at `path`.
+
+        A line for each method with its best strength; of one method alone one for each strength.
+        """
+        from clext.training.plots import plot_curves
+
+        if not self.results:
+            raise ValueError("Sweep.plot: no run has finished, so there is nothing to draw")
+        methods = dict.fromkeys(run.method for run in self.runs)
+        chosen = [Cell(method, self.best(method)) for method in methods]
+        curves, bands = {}, {}
+        for cell in self.cells if len(methods) == 1 else chosen:
+            epochs = zip(*(result.curve for result in self.of(*cell)), strict=True)
+            drawn = [summary(accuracies) for accuracies in epochs]
+            curves[str(cell)] = [epoch.mean for epoch in drawn]
+            if len(self.of(*cell)) > 1:
+                bands[str(cell)] = [e.low for e in drawn], [e.high for e in drawn]
+        first = next(iter(self.results.values()))
+        tasks, epochs_each = len(first.accuracy), first.config["epochs"]
+        return plot_curves(curves, tasks, epochs_each, first.title, path, bands=bands)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `sweep.json`, `result.json` of each run and the picture `accuracy.png`."""
+        target = writable_folder(folder, "save")
+        for run, result in self.results.items():
+            result.save(target / str(run), picture=False)
+        self.save_plan(target)
+        if self.results:
+            self.plot(target / PICTURE_NAME)
+        return target
+
+    def save_plan(self, folder: Path) -> None:
+        """Write `sweep.json` alone: which runs there are, and what failed."""
+        failed = {str(run): problem for run, problem in self.failed.items()}
+        write_json(folder / FILE_NAME, _KIND, {"runs": self.runs, "failed": failed})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a sweep, also one that is not finished, from its folder or its `sweep.json`."""
+        file, content = read_json(path, _KIND, FILE_NAME)
+        try:
+            loaded = cls([Run(*entry) for entry in content["runs"]], {}, {})
+            problems = dict(content["failed"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: not a valid sweep: {error!r}") from error
+        for run in loaded.runs:
+            place = file.parent / str(run) / RESULT_NAME
+            result = Result.load(place) if place.exists() else None
+            if result is not None and result.complete:
+                loaded.results[run] = result
+            else:
+                loaded.failed[run] = problems.get(str(run), "not finished")
+        return loaded
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _short(strength: float) -> str:
+    """A strength in few digits, but in so many that no other one is written alike."""
+    short = f"{strength:g}"
+    return short if float(short) == strength else repr(strength)
+
+
+def _words(summarised: Summary) -> str:
+    mean, std, low, high = summarised
+    if math.isnan(std):
+        return tables.number(mean, ".4f")
+    return f"{mean:.4f} ± {std:.4f} [{low:.4f}, {high:.4f}]"
