@@ -17,6 +17,7 @@ from sharded_models import (
     make_examples,
     make_loader,
     make_network,
+    make_steps,
 )
 from sharded_training import METHODS, assert_close, state_of
 from torch import nn
@@ -214,6 +215,9 @@ def test_sync_false_measures_by_itself(processes):
 def placements(name):
     model = WAYS[name].wrap(make_network())
     method = clext.SI(model)
+    with torch.no_grad():
+        model(make_steps(0, WAYS[name])[0][0])  # after which FSDP2's root holds whole parameters
+    method.consolidate()
     saved = method.state_dict()["state"]
     found = {}
     for key, parameter in model.named_parameters():

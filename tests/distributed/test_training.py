@@ -6,11 +6,9 @@ import functools
 
 import pytest
 import torch
-from sharded_models import WAYS, make_network, plain
+from sharded_models import WAYS
 from sharded_training import LOOPS, METHODS, assert_close, trained
 from toy_training import assert_same_state
-
-import clext
 
 reference = functools.cache(trained)
 PART = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -60,23 +58,3 @@ def test_every_loop_in_single_precision(processes, name, method, loop):
 @pytest.mark.parametrize("name", LARGE)
 def test_two_dimensions_of_processes(processes, name, method, loop):
     check(processes, name, method, loop, torch.float64)
-
-
-def values(name):
-    """The penalty as `float` reads it, and all of it."""
-    way = WAYS[name]
-    model = way.wrap(make_network())
-    method = clext.EWC(model)
-    method.importance = {key: torch.ones_like(entry) for key, entry in method.importance.items()}
-    with torch.no_grad():
-        for entry in model.parameters():
-            entry.add_(0.5)
-    found = method.add_penalty_grad_()
-    return float(found), float(plain(found)), float(method.penalty().detach())
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_value_is_reduced_when_it_is_read(processes, name):
-    count = sum(entry.numel() for entry in make_network().parameters())
-    for found in processes(WAYS[name].ranks).run(values, name):
-        assert found == pytest.approx([250 * count * 0.25] * 3)
