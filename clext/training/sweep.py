@@ -178,7 +178,7 @@ def _finished(
         "data": {**scenario.data, "source": None},  # wherever it was found
     }
     del planned["data_dir"]
-    there = {**result.config, "data": {**result.config["data"], "source": None}}
+    there = {**result.config, "data": {**result.config.get("data", {}), "source": None}}
     for name, value in as_read(planned).items():
         if there.get(name) != value:
             raise ValueError(

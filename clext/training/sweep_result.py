@@ -44,13 +44,18 @@ _LEGEND = (
 
 
 class Cell(NamedTuple):
-    """A method with a strength, None for its own; what the runs of several seeds have in common."""
+    """A method with a strength, None for its own: what runs of several seeds have in common."""
 
     method: str
     strength: float | None
 
+    @property
+    def label(self) -> str:
+        """As in the picture."""
+        return self.method if self.strength is None else f"{self.method} ({_short(self.strength)})"
+
     def __str__(self) -> str:
-        return self.method if self.strength is None else f"{self.method} {_short(self.strength)}"
+        return self.method if self.strength is None else f"{self.method}-{_short(self.strength)}"
 
 
 class Run(NamedTuple):
@@ -66,7 +71,7 @@ class Run(NamedTuple):
         return Cell(self.method, self.strength)
 
     def __str__(self) -> str:
-        return f"{str(self.cell).replace(' ', '-')}/seed-{self.seed}"
+        return f"{self.cell}/seed-{self.seed}"
 
 
 @dataclass(eq=False, repr=False)
@@ -190,9 +195,9 @@ class Sweep:
         for cell in self.cells if len(methods) == 1 else chosen:
             epochs = zip(*(result.curve for result in self.of(*cell)), strict=True)
             drawn = [summary(accuracies) for accuracies in epochs]
-            curves[str(cell)] = [epoch.mean for epoch in drawn]
+            curves[cell.label] = [epoch.mean for epoch in drawn]
             if len(self.of(*cell)) > 1:
-                bands[str(cell)] = [e.low for e in drawn], [e.high for e in drawn]
+                bands[cell.label] = [e.low for e in drawn], [e.high for e in drawn]
         first = next(iter(self.results.values()))
         tasks, epochs_each = len(first.accuracy), first.config["epochs"]
         return plot_curves(curves, tasks, epochs_each, first.title, path, bands=bands)

@@ -276,7 +276,7 @@ class TestWhatTheySayTogether:
         assert (tmp_path / "picture.svg").exists()
         labels = [text.get_text().rpartition(" ")[0] for text in axes.texts]
         assert [label for label in labels if "task" not in label] == [
-            *["baseline", f"ewc {done[0].best('ewc'):g}"],
+            *["baseline", f"ewc ({done[0].best('ewc'):g})"],
         ]
         curves = [done[0].results["baseline", None, seed].curve for seed in (3, 4)]
         line, band = axes.lines[0], axes.collections[0].get_paths()[0].vertices
@@ -289,7 +289,7 @@ class TestWhatTheySayTogether:
         runs = {run: result for run, result in done[0].results.items() if run[0] == "ewc"}
         axes = clext.Sweep([*runs], runs, {}).plot().axes[0]
         shown = [text.get_text() for text in axes.texts if text.get_text().startswith("ewc")]
-        assert [text.split()[1] for text in shown] == ["1", "1000"]
+        assert [text.split()[1] for text in shown] == ["(1)", "(1000)"]
         assert len({line.get_color() for line in axes.lines[:2]}) == 2
 
     def test_what_is_no_sweep_is_refused(self, done, tmp_path):
