@@ -13,18 +13,29 @@ SWEEP = {"methods": "ewc, si", "strengths": [10, 1000], "seeds": range(5), "thre
 PLAN = {**SWEEP, "dataset": "digits", "tasks": 2, "epochs": 1, "progress": False}
 
 
+def progress(folder):
+    """When the plan was written, and how many results there are."""
+    plan = folder / "sweep.json"
+    return plan.stat().st_mtime_ns if plan.exists() else 0, len([*folder.rglob("result.json")])
+
+
 @pytest.mark.slow
 def test_killed_at_ten_random_times_it_ends_with_the_same_table(tmp_path):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["clext.training.sweep", "sklearn.datasets"])  # once for all
+    # Once for all ten, whatever a run imports.
+    processes.set_forkserver_preload(["clext.training.sweep", "sklearn.datasets", "torch._dynamo"])
     whole, killed, moments = tmp_path / "whole", tmp_path / "killed", random.Random(20)
-    begin = time.perf_counter()
     expected = clext.sweep(out=whole, **PLAN)
-    one = (time.perf_counter() - begin) / len(expected.runs)
+    shortest = min(result.seconds for result in expected.results.values())
     for _ in range(10):
+        begin = progress(killed)
+        more = moments.randrange(2)
         process = processes.Process(target=clext.sweep, kwargs={"out": killed, **PLAN})
         process.start()
-        time.sleep(moments.uniform(0, 3) * one)
+        while (now := progress(killed))[0] == begin[0] or now[1] < begin[1] + more:
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, shortest))
         assert process.is_alive()
         process.kill()
         process.join()
