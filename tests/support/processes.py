@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GROUP_TIMEOUT = 20.0  # s, of a collective that another process does not join
-CALL_LIMIT = 60.0  # s, of a call
+GROUP_TIMEOUT = 30.0  # s, of a collective that another process does not join
+CALL_LIMIT = 120.0  # s, of a call
 GRACE = 2.0  # s, that the others have to answer when one has failed
 
 # Forked from a process that has imported torch and done nothing with it: a fresh one costs little.
