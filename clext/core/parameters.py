@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from clext.core.lists import PARAMETER_DTYPES, is_dense, state_dtype
-from clext.core.sharding import local
+from clext.core.sharding import check_meshes, local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 T = TypeVar("T")
 
@@ -85,6 +85,7 @@ def check_parameters(
         raise ValueError(
             f"{owner} has no trainable parameter: expected at least one with requires_grad=True"
         )
+    check_meshes(owner, (entry for _, entry in named))
     first, device = next((name, entry.device) for name, entry in named)
     for name, parameter in named:
         entry = local(parameter)
@@ -133,6 +134,15 @@ def allocate_state(params: Sequence[Tensor], dtype: torch.dtype | None = None) -
             entry = params[index]
             views[index] = buffer.as_strided(entry.shape, entry.stride(), offset)
     return cast("list[Tensor]", views)
+
+
+def memory_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The flat buffers that these tensors lie in."""
+    buffers = {entry.untyped_storage().data_ptr(): entry for entry in tensors}
+    return [
+        torch.empty(0, dtype=entry.dtype, device=entry.device).set_(entry.untyped_storage())
+        for entry in buffers.values()
+    ]
 
 
 def allocate_rows(parameter: Tensor, count: int) -> Tensor:

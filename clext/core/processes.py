@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from clext.core.inputs import Inputs, mapped
+from clext.core.parameters import memory_of
 from clext.core.seeding import CpuGenerator, generator
 from clext.core.sharding import is_sharded
 
@@ -34,11 +35,20 @@ class Processes:
     size: int = 1
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each by its sum over the processes; all have the same layout there."""
+        """Replace each by its sum over the processes; no others lie in the same memory."""
         for group in self.groups:
-            for entry in tensors:
-                flat = entry.as_strided((entry.numel(),), (1,), entry.storage_offset())
-                dist.all_reduce(flat, group=group)
+            for buffer in memory_of(tensors):
+                dist.all_reduce(buffer, group=group)
+
+    @torch.no_grad()
+    def follow_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Give each the values that it has on the first process."""
+        copies = [entry for entry in tensors if not is_sharded(entry)]
+        for group in self.groups:
+            for entry in copies:
+                values = entry.contiguous()
+                dist.broadcast(values, group=group, group_src=0)
+                entry.copy_(values)
 
     def gathered(self, own: T) -> list[T]:
         """What each has, the same list everywhere."""
@@ -92,8 +102,9 @@ class Processes:
         copies = [entry for entry in tensors if not is_sharded(entry)]
         if not self.groups or not copies:
             return
-        sums = torch.stack([entry.detach().double().sum().cpu() for entry in copies]).tolist()
-        if any(found != sums for found in self.gathered(sums)):
+        found = [entry.detach().sum(dtype=torch.float64).cpu() for entry in copies]
+        sums = torch.stack(found).nan_to_num().tolist()
+        if any(others != sums for others in self.gathered(sums)):
             raise ValueError(
                 f"{owner}: parameters, or what was kept of the steps, differ between the "
                 f"{self.size} processes, expected copies of one model; wrap it in "
@@ -112,13 +123,14 @@ def processes_of(model: nn.Module) -> Processes:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            return _of_group(module.process_group)
-    for module in sharded_modules(model):
-        group = module._get_fsdp_state()._fsdp_param_group
-        if group is not None:
-            return _of_mesh(group.mesh_info.mesh)
+    wrappers = [m for m in model.modules() if isinstance(m, _wrapper_kinds())]
+    for wrapper in wrappers:
+        if isinstance(wrapper, DistributedDataParallel):
+            return _of_group(wrapper.process_group)
+        state: Any = wrapper._get_fsdp_state()  # type: ignore[operator]
+        for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+            if group is not None:  # a module all of whose parameters belong to others has none
+                return _of_mesh(group.mesh_info.mesh)
     if any(map(is_sharded, model.parameters())):
         return ALONE
     return _of_group(dist.group.WORLD)
@@ -126,9 +138,13 @@ def processes_of(model: nn.Module) -> Processes:
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called with."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", ())
-    return [module for module in model.modules() if isinstance(module, kind)]
+    return [module for module in model.modules() if isinstance(module, _wrapper_kinds()[1:])]
+
+
+def _wrapper_kinds() -> tuple[type, ...]:
+    """DDP's, and FSDP2's if somebody has imported it."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return (DistributedDataParallel,) if kind is None else (DistributedDataParallel, kind)
 
 
 def _of_group(group: Any) -> Processes:  # noqa: ANN401
@@ -152,7 +168,11 @@ def inner(model: nn.Module) -> nn.Module:
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
     """Forward passes inside go past DDP's wrapper, which would wait for the other processes."""
-    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    wrappers = [
+        module
+        for module in model.modules()
+        if isinstance(module, DistributedDataParallel) and "forward" not in module.__dict__
+    ]
     for wrapper in wrappers:
         wrapper.__dict__["forward"] = wrapper.module  # assigned, it would be a submodule
     try:
@@ -174,9 +194,11 @@ def own_rows(loader: object) -> int | None:
         if sampler.drop_last:
             return None
         return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
-    if hasattr(batches, "process_index") and getattr(batches, "even_batches", False):
+    if getattr(batches, "even_batches", False):  # accelerate's BatchSamplerShard
+        sampler = getattr(batches.batch_sampler, "sampler", None)
         parts, first = batches.num_processes, batches.process_index
-        size: int = batches.batch_size // (parts if batches.split_batches else 1)
-        rows: int = len(batches.batch_sampler.sampler)
-        return sum(min(size, rows - k) for k in range(first * size, rows, parts * size))
+        if sampler is not None and batches.batch_size is not None:
+            size: int = batches.batch_size // (parts if batches.split_batches else 1)
+            rows = len(sampler)
+            return sum(min(size, rows - k) for k in range(first * size, rows, parts * size))
     return None

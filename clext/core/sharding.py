@@ -28,6 +28,18 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def check_meshes(owner: str, tensors: Iterable[Tensor]) -> None:
+    """ValueError unless the mesh of one of them has all the processes that have parts of others."""
+    meshes: list[Any] = [entry.device_mesh for entry in tensors if is_sharded(entry)]  # type: ignore[attr-defined]
+    ranks = [set(mesh.mesh.flatten().tolist()) for mesh in dict.fromkeys(meshes)]
+    if not all(some <= max(ranks, key=len) for some in ranks):
+        raise ValueError(
+            f"{owner}: its parameters are sharded over meshes that cross, "
+            f"{' and '.join(map(str, ranks))}, expected one mesh, or parts of one; make both of a "
+            "mesh with two dimensions"
+        )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of it, gathered from the processes, on the device of their mesh."""
     if not is_sharded(tensor):
@@ -38,7 +50,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(like: Tensor, value: Tensor) -> Tensor:
-    """What this process has of a whole `value` that is sharded as `like` is."""
+    """What this process has of a `value`, whole or sharded in any way, once it is as `like` is."""
+    if is_sharded(value):
+        if is_sharded(like) and _places(value) == _places(like):
+            return local(value)
+        value = whole(value)
     if not is_sharded(like):
         return value
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -65,6 +81,23 @@ def sharded_as(like: Tensor, part: Tensor) -> Tensor:
         stride=given.stride(),
     )
     return made
+
+
+def gradient_part(parameter: Tensor) -> Tensor | None:
+    """This process's part of the gradient, which is first put where the parameter is.
+
+    Of a layer that sees a part of each sequence, each process has a share of the sum (tensor
+    parallel with SequenceParallel); an optimizer's step has to sum it, whoever takes it.
+    """
+    gradient: Any = parameter.grad
+    if is_sharded(gradient) and _places(gradient) != _places(parameter):
+        placements = parameter.placements  # type: ignore[attr-defined]
+        parameter.grad = gradient.redistribute(placements=placements)
+    return None if parameter.grad is None else local(parameter.grad)
+
+
+def _places(tensor: Any) -> tuple[object, ...]:  # noqa: ANN401
+    return tensor.device_mesh, *tensor.placements
 
 
 def number_of_parts(tensor: Tensor) -> int:
@@ -104,6 +137,10 @@ class Mesh:
     def total(self, value: Tensor) -> Tensor:
         """The sum of a number over the processes, for whoever calls `full_tensor()` of it."""
         return self._over_all(value, "sum") if self else value
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Which of these are set on one of the processes, bool."""
+        return whole(self._over_all(flags.double(), "max")) > 0 if self else flags
 
     def largest(self, tensors: Sequence[Tensor]) -> Tensor:
         """The largest element of all that the processes have, 0-dim float64."""

@@ -142,6 +142,8 @@ class Supervision:
         """
         processes = self.processes if processes is None else processes
         left = None if samples is None else processes.share(samples)
+        # All stop after as many rows: a loader may be one that they iterate together.
+        ahead = None if samples is None else -(-samples // processes.size)
         if processes.groups and (own := own_rows(batches)) is not None:
             left = own if left is None else min(own, left)
         for index, batch in enumerate(read_batches(owner, batches, device)):
@@ -153,16 +155,15 @@ class Supervision:
                     "[(x, y)]; labels= says where they are in other batches"
                 )
             count = _checked_rows(f"{owner}: batch {index}", inputs, labels if labelled else None)
-            if left == 0:
-                return
             if left is not None and count > left:
                 inputs = taken(inputs, slice(left))
                 labels = None if labels is None else labels[:left]
-            yield inputs, labels
-            if left is not None:
-                left -= min(left, count)
-                if left == 0:
-                    return
+            if left != 0:
+                yield inputs, labels
+            left = None if left is None else max(left - count, 0)
+            ahead = None if ahead is None else ahead - count
+            if ahead is not None and ahead <= 0:
+                return
 
     def inputs_and_labels(self, batch: Any) -> tuple[Inputs, Tensor | None]:  # noqa: ANN401
         """What the model is given, or all of the batch for a function of the user's; the labels."""

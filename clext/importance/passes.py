@@ -84,12 +84,16 @@ def _hold_whole(model: nn.Module) -> dict[int, Tensor]:
             hooks = module.__dict__[kind].items()
             own = [(key, hook) for key, hook in hooks if not _is_of_a_mesh(hook)]
             module.__dict__[kind] = OrderedDict(own)
+        for name, value in list(module.__dict__.items()):
+            if _is_of_a_mesh(value):  # register_fsdp_forward_method
+                del module.__dict__[name]
     return copies
 
 
 def _is_of_a_mesh(hook: object) -> bool:
-    """Whether FSDP2 or tensor parallel has put this hook."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+    """Whether FSDP2 or tensor parallel has put this function on a module."""
+    where = getattr(hook, "__globals__", {}).get("__name__", "")
+    return str(where).startswith("torch.distributed.")
 
 
 @contextmanager

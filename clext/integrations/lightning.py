@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from clext.core.inputs import mapped
+from clext.core.sharding import whole
 from clext.integrations.steps import Steps
 
 if TYPE_CHECKING:
@@ -67,8 +69,9 @@ class ContinualCallback(Callback):
             self.method.consolidate(optimizer if self.method.takes_optimizer else _Batches(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's state."""
-        return self.method.state_dict()
+        """The method's state; of a sharded model whole, as Lightning saves that of one process."""
+        state: dict[str, Any] = mapped(whole, self.method.state_dict())
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume the method."""

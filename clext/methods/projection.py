@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clext.core.batches import check_alike
 from clext.core.checks import integer
 from clext.core.inputs import concatenated, mapped, rows, split, taken
+from clext.core.likelihood import IGNORED
 from clext.core.modes import buffers_kept, without_checkpointing
 from clext.core.parameters import allocate_rows, device_of
-from clext.core.processes import apart
+from clext.core.processes import ALONE, apart
 from clext.core.seeding import generator, restored
 from clext.methods.base import Method
 from clext.methods.parts.options import scale_of
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
     from clext.core.inputs import Inputs
     from clext.core.processes import Processes
     from clext.core.supervision import SupervisionOptions
+
+
+def _counting(labels: Tensor) -> Tensor:
+    """How many of them a mean loss is over."""
+    return (labels != IGNORED).sum()
 
 
 class GradientProjection(Method):
@@ -79,7 +86,10 @@ class GradientProjection(Method):
         grads = [entry.grad for entry in params if entry.grad is not None]
         if not self._sizes or not grads:
             return self.penalty()
-        rows, processes = self._rows_of(params), self.heads.processes
+        rows = self._rows_of(params)
+        # Statistics of a batch are those of all its examples.
+        shares = not any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        processes = self.heads.processes if shares else ALONE
         with (
             torch.enable_grad(),
             buffers_kept(self.model),
@@ -128,17 +138,15 @@ class GradientProjection(Method):
         processes: Processes,
     ) -> None:
         """The gradient of the mean loss of these examples, zero where a parameter has no part."""
-        count = len(examples[1])
-        own = processes.share(count)
-        if own < count:
-            examples = taken(examples, slice(processes.rank, None, processes.size))
-        if own == 0:
-            torch._foreach_zero_([entry[k] for entry in rows])
-            return
         inputs, labels = examples
+        if processes.groups:
+            inputs, labels = taken(examples, slice(processes.rank, None, processes.size))
+            if len(labels) == 0:
+                torch._foreach_zero_([entry[k] for entry in rows])
+                return
         loss = self.heads.loss_over_tasks(inputs, labels)
-        if own < count:
-            loss = loss * (own / count)
+        if processes.groups:
+            loss = loss * (_counting(labels) / _counting(examples[1]))
         with torch.autocast(labels.device.type, enabled=False):  # for the forward pass alone
             grads = torch.autograd.grad(loss, params, materialize_grads=True)
         with torch.no_grad():

@@ -174,7 +174,8 @@ class QuadraticPenalty(Method):
     def _follow_model(self) -> None:
         known = dict(zip(map(id, self._state.params), self._state.lists["importance"], strict=True))
         for name, parameter in adapted_parameters(self.model).items():
-            if id(parameter) in known and bool(known[id(parameter)].any()):
+            importance = known.get(id(parameter))
+            if importance is not None and bool(self._state.mesh.any(importance.any())):
                 raise ValueError(
                     f"{self.name} protects '{name}', which is frozen now while an adapter changes "
                     "what it does, so the penalty would be 0; use "

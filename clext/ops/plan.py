@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from clext.core.sharding import Mesh, is_sharded, local, number_of_parts, sharded_as
+from clext.core.sharding import Mesh, gradient_part, is_sharded, local, number_of_parts, sharded_as
 from clext.ops import reference
 from clext.ops._extension import C, build_info
 from clext.ops.reference.arithmetic import total
@@ -215,7 +215,7 @@ class ShardedPlan:
             if part.data_ptr() != now.data_ptr():
                 part.data = now  # the model was loaded
             part.requires_grad_(parameter.requires_grad)
-            part.grad = None if parameter.grad is None else local(parameter.grad)
+            part.grad = gradient_part(parameter)
 
     def _give_gradients(self) -> None:
         """To parameters that had none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -113,6 +114,8 @@ class FusedOptimizer(Optimizer):
 
     def _check_whole(self, method: Protector) -> None:
         """ValueError if a path would be followed for a part of the parameters on each process."""
+        if "torch.distributed.optim.zero_redundancy_optimizer" not in sys.modules:
+            return
         if not method.fused or "path" not in method.fused or not processes_of(method.model).groups:
             return
         own = {entry for group in self.param_groups for entry in group["params"]}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clext.core.lists import widest
-from clext.core.sharding import Mesh, local, number_of_parts, whole
+from clext.core.sharding import Mesh, gradient_part, number_of_parts, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,17 +22,17 @@ def clip_factor(
 
     Where gradients are sharded over processes, one number is summed over these.
     """
-    params = (entry for group in groups for entry in group["params"])
-    grads = [entry.grad for entry in params if entry.grad is not None]
+    params = [p for group in groups for p in group["params"] if p.grad is not None]
+    grads = [grad for grad in map(gradient_part, params) if grad is not None]
     if not grads:
         return None
     # In float32 (float64): scaled gradients in half precision would overflow.
-    found = torch._foreach_norm(list(map(local, grads)), 2, dtype=widest(grads))
+    found = torch._foreach_norm(grads, 2, dtype=widest(grads))
     norms = [norm.to(grads[0].device) for norm in found]
-    if mesh := Mesh(grads):
+    if mesh := Mesh(params):
         # In float64: the square of a norm may be out of float32's range.
-        pairs = zip(norms, grads, strict=True)
-        shares = [mesh.share(norm.double().square(), number_of_parts(g)) for norm, g in pairs]
+        pairs = zip(norms, params, strict=True)
+        shares = [mesh.share(norm.double().square(), number_of_parts(p)) for norm, p in pairs]
         total = whole(mesh.total(torch.stack(shares).sum())).sqrt().to(norms[0].dtype)
     else:
         total = torch.linalg.vector_norm(torch.stack(norms))

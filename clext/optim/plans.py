@@ -188,8 +188,8 @@ def fitted(parameter: Tensor, key: str, value: object) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{key!r} is {got}, expected a tensor {list(parameter.shape)}")
-    own = local(value) if is_sharded(value) else part_of(parameter, value)
-    return sharded_as(parameter, torch.empty_like(local(parameter), dtype=dtype).copy_(own))
+    own = torch.empty_like(local(parameter), dtype=dtype).copy_(part_of(parameter, value))
+    return sharded_as(parameter, own)
 
 
 def refuse_capture(why: str) -> None:

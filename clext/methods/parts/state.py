@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clext import ops
 from clext.core.lists import same_layout, state_dtype
-from clext.core.parameters import allocate_state, canonical_names
+from clext.core.parameters import allocate_state, canonical_names, memory_of
 from clext.core.sharding import Mesh, is_sharded, local, number_of_parts, part_of, sharded_as, whole
 from clext.ops.plan import make_plan
 from clext.ops.reference.arithmetic import maximum
@@ -64,7 +64,7 @@ class StateView(Mapping[str, Tensor]):
                 raise ValueError(f"{self._label}[{name!r}] is {got}, expected {list(own.shape)}")
         for name, value in values.items():
             own = self._tensors[name]
-            local(own).copy_(local(value) if is_sharded(value) else part_of(own, value))
+            local(own).copy_(part_of(own, value))
 
 
 class ParameterState:
@@ -172,10 +172,11 @@ class ParameterState:
     def check_finite(self, owner: str, keys: Sequence[str]) -> None:
         """ValueError if a parameter or the state `keys` is not finite: importance is made of it."""
         for key, entries in {"parameter": self.local, **{k: self.lists[k] for k in keys}}.items():
-            finite = torch.stack([entry.isfinite().all() for entry in entries]).tolist()
-            if not all(finite):
+            broken = torch.stack([~entry.isfinite().all() for entry in entries])
+            found = self.mesh.any(broken).tolist()
+            if any(found):
                 raise ValueError(
-                    f"{owner}: {key} '{self.names[finite.index(False)]}' holds NaN or infinity, "
+                    f"{owner}: {key} '{self.names[found.index(True)]}' holds NaN or infinity, "
                     "which a step with such a gradient has left: go back to state dicts of the "
                     "model and the method saved before it"
                 )
@@ -252,7 +253,7 @@ class ParameterState:
         return {
             "named": dict(zip(self.names, self.params, strict=True)),
             "dtype": self.dtype,
-            "memory": {key: _memory(entries) for key, entries in self.lists.items()},
+            "memory": {key: memory_of(entries) for key, entries in self.lists.items()},
             "places": {
                 key: [(e.dtype, e.shape, e.stride(), e.storage_offset()) for e in entries]
                 for key, entries in self.lists.items()
@@ -268,15 +269,6 @@ class ParameterState:
             memory = {buffer.dtype: buffer for buffer in state["memory"][key]}
             for entry, (dtype, *place) in zip(entries, state["places"][key], strict=True):
                 entry.copy_(memory[dtype].as_strided(*place))
-
-
-def _memory(entries: Sequence[Tensor]) -> list[Tensor]:
-    """The flat buffers that these tensors lie in."""
-    buffers = {entry.untyped_storage().data_ptr(): entry for entry in entries}
-    return [
-        torch.empty(0, dtype=entry.dtype, device=entry.device).set_(entry.untyped_storage())
-        for entry in buffers.values()
-    ]
 
 
 def _leading_part(owner: str, name: str, old: Tensor, new: Tensor) -> tuple[slice, ...]:
