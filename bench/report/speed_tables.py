@@ -277,14 +277,14 @@ def communication_table() -> str:
     """Calls and bytes of collectives on one process."""
 
     def cells(counts: Entry) -> list[str]:
-        return [f"{counts['calls']:g}", f"{counts['bytes'] / 1e6:.6f}"]
+        return [f"{counts['calls']:g}", f"{counts['bytes']:,.0f}"]
 
     def row(e: Entry) -> list[str]:
         return [e["way"], e["training"], *cells(e["without"]), *cells(e["step"]), *cells(e["end"])]
 
     places = ["a step without a method", "with it", "end of a task"]
     head = ["model on", "training"]
-    head += [entry for place in places for entry in (f"{place}, calls", "MB")]
+    head += [entry for place in places for entry in (f"{place}: calls", "bytes")]
     return by_device(newest(read_lines("communication"), "way", "training"), head, row)
 
 

@@ -135,3 +135,24 @@ def test_no_two_processes_replay_the_same_example_in_a_step(processes):
     (_, _, first), (_, _, second) = processes(2).run(memory, 100)
     drawn = rows(first) + rows(second)
     assert len(set(drawn)) == BATCH
+
+
+def looked_at():
+    """What the model runs over in a step of A-GEM, of the memory."""
+    way = WAYS["ddp"]
+    model, inputs = way.wrap(make_network()), []
+    method = clext.AGEM(model, batch=8)
+    method.consolidate(make_loader(0, way))
+    x, y = next(iter(make_loader(1, way)))
+    method.loss(x, y).backward()
+    model.module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    method.add_penalty_grad_()
+    return torch.cat(inputs)
+
+
+def test_processes_share_what_agem_looks_at_in_a_step(processes):
+    shares = processes(2).run(looked_at)
+    looked = [row for share in shares for row in rows(share)]
+    assert list(map(len, shares)) == [4, 4]
+    assert len(set(looked)) == 8
+    assert set(looked) <= set(rows(make_data(0).tensors[0]))

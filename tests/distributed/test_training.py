@@ -12,7 +12,7 @@ from toy_training import assert_same_state
 
 reference = functools.cache(trained)
 PART = {torch.float64: 1e-9, torch.float32: 1e-5}
-SMALL = ["ddp", "fsdp", "fsdp uneven", "tp"]
+SMALL = ["ddp", "fsdp uneven", "tp"]
 LARGE = ["fsdp+tp", "hsdp"]
 
 
