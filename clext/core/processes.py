@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,19 +63,10 @@ class Processes:
         return self.gathered(mapped(Tensor.cpu, own))
 
     def own_generator(self, common: CpuGenerator) -> CpuGenerator:
-        """One whose draws are others than those of the other processes, for a `common` one.
-
-        On the first it is that itself, and `follow_first` then is for the others.
-        """
-        if self.rank == 0:
+        """One whose draws are others on each process, of a `common` one that stays common."""
+        if not self.groups:
             return common
-        seed = int(torch.randint(2**62, (), generator=copy.deepcopy(common)))
-        return generator(seed, self.rank)
-
-    def follow_first(self, common: CpuGenerator) -> None:
-        """Give it the state that it has on the first process."""
-        if self.groups:
-            common.set_state(self.gathered(common.get_state())[0])
+        return generator(int(torch.randint(2**62, (), generator=common)), self.rank)
 
     def share(self, count: int) -> int:
         """How many of `count` rows that all have together are this process's."""

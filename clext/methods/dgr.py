@@ -136,17 +136,18 @@ class DGR(Rehearsal):
         current = super()._loss(inputs, labels, *more)
         if self._ready_for != self.tasks:
             self._make_ready(inputs)
+        draws = self.heads.processes.own_generator(self._random)
         if self._teacher is None or self._previous is None:
-            self._train_generator(inputs)
+            self._train_generator(inputs, draws)
             return current
-        replayed = sample_like(self.name, self._previous, inputs, self._random)
+        replayed = sample_like(self.name, self._previous, inputs, draws)
         logits, teacher = self.heads.logits(replayed), self._teacher(replayed)
         self.heads.check_width(self.name, logits.shape[1], teacher.shape[1])
         losses = [
             self._replayed_loss(logits[:, now], teacher[:, then])
             for now, then in old_heads(self.heads, self.tasks, teacher.shape[1])
         ]
-        self._train_generator(inputs, replayed)
+        self._train_generator(inputs, draws, replayed)
         return self._balanced(current, self._over_tasks(losses))
 
     def _replayed_loss(self, logits: Tensor, teacher: Tensor) -> Tensor:
@@ -154,15 +155,17 @@ class DGR(Rehearsal):
             return distillation_loss(logits, teacher, self.temperature, self.scale)
         return F.cross_entropy(logits, teacher.argmax(dim=1))
 
-    def _train_generator(self, inputs: Tensor, replayed: Tensor | None = None) -> None:
+    def _train_generator(
+        self, inputs: Tensor, draws: torch.Generator, replayed: Tensor | None = None
+    ) -> None:
         """A step of the generator, unless this is a look at the loss only."""
         if not torch.is_grad_enabled():
             return
         assert self.generator is not None
         assert self._optimizer is not None
-        loss = generator_loss(self.name, self.generator, inputs.detach(), self._random)
+        loss = generator_loss(self.name, self.generator, inputs.detach(), draws)
         if replayed is not None:
-            old = generator_loss(self.name, self.generator, replayed, self._random)
+            old = generator_loss(self.name, self.generator, replayed, draws)
             loss = self._balanced(loss, old)
         self._optimizer.zero_grad()  # what a backward pass may have left that failed
         with torch.autocast(inputs.device.type, enabled=False):
@@ -187,7 +190,6 @@ class DGR(Rehearsal):
         if self.generator is not None and (self.steps or self._previous is not None):
             check_teacher(self.name, self.generator, "generator")
             previous = _frozen_copy(self.generator)
-        self.heads.processes.follow_first(self._random)
         self._teacher, self._previous = Teacher(self.model, self.heads.logits), previous
 
     # ------------------------------------------------------------------ the generator

@@ -184,7 +184,6 @@ class GradientProjection(Method):
                 chosen = self._best([chosen, (x, y, keys)] if chosen else [(x, y, keys)])
         if processes.groups:
             chosen = self._best([own for own in processes.gathered_rows(chosen) if own])
-            processes.follow_first(random)
         new = mapped(lambda entry: entry.to(device_of(self.model)), chosen[:2])
         if self._examples:
             new = concatenated([self._examples, new])

@@ -77,7 +77,6 @@ class ReplayBuffer:
         if processes.groups:
             seen = sum(processes.gathered(seen), Counter())
             rows = self._chosen([own for own in processes.gathered_rows(rows) if own], seen)
-            processes.follow_first(random)
         self.rows, self._seen, self._random = rows, seen, random
 
     def _with(
