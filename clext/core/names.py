@@ -10,6 +10,8 @@ from clext.core.checks import unknown_name
 DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
 SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULERS = ("cosine", "step", "one-cycle")
 PRECISIONS = ("fp32", "bf16")
 
 # The options of each method, as its class has them (a test compares).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clext.methods import Method
 from clext.methods.base import Examples
-from clext.optim import Adam
+from clext.training.optimizers import TaskOptimizer
 from clext.training.steps import Function, TaskSteps
 
 # Before a capture everything must have run once: lazily made handles, workspaces and optimizer
@@ -36,7 +36,7 @@ class GraphedSteps(TaskSteps):
     def __init__(
         self,
         method: Method,
-        optimizer: Adam,
+        optimizer: TaskOptimizer,
         examples: Examples,
         batch_size: int,
         precision: str,
@@ -63,9 +63,11 @@ class GraphedSteps(TaskSteps):
         for _ in range(first, whole):
             self._recorded()()
             self.optimizer.after_replay()
+            self.optimizer.step_done()
             step_done()
         for step in range(whole, len(batches)):
             self._losses[step] = self.take(batches[step])
+            self.optimizer.step_done()
             step_done()
         return self._losses
 
@@ -75,6 +77,7 @@ class GraphedSteps(TaskSteps):
         with side_stream(self.device):
             for step in range(count):
                 self._losses[step] = self.take(batches[step])
+                self.optimizer.step_done()
                 step_done()
         self._warm += count
         return count
@@ -91,7 +94,7 @@ class GraphedSteps(TaskSteps):
                     "its kernels are launched one by one, which is slower",
                     stacklevel=2,
                 )
-                self.optimizer.zero_grad()  # what it got to before it failed
+                self.method.model.zero_grad()  # what it got to before it failed
                 self._replay = self._step_at_position
         return self._replay
 
@@ -100,7 +103,6 @@ class GraphedSteps(TaskSteps):
         rows = self._batches.index_select(0, self._position).view(-1)
         loss = self.backward(rows)
         self.optimizer.launch()
-        self.optimizer.zero_grad()
         value = (loss + self.optimizer.penalty).to(self._losses.dtype)
         self._losses.index_copy_(0, self._position, value.view(1))
         self._position += 1
@@ -131,9 +133,13 @@ def capture_graph(function: Function, device: torch.device) -> Function:
 
 
 def make_steps(
-    method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
+    method: Method,
+    optimizer: TaskOptimizer,
+    examples: Examples,
+    batch_size: int,
+    precision: str,
 ) -> TaskSteps:
     """Graphed steps where CUDA and the method allow it."""
-    capturable = method.fused is not None and method.capturable
+    capturable = method.fused is not None and method.capturable and optimizer.capturable
     kind = GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
     return kind(method, optimizer, examples, batch_size, precision)

@@ -22,10 +22,10 @@ from clext.data.scenario import Scenario
 from clext.data.scenarios import make_scenario
 from clext.methods import Method
 from clext.methods.base import Examples
-from clext.optim import Adam
 from clext.training.evaluate import Evaluator
 from clext.training.graphs import make_steps
 from clext.training.machine import describe_machine, resolve_device
+from clext.training.optimizers import TaskOptimizer
 from clext.training.progress import Progress
 from clext.training.result import Result
 from clext.training.settings import Settings, shows_settings
@@ -73,9 +73,10 @@ def train(
 ) -> Result:
     """Learn a sequence of tasks with one method; by default five permutations of MNIST.
 
-    Every task gets a new Adam. After every epoch the accuracy on all tasks seen is taken. The same
-    seed gives the same bits on the same machine, and the global random state is left as it was;
-    also in several threads at once, but for models that draw from it (dropout).
+    Every task gets a new optimizer, unless it is kept. After every epoch the accuracy on all tasks
+    seen is taken. The same seed gives the same bits on the same machine, and the global random
+    state is left as it was; also in several threads at once, but for models that draw from it
+    (dropout).
 
     Args:
         method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
@@ -91,7 +92,16 @@ def train(
         tasks: number of tasks, 5 unless a given scenario has its own.
         epochs: passes over the data of each task.
         batch_size: examples in a step; the last, smaller batch of an epoch is used too.
-        lr: learning rate of Adam.
+        lr: learning rate.
+        optimizer: "adam", "adamw" or "sgd", of `clext.optim`; or a function (parameters, method) ->
+            optimizer, any of torch's kind, with the method in its pass or without.
+        momentum: of "sgd".
+        weight_decay: of an optimizer by name.
+        max_grad_norm: the task's gradient is scaled to at most this norm; see `clext.optim`.
+        scheduler: of the learning rate over the steps of each task: "cosine" (down to zero), "step"
+            (a tenth at half and at three quarters) or "one-cycle"; or a function (optimizer,
+            steps) -> scheduler, which is stepped after each step.
+        keep_optimizer: go on with the averages of the tasks before; the learning rate starts anew.
         precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
             parameters, optimizer and method state in float32 as before.
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
@@ -192,6 +202,8 @@ class Training:
         device: torch.device,
     ) -> None:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
+        self.device = device
+        self.optimizer: TaskOptimizer | None = None
         self.shuffle = generator(Seeds.derive(settings.seed).shuffle)
         self.timer = Timer(result.timings, device)
         self.evaluator = Evaluator(method, scenario, settings.precision)
@@ -206,6 +218,8 @@ class Training:
             for k in tasks:
                 self.learn_task(k)
                 keep(lambda: save(self.result))
+        if self.optimizer is not None:
+            self.optimizer.close()
 
     def learn_task(self, k: int) -> None:
         """Learn task k and end it; test all tasks so far after every epoch."""
@@ -214,10 +228,10 @@ class Training:
             result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
             own, examples = begin_task(method, self.scenario, k)
-            parameters = trainable_parameters(method.model).values()
-            optimizer = Adam(parameters, lr=settings.lr, method=method)
+            per_epoch = math.ceil(len(examples[0]) / settings.batch_size)
+            optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
             steps = make_steps(method, optimizer, examples, settings.batch_size, settings.precision)
-        self.bar.task_start(k, math.ceil(len(examples[0]) / settings.batch_size))
+        self.bar.task_start(k, per_epoch)
         step_done = self.step_counter(k)
         for epoch in range(settings.epochs):
             self.bar.epoch_start(k, epoch)
@@ -233,12 +247,24 @@ class Training:
                 self.bar.task_end(k)
                 with timer.measure("consolidation"):
                     data = Batches(own, settings.batch_size)
-                    method.consolidate(optimizer if method.takes_optimizer else data)
+                    method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
                 accuracies = self.evaluator.accuracies(k)
             result.curve.append(fmean(accuracies))
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
         result.accuracy[k, : k + 1] = accuracies
+
+    def optimizer_of_task(self, steps: int) -> TaskOptimizer:
+        """A new one, or that of the tasks before; `steps`: of the task."""
+        optimizer = self.optimizer
+        if optimizer is None or not self.settings.keep_optimizer:
+            if optimizer is not None:
+                optimizer.close()
+            parameters = [*trainable_parameters(self.method.model).values()]
+            optimizer = TaskOptimizer(self.settings, self.method, parameters, self.device)
+        optimizer.begin(steps)
+        self.optimizer = optimizer
+        return optimizer
 
     def step_counter(self, k: int) -> Callable[[], None]:
         """What is called after each step of task k: the accuracies are due every so often."""

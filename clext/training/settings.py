@@ -8,8 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from clext.core.checks import as_path, choice, integer, number, unknown_name
-from clext.core.names import DATASETS, INCREMENTAL, PRECISIONS, SCENARIOS
+from clext.core.checks import as_path, choice, flag, integer, number, unknown_name
+from clext.core.names import (
+    DATASETS,
+    INCREMENTAL,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCENARIOS,
+    SCHEDULERS,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +41,12 @@ class Settings:
     epochs: int = 10
     batch_size: int = 128
     lr: float = 1e-4
+    optimizer: str | Callable[..., Any] = "adam"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    scheduler: str | Callable[..., Any] | None = None
+    keep_optimizer: bool = False
     precision: str = "fp32"
     evaluate_every: int | None = None
     seed: int = 0
@@ -60,8 +73,31 @@ class Settings:
             for name, minimum in least.items()
         }
         checked["lr"] = number(_OWNER, "lr", self.lr, minimum=0.0, open_minimum=True)
+        for name in ("momentum", "weight_decay"):
+            checked[name] = number(_OWNER, name, getattr(self, name), minimum=0.0)
+        if self.max_grad_norm is not None:
+            checked["max_grad_norm"] = number(
+                _OWNER, "max_grad_norm", self.max_grad_norm, minimum=0.0, open_minimum=True
+            )
+        flag(_OWNER, "keep_optimizer", self.keep_optimizer)
+        self._check_optimizer()
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # plain numbers, whatever kind was given
+
+    def _check_optimizer(self) -> None:
+        """ValueError for a name that is none, or an option that this optimizer has not."""
+        made = callable(self.optimizer)
+        if not made:
+            choice(_OWNER, "optimizer", self.optimizer, OPTIMIZERS)
+        if self.scheduler is not None and not callable(self.scheduler):
+            choice(_OWNER, "scheduler", self.scheduler, SCHEDULERS)
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f'{_OWNER}: momentum is for optimizer="sgd"; leave it out')
+        for name in ("weight_decay", "max_grad_norm"):
+            if made and getattr(self, name):
+                raise ValueError(
+                    f"{_OWNER}: {name} is for an optimizer by name; leave it to your function"
+                )
 
     @classmethod
     def taken_from(cls, options: dict[str, Any]) -> Self:
@@ -81,6 +117,9 @@ class Settings:
         """The settings as JSON values; the device is described as the one found."""
         values = {name: getattr(self, name) for name in NAMES}
         del values["device"], values["progress"]
+        for name in ("optimizer", "scheduler"):
+            if callable(values[name]):  # of a function the name
+                values[name] = getattr(values[name], "__name__", type(values[name]).__name__)
         values["scenario"] = getattr(self.scenario, "name", self.scenario)
         values["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         return values

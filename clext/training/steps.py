@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clext.methods import Method
 from clext.methods.base import Examples
-from clext.optim import Adam
 from clext.training.evaluate import autocast
+from clext.training.optimizers import TaskOptimizer
 
 Function = Callable[[], object]
 
@@ -19,15 +19,20 @@ class TaskSteps:
     """One step after the other, each launched by the host.
 
     Args:
-        method: its model is trained; the optimizer was made with it.
-        optimizer: of this task.
+        method: its model is trained.
+        optimizer: of this task, with the method.
         examples: what `method.begin_task` returned, on the model's device.
         batch_size: examples in a step; the last batch of an epoch may be smaller.
         precision: "fp32", or "bf16" for a forward pass in bfloat16.
     """
 
     def __init__(
-        self, method: Method, optimizer: Adam, examples: Examples, batch_size: int, precision: str
+        self,
+        method: Method,
+        optimizer: TaskOptimizer,
+        examples: Examples,
+        batch_size: int,
+        precision: str,
     ) -> None:
         self.method, self.optimizer, self.examples = method, optimizer, examples
         self.batch_size, self.precision = batch_size, precision
@@ -42,6 +47,7 @@ class TaskSteps:
         losses = self.empty_losses(len(order))
         for step, rows in enumerate(order.split(self.batch_size)):
             losses[step] = self.take(rows)
+            self.optimizer.step_done()
             step_done()
         return losses
 
@@ -56,7 +62,6 @@ class TaskSteps:
         loss = self.backward(rows)
         with autocast(self.device, self.precision if self.method.runs_model else "fp32"):
             self.optimizer.step()
-        self.optimizer.zero_grad()
         return loss + self.optimizer.penalty
 
     def backward(self, rows: Tensor) -> Tensor:

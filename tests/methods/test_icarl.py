@@ -28,6 +28,8 @@ import clext
 from clext import EWC, ICaRL
 from clext.methods.parts.exemplars import herd
 from clext.training.graphs import GraphedSteps
+from clext.training.optimizers import TaskOptimizer
+from clext.training.settings import Settings
 
 both_norms = pytest.mark.parametrize("norm", [True, False])
 INPUTS = torch.rand(20, FEATURES, generator=torch.Generator().manual_seed(4)).double()
@@ -255,7 +257,8 @@ def test_recorded_steps_of_a_combination_are_seen():
     model = make_model("domain")
     method = EWC(model).combine(ICaRL(model))
     run_task(method, "domain", 0)
-    optimizer = clext.optim.Adam(model.parameters(), method=method)
+    parameters = [*model.parameters()]
+    optimizer = TaskOptimizer(Settings(lr=1e-3), method, parameters, parameters[0].device)
     examples = begin(method, "domain", 1)
     steps = GraphedSteps(method, optimizer, examples, 2, "fp32", capture=lambda function: function)
     method.predict(INPUTS)

@@ -9,8 +9,9 @@ from torch import nn
 
 import clext
 from clext.data.datasets import Split
-from clext.optim import Adam
 from clext.training.graphs import WARM_UP_STEPS, GraphedSteps
+from clext.training.optimizers import TaskOptimizer
+from clext.training.settings import Settings
 from clext.training.steps import Function, TaskSteps
 
 CAPTURABLE = sorted(
@@ -42,12 +43,17 @@ class Recorder:
         return replay
 
 
+def optimizer_of(method: clext.Method) -> TaskOptimizer:
+    parameters = [*method.model.parameters()]
+    return TaskOptimizer(Settings(lr=1e-2), method, parameters, parameters[0].device)
+
+
 def train_two_tasks(kind: type[TaskSteps], method_name: str, device: str, **options: object):
     model = small().to(device)
     method = clext.METHODS[method_name](model)
     split, done, losses = make_split(device), [], []
     for task in range(2):
-        optimizer = Adam(model.parameters(), lr=1e-2, method=method)
+        optimizer = optimizer_of(method)
         examples = [entry[:EXAMPLES] for entry in method.begin_task(tuple(split))]
         task_steps = kind(method, optimizer, tuple(examples), BATCH, "fp32", **options)
         random = torch.Generator().manual_seed(task)
@@ -87,7 +93,7 @@ class TestRecordedSteps:
     def test_fewer_batches_than_a_warm_up_takes(self):
         model = small()
         method = clext.SI(model)
-        optimizer = Adam(model.parameters(), lr=1e-2, method=method)
+        optimizer = optimizer_of(method)
         recorder = Recorder()
         task_steps = GraphedSteps(method, optimizer, make_split(), 100, "fp32", capture=recorder)
         for _ in range(5):  # one whole batch and a smaller one each
