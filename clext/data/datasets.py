@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,9 +175,12 @@ def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/clext, by default ~/.cache/clext."""
+    """$XDG_CACHE_HOME/clext, by default ~/.cache/clext; without a home in the temporary folder."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "clext"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "clext"
+    except RuntimeError:  # no home folder, as some containers have none
+        return Path(tempfile.gettempdir()) / "clext"
 
 
 def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
@@ -185,7 +189,9 @@ def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
     roots = [(cache_folder(), "the cache folder")]
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
-        roots.insert(0, (Path(from_environment).expanduser(), f"${ENVIRONMENT_VARIABLE}"))
+        roots.insert(
+            0, (as_path(from_environment, ENVIRONMENT_VARIABLE), f"${ENVIRONMENT_VARIABLE}")
+        )
     return roots
 
 

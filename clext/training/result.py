@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clext.training import metrics
-from clext.training.storage import read_json, writable_folder, write_json
+from clext.training.storage import check_shape, read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,23 @@ PICTURE_NAME = "accuracy.png"
 MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
+_METHOD_NAME = r"[^\\${}\x00-\x1f]+"  # what pictures and tables write as it stands
 _WIDEST_TABLE = 10
+_NUMBER = int | float | None
+_SHAPE = {
+    "config": {
+        **{"method": str, "tasks": int, "epochs": int, "scenario": str, "incremental": str},
+        **{"dataset": str, "precision": str, "strength": _NUMBER},
+        **{"data": dict, "method_options": {str: object}},
+    },
+    "accuracy": [[_NUMBER]],
+    "before": [_NUMBER],
+    "untrained": [_NUMBER],
+    "curve": [_NUMBER],
+    "steps": [{"task": int, "step": int, "accuracy": [_NUMBER]}],
+    "timings": {str: int | float},
+    "stopped": str | None,
+}
 _TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 
@@ -233,17 +250,25 @@ class Result:
         What older versions did not record is NaN, and there are no steps.
         """
         try:
-            config = dict(content["config"])
-            tasks, _, _ = (config[name] for name in ("tasks", "method", "epochs"))
+            check_shape(content, _SHAPE, "the file")
+            config, rows = content["config"], content["accuracy"]
+            tasks, method, epochs = (config[name] for name in ("tasks", "method", "epochs"))
+            if len(rows) != tasks or min(tasks, epochs) < 1:
+                raise ValueError(f"{len(rows)} rows of accuracy, {tasks} tasks, {epochs} epochs")
+            if "+" in method:
+                options = config.get("method_options", {})
+                check_shape(options, {str: {"strength": _NUMBER}}, "method_options")
+            if not re.fullmatch(_METHOD_NAME, method):
+                raise ValueError(f"{method!r} is no name of a method")
             unknown = [None] * tasks
             return cls(
-                _accuracies("accuracy", content["accuracy"], (tasks, tasks)),
-                list(content["curve"]),
+                _accuracies("accuracy", rows, (tasks, tasks)),
+                content["curve"],
                 config,
                 _accuracies("before", content.get("before", unknown), (tasks,)),
                 _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
-                list(content.get("steps", [])),
-                dict(content["timings"]),
+                content.get("steps", []),
+                content["timings"],
                 content["stopped"],
             )
         except KeyError as error:

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
+import reprlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from clext.core.checks import as_path
 
@@ -91,7 +92,7 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
         raise FileNotFoundError(f"{file}: no such file; expected a {kind} saved by clext")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter is of what is nested too deeply
         raise ValueError(f"{file}: not a JSON file ({error}); expected a {kind}") from error
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
@@ -102,6 +103,25 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
             "it was saved by another version of clext"
         )
     return file, content
+
+
+def check_shape(value: object, shape: Any, place: str) -> None:  # noqa: ANN401
+    """ValueError, which says where, if what a JSON file holds is not of a shape.
+
+    A shape is a type or a union of types, [shape] for a list of any length, or {key: shape} for a
+    dict, in which keys may be missing and others may be; {str: shape} is for any keys.
+    """
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    if not isinstance(value, kind):
+        expected = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"{place} is {reprlib.repr(value)}, expected {expected}")
+    if isinstance(shape, list):
+        for number, entry in enumerate(cast("list[object]", value)):
+            check_shape(entry, shape[0], f"{place}[{number}]")
+    if isinstance(shape, dict):
+        for key, entry in cast("dict[str, object]", value).items():
+            if key in shape or str in shape:
+                check_shape(entry, shape.get(key, shape.get(str)), f"{place}[{key!r}]")
 
 
 def as_read(content: dict[str, Any]) -> Any:  # noqa: ANN401
