@@ -26,7 +26,7 @@ def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
 
 
 def suggestion(name: object, valid: Iterable[str]) -> str:
-    """ "; did you mean ...?" with what is nearest to `name`, or nothing."""
+    """What is nearest to `name`, as the end of a sentence; or nothing."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
     word = str(name).lower()
     if re.search("(^|_)lam(bda)?(_|$)", word):  # as most papers and libraries call it
@@ -88,11 +88,11 @@ def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
     millions); a seed may be any.
     """
     below = math.inf if minimum < 1 else 2**40
-    if type(value) is not bool and isinstance(value, Integral) and minimum <= int(value) < below:
-        return int(value)
     expected = f"an integer >= {minimum}"
-    if isinstance(value, Integral) and value >= below:
-        expected += f" and < {below:,}"
+    if type(value) is not bool and isinstance(value, Integral):
+        if minimum <= int(value) < below:
+            return int(value)
+        expected += f" and < {below:,}" * (int(value) >= below)
     raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}")
 
 

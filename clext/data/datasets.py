@@ -32,7 +32,8 @@ from clext.data.idx import (
 )
 
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
-_ADVICE = {"digits": ". Digits are few: lr 1e-3 and 20 epochs suit them"}
+DIGITS_LR = 1e-3
+_ADVICE = {"digits": f". Digits are few: lr {DIGITS_LR:g} and 20 epochs suit them"}
 ENVIRONMENT_VARIABLE = "CLEXT_DATA"
 
 
@@ -124,6 +125,7 @@ def load_dataset(
     *,
     show: bool = True,
     announce: bool = True,
+    advise: bool = False,
 ) -> Dataset:
     """Load a data set by name and say on stderr, in one line, which one and why.
 
@@ -135,6 +137,7 @@ def load_dataset(
             download goes to `data_dir`, else to the cache folder.
         show: let a download show its progress.
         announce: False where that line was said before.
+        advise: let the line say which settings suit a data set that the defaults do not.
 
     Raises:
         ValueError: unknown name.
@@ -147,7 +150,7 @@ def load_dataset(
     else:
         dataset, reason = _load_idx_or_fall_back(name, _roots(data_dir), show)
     if announce:
-        _announce(dataset, reason)
+        _announce(dataset, reason + (_ADVICE.get(dataset.name, "") if advise else ""))
     return dataset
 
 
@@ -155,7 +158,6 @@ def _announce(dataset: Dataset, reason: str) -> None:
     say(
         f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
         f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
-        f"{_ADVICE.get(dataset.name, '')}"
     )
 
 

@@ -36,7 +36,8 @@ _TITLE_STYLE: dict[str, Any] = {
     "fontsize": 12,
     "fontweight": "bold",
     "wrap": True,
-} | _AS_IT_STANDS
+    **_AS_IT_STANDS,
+}
 _MOST_TASK_NAMES = 12
 # Of the matrix. Light to dark in even steps, also for the colour-blind and in grey.
 _COLOURS = "cividis"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clext.training import metrics
-from clext.training.storage import check_shape, read_json, writable_folder, write_json
+from clext.training.shape import check_result
+from clext.training.storage import read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,23 +23,7 @@ PICTURE_NAME = "accuracy.png"
 MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
-_METHOD_NAME = r"[^\\${}\x00-\x1f]+"  # what pictures and tables write as it stands
 _WIDEST_TABLE = 10
-_NUMBER = int | float | None
-_SHAPE = {
-    "config": {
-        **{"method": str, "tasks": int, "epochs": int, "scenario": str, "incremental": str},
-        **{"dataset": str, "precision": str, "strength": _NUMBER},
-        **{"data": dict, "method_options": {str: object}},
-    },
-    "accuracy": [[_NUMBER]],
-    "before": [_NUMBER],
-    "untrained": [_NUMBER],
-    "curve": [_NUMBER],
-    "steps": [{"task": int, "step": int, "accuracy": [_NUMBER]}],
-    "timings": {str: int | float},
-    "stopped": str | None,
-}
 _TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 
@@ -250,16 +234,9 @@ class Result:
         What older versions did not record is NaN, and there are no steps.
         """
         try:
-            check_shape(content, _SHAPE, "the file")
+            check_result(content)
             config, rows = content["config"], content["accuracy"]
-            tasks, method, epochs = (config[name] for name in ("tasks", "method", "epochs"))
-            if len(rows) != tasks or min(tasks, epochs) < 1:
-                raise ValueError(f"{len(rows)} rows of accuracy, {tasks} tasks, {epochs} epochs")
-            if "+" in method:
-                options = config.get("method_options", {})
-                check_shape(options, {str: {"strength": _NUMBER}}, "method_options")
-            if not re.fullmatch(_METHOD_NAME, method):
-                raise ValueError(f"{method!r} is no name of a method")
+            tasks = len(rows)
             unknown = [None] * tasks
             return cls(
                 _accuracies("accuracy", rows, (tasks, tasks)),

@@ -6,13 +6,12 @@ import json
 import math
 import os
 import re
-import reprlib
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from clext.core.checks import as_path
 
@@ -103,25 +102,6 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
             "it was saved by another version of clext"
         )
     return file, content
-
-
-def check_shape(value: object, shape: Any, place: str) -> None:  # noqa: ANN401
-    """ValueError, which says where, if what a JSON file holds is not of a shape.
-
-    A shape is a type or a union of types, [shape] for a list of any length, or {key: shape} for a
-    dict, in which keys may be missing and others may be; {str: shape} is for any keys.
-    """
-    kind = type(shape) if isinstance(shape, dict | list) else shape
-    if not isinstance(value, kind):
-        expected = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"{place} is {reprlib.repr(value)}, expected {expected}")
-    if isinstance(shape, list):
-        for number, entry in enumerate(cast("list[object]", value)):
-            check_shape(entry, shape[0], f"{place}[{number}]")
-    if isinstance(shape, dict):
-        for key, entry in cast("dict[str, object]", value).items():
-            if key in shape or str in shape:
-                check_shape(entry, shape.get(key, shape.get(str)), f"{place}[{key!r}]")
 
 
 def as_read(content: dict[str, Any]) -> Any:  # noqa: ANN401

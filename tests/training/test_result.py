@@ -238,8 +238,8 @@ class TestFiles:
         ("key", "value", "message"),
         [
             ("accuracy", [[1.0], [1.0, 2.0]], "not a valid result"),
-            ("accuracy", [[1.0]], r"shape \[1, 1\], not \[3, 3\]"),
-            ("untrained", 0.1, r"untrained has shape \[\], not \[3\]"),
+            ("accuracy", [[1.0]], "accuracy has 1 rows, for 3 tasks of 2 epochs"),
+            ("untrained", 0.1, "untrained is 0.1, expected list"),
             ("config", {"tasks": 3}, "'method' is missing"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
