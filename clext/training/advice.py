@@ -28,7 +28,7 @@ def warn_of_slow_precision(precision: str, device: torch.device) -> None:
 
 def _multiplies_bf16() -> bool:
     there = torch.cpu.get_capabilities()
-    return there["architecture"] != "x86_64" or there["avx512_bf16"] or there["amx_bf16"]
+    return any(there.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def warn_if_near_chance(
