@@ -22,7 +22,7 @@ def warn_of_slow_precision(precision: str, device: torch.device) -> None:
         warnings.warn(
             "clext: this CPU has no bf16 arithmetic, so precision='bf16' is slower here than "
             "'fp32'",
-            stacklevel=3,
+            stacklevel=4,  # where `train` was called
         )
 
 
@@ -44,5 +44,5 @@ def warn_if_near_chance(
     warnings.warn(
         f"{method.name}: task {task + 1} ended near chance, with accuracy {accuracy:.2f}, where "
         f"its most frequent class alone gives {chance:.2f}; {remedy}",
-        stacklevel=3,
+        stacklevel=6,  # where `train` was called
     )

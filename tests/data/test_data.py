@@ -187,9 +187,7 @@ class TestBrokenFiles:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize("count", [12, 0xFFFFFFFF])
-    def test_what_unpacks_to_far_more_than_its_header_says_is_not_unpacked(
-        self, tmp_path, monkeypatch, count
-    ):
+    def test_what_unpacks_to_far_more_than_its_header_says_is_not_unpacked(self, tmp_path, count):
         write_dataset(tmp_path)
         packed = gzip.compress(struct.pack(">4i", 0x803, 12, 28, 28) + bytes(2**26))
         if count > 12:  # or the header promises what no file has
