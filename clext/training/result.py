@@ -250,7 +250,7 @@ class Result:
             )
         except KeyError as error:
             raise ValueError(f"{origin}: not a complete result: {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{origin}: not a valid result: {error}") from error
 
     def __repr__(self) -> str:

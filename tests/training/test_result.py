@@ -256,6 +256,7 @@ class TestFiles:
             ),
             ("timings", {"training": "2"}, "timings.training is '2', expected int | float"),
             ("steps", [{"task": "1"}], r"steps\[0\].task is '1', expected int"),
+            ("accuracy", [[10**400] * 3] * 3, "not a valid result"),
             ("curve", "abc", "curve is 'abc', expected list"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
@@ -398,6 +399,14 @@ class TestPicture:
         both = looks("ewc+replay", "replay", "si+replay")
         assert both["replay"] == alone["replay"]
         assert len({style[:2] for style in both.values()}) == 3
+
+    @pytest.mark.parametrize("name", [r"$\frac{", "costs in $ and $"])
+    def test_names_are_written_as_they_stand(self, tmp_path, name):
+        ours = result()
+        ours.config["scenario"] = name
+        Comparison({name: ours, "si": result("si")}).save(tmp_path)
+        ours.save(tmp_path)
+        assert {"accuracy.png", "matrix.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 class TestHeatMap:
