@@ -12,9 +12,7 @@ from clext.core.names import METHOD_OPTIONS, part_names
 def test_a_count_is_below_what_any_machine_holds_and_a_seed_may_be_any():
     assert integer("replay", "budget", 2**40 - 1, minimum=1) == 2**40 - 1
     assert integer("train", "seed", 2**128, minimum=0) == 2**128
-    with pytest.raises(
-        ValueError, match=r"^replay: budget must be .* >= 1 and < 1,099,511,627,776"
-    ):
+    with pytest.raises(ValueError, match=r"^replay: budget must be .* and < 1,099,511,627,776"):
         integer("replay", "budget", 2**40, minimum=1)
 
 
