@@ -312,16 +312,16 @@ def _one_line_errors() -> Iterator[None]:
             sys.exit(0)
         except KeyboardInterrupt as error:
             _stop("Interrupted.", error, _INTERRUPTED)
-        except (ValueError, OSError, ImportError, MemoryError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _stop(f"Error: {error}", error, _WRONG_INPUT)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             from torch import OutOfMemoryError
 
             from clext import DataError, NonFiniteLossError
 
-            # On the CPU torch has no class for it.
-            no_memory = isinstance(error, OutOfMemoryError) or "can't allocate memory" in str(error)
-            if not (no_memory or isinstance(error, DataError | NonFiniteLossError)):
+            known = DataError | NonFiniteLossError | OutOfMemoryError | MemoryError
+            # Of the CPU's memory torch says it without a class.
+            if not isinstance(error, known) and "can't allocate memory" not in str(error):
                 raise
             code = _WRONG_INPUT if isinstance(error, DataError) else _FAILED
             _stop(f"Error: {error}", error, code)

@@ -84,6 +84,18 @@ class TestTrain:
         assert outcome.stdout == ""
         assert len(outcome.stderr) < 2000
 
+    def test_no_memory_left_is_one_line_and_exit_code_1(self, monkeypatch):
+        def allocate(*_args: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore")
+
+        monkeypatch.setattr("clext.training.evaluate.evaluate", allocate)
+        outcome = run("train", "--method", "baseline", *QUICK)
+        assert outcome.exit_code == 1
+        assert outcome.stderr.splitlines()[-1] == (
+            "Error: DefaultCPUAllocator: can't allocate memory: you tried "
+            "What was done so far is saved in runs/baseline."
+        )
+
     def test_a_method_may_be_written_in_capitals(self):
         assert run("train", "--method", "EWC", *ONE_TASK).exit_code == 0
         assert clext.Result.load("runs/ewc").label == "ewc"
