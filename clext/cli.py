@@ -5,6 +5,7 @@ Help and wrong options do not wait for torch: it is imported where work begins.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from clext.training.settings import NAMES, Settings, check_option_names
 _WRONG_INPUT = 2
 _FAILED = 1
 _INTERRUPTED = 130
+_LONGEST_LINE = 1000
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -183,7 +185,7 @@ def train(
 
         import clext
 
-        folder = out or _new_folder(method)
+        folder = out or _new_folder("+".join(names))
         result = clext.train(method, strength=strength, out=folder, **settings, **given)
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
@@ -312,16 +314,23 @@ def _one_line_errors() -> Iterator[None]:
         warnings.showwarning = lambda message, *_args, **_kwargs: say(f"Warning: {message}")
         try:
             yield
+        except BrokenPipeError:
+            # Whoever read the results, such as `head`, has seen enough; they are saved by now. What
+            # is flushed at the end goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except KeyboardInterrupt as error:
             _stop("Interrupted.", error, _INTERRUPTED)
         except (ValueError, OSError, ImportError) as error:
             _stop(f"Error: {error}", error, _WRONG_INPUT)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             from torch import OutOfMemoryError
 
             from clext import DataError, NonFiniteLossError
 
-            if not isinstance(error, DataError | NonFiniteLossError | OutOfMemoryError):
+            known = DataError | NonFiniteLossError | OutOfMemoryError | MemoryError
+            # Of the CPU's memory torch says it without a class.
+            if not isinstance(error, known) and "can't allocate memory" not in str(error):
                 raise
             code = _WRONG_INPUT if isinstance(error, DataError) else _FAILED
             _stop(f"Error: {error}", error, code)
@@ -329,5 +338,8 @@ def _one_line_errors() -> Iterator[None]:
 
 def _stop(message: str, error: BaseException, code: int) -> None:
     notes = getattr(error, "__notes__", [])
-    click.echo(" ".join([*message.splitlines()[:1], *notes]), err=True)
+    line = next(iter(message.splitlines()), "")
+    if len(line) > _LONGEST_LINE:  # it quotes what was given
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    click.echo(" ".join([line, *notes]), err=True)
     sys.exit(code)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable
 
     from torch import Tensor
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 def unknown_name(kind: str, name: object, valid: Iterable[str]) -> ValueError:
     """The error for a name that is not one of `valid`, with the nearest one suggested."""
     names = list(valid)
-    by_lower = {candidate.lower(): candidate for candidate in names}
-    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
-    suggestion = f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
     listed = ", ".join(repr(candidate) for candidate in names) or "none"
-    return ValueError(f"unknown {kind} {name!r}{suggestion} (valid: {listed})")
+    return ValueError(f"unknown {kind} {name!r}{suggestion(name, names)} (valid: {listed})")
+
+
+def suggestion(name: object, valid: Iterable[str]) -> str:
+    """What is nearest to `name`, as the end of a sentence; or nothing."""
+    by_lower = {candidate.lower(): candidate for candidate in valid}
+    word = str(name).lower()
+    if re.search("(^|_)lam(bda)?(_|$)", word):  # as most papers and libraries call it
+        word = "strength"
+    nearest = difflib.get_close_matches(word, by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
 
 
 def choice(owner: str, option: str, value: object, valid: Iterable[str]) -> str:
@@ -74,10 +82,28 @@ def softening(owner: str, temperature: object) -> float:
 
 
 def integer(owner: str, option: str, value: object, *, minimum: int) -> int:
-    """`value` as an int that is at least `minimum`, else ValueError."""
-    if type(value) is not bool and isinstance(value, Integral) and int(value) >= minimum:
-        return int(value)
-    raise ValueError(f"{owner}: {option} must be an integer >= {minimum}, got {value!r}")
+    """`value` as an int that is at least `minimum`, else ValueError.
+
+    From 1 on it counts what takes memory or time, of which no machine has for 2**40 (a million
+    millions); a seed may be any.
+    """
+    below = math.inf if minimum < 1 else 2**40
+    expected = f"an integer >= {minimum}"
+    if type(value) is not bool and isinstance(value, Integral):
+        if minimum <= int(value) < below:
+            return int(value)
+        expected += f" and < {below:,}" * (int(value) >= below)
+    raise ValueError(f"{owner}: {option} must be {expected}, got {value!r}")
+
+
+def check_memory(owner: str, option: str, value: object, numbers: int) -> None:
+    """ValueError for a `value` that takes so many float32 numbers, more than the memory has."""
+    needed, there = 4 * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"{owner}: {option}={value!r} takes at least {needed / 2**30:,.0f} GiB, more than the "
+            f"{there / 2**30:,.0f} GiB of memory here; choose less"
+        )
 
 
 def count_or_all(owner: str, option: str, value: object) -> int | None:
@@ -127,8 +153,13 @@ def refuse(owner: str, group: dict[str, Any], *options: str) -> None:
 
 
 def as_path(path: str | os.PathLike[str], argument: str) -> Path:
-    """`path` with ~ as the home folder; ValueError if it is no path."""
+    """`path` with ~ as the home folder; ValueError if it is no path, or there is no such home."""
     try:
         return Path(path).expanduser()
     except TypeError:
         raise ValueError(f"{argument} must be a path, such as 'runs/ewc', got {path!r}") from None
+    except RuntimeError:
+        raise ValueError(
+            f"{argument}: the home folder in {str(path)!r} is not known here; write the folder in "
+            "full"
+        ) from None

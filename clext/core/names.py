@@ -58,7 +58,7 @@ def part_names(method: str | Sequence[str]) -> list[str]:
             f"{got}"
         )
     names: list[str] = method.split("+") if isinstance(method, str) else list(method)
-    names = [name.strip() if isinstance(name, str) else name for name in names]
+    names = [name.strip().lower() if isinstance(name, str) else name for name in names]
     if "" in names:
         raise ValueError(
             f"method: a name is missing in {method!r}; expected one, such as 'ewc', or two to "
@@ -67,9 +67,11 @@ def part_names(method: str | Sequence[str]) -> list[str]:
     for name in names:
         if not isinstance(name, str) or name not in METHOD_OPTIONS:
             words = re.findall(r"\w+", str(name))
-            if len(words) == 2 and set(words) <= METHOD_OPTIONS.keys():
+            if len(words) > 1 and set(words) <= METHOD_OPTIONS.keys():
+                combine = f"to combine the two write {'+'.join(words)!r}, " * (len(words) == 2)
                 raise ValueError(
-                    f"unknown method {name!r}; to combine the two write {'+'.join(words)!r}"
+                    f"unknown method {name!r}; {combine}to run one after the other use "
+                    f"clext compare --methods {','.join(words)} or clext.compare({words})"
                 )
             raise unknown_name("method", name, METHOD_OPTIONS)
     if not 1 <= len(names) <= 2:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from clext.data.idx import (
 )
 
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
-_ADVICE = {"digits": ". Digits are few: lr 1e-3 and 20 epochs suit them"}
+DIGITS_LR = 1e-3
+_ADVICE = {"digits": f". Digits are few: lr {DIGITS_LR:g} and 20 epochs suit them"}
 ENVIRONMENT_VARIABLE = "CLEXT_DATA"
 
 
@@ -123,6 +125,7 @@ def load_dataset(
     *,
     show: bool = True,
     announce: bool = True,
+    advise: bool = False,
 ) -> Dataset:
     """Load a data set by name and say on stderr, in one line, which one and why.
 
@@ -134,6 +137,7 @@ def load_dataset(
             download goes to `data_dir`, else to the cache folder.
         show: let a download show its progress.
         announce: False where that line was said before.
+        advise: let the line say which settings suit a data set that the defaults do not.
 
     Raises:
         ValueError: unknown name.
@@ -146,7 +150,7 @@ def load_dataset(
     else:
         dataset, reason = _load_idx_or_fall_back(name, _roots(data_dir), show)
     if announce:
-        _announce(dataset, reason)
+        _announce(dataset, reason + (_ADVICE.get(dataset.name, "") if advise else ""))
     return dataset
 
 
@@ -154,7 +158,6 @@ def _announce(dataset: Dataset, reason: str) -> None:
     say(
         f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
         f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
-        f"{_ADVICE.get(dataset.name, '')}"
     )
 
 
@@ -174,9 +177,12 @@ def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/clext, by default ~/.cache/clext."""
+    """$XDG_CACHE_HOME/clext, by default ~/.cache/clext; without a home in the temporary folder."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "clext"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "clext"
+    except RuntimeError:  # no home folder, as some containers have none
+        return Path(tempfile.gettempdir()) / "clext"
 
 
 def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
@@ -185,7 +191,9 @@ def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
     roots = [(cache_folder(), "the cache folder")]
     from_environment = os.environ.get(ENVIRONMENT_VARIABLE)
     if from_environment:
-        roots.insert(0, (Path(from_environment).expanduser(), f"${ENVIRONMENT_VARIABLE}"))
+        roots.insert(
+            0, (as_path(from_environment, ENVIRONMENT_VARIABLE), f"${ENVIRONMENT_VARIABLE}")
+        )
     return roots
 
 

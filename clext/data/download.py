@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import io
 import socket
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clext.core.console import say
+from clext.core.console import has_terminal, say
 
 # A machine without network may drop packets and never answer, and a name may resolve to many
 # addresses that are tried in turn: so ask once, with a deadline on the whole attempt.
@@ -96,7 +95,7 @@ def _quiet(show: bool) -> Iterator[None]:
     """Keep stdout clean, and stderr too unless progress is shown on a terminal."""
     sink: Any = io.StringIO()
     with contextlib.redirect_stdout(sink):
-        if show and sys.stderr.isatty():
+        if show and has_terminal():
             yield
         else:
             with contextlib.redirect_stderr(sink):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ SIDE = 28
 CLASSES = 10
 
 _UNSIGNED_BYTE = 0x08
+_PIECE = 2**20
 _GZIP_MAGIC = b"\x1f\x8b"
 _STEMS = (
     "train-images-idx3-ubyte",
@@ -87,30 +89,38 @@ def opening_labels(path: Path) -> bytes:
 
 
 def _read(path: Path, kind: str, dimensions: int) -> NDArray[np.uint8]:
-    content = _content(path)
+    header = 4 + 4 * dimensions
+    content = _content(path, header)
     magic = bytes((0, 0, _UNSIGNED_BYTE, dimensions))
     if content[:4] != magic:
         found = f"0x{content[:4].hex()}" if content else "an empty file"
         raise DataError(
             f"{path}: not an IDX {kind} file: expected 0x{magic.hex()} at its start, found {found}"
         )
-    header = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[at : at + 4], "big") for at in range(4, header, 4))
     expected = header + math.prod(shape)
+    content = _content(path, expected + 1)
     if len(content) != expected or not shape[0]:
-        problem = "too long" if len(content) > expected else "truncated"
+        problem, found = "truncated", f"{len(content):,}"
+        if len(content) > expected:
+            problem, found = "too long", "more"
         raise DataError(
             f"{path}: {problem}: its header says {shape[0]:,} {kind}s, so {expected:,} bytes, "
-            f"found {len(content):,}; delete it and get it again"
+            f"found {found}; delete it and get it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, most: int) -> bytes:
+    """The first `most` bytes, or all if there are fewer: what is packed may be of any size."""
     try:
-        content = path.read_bytes()
-        # By content, not by suffix: browsers unpack or rename downloads as they please.
-        return gzip.decompress(content) if content[:2] == _GZIP_MAGIC else content
+        with path.open("rb") as packed:
+            # By content, not by suffix: browsers unpack or rename downloads as they please.
+            is_packed = packed.peek(2)[:2] == _GZIP_MAGIC
+            file = gzip.GzipFile(fileobj=packed) if is_packed else packed
+            # By pieces, so that a header that promises too much reserves nothing.
+            pieces = iter(lambda: file.read(_PIECE), b"")
+            return b"".join(islice(pieces, -(-most // _PIECE)))[:most]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}: expected a complete gzip file, found a damaged one ({error}); "

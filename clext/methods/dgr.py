@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext.core.checks import flag, integer, number, softening
+from clext.core.checks import check_memory, flag, integer, number, softening
 from clext.core.inputs import one_tensor
 from clext.core.parameters import device_of
 from clext.core.seeding import Seeds, restored
@@ -105,6 +107,7 @@ class DGR(Rehearsal):
         self.scale = self._choice("scale", scale)
         self.hidden = _widths(self.name, hidden)
         self.latent = integer(self.name, "latent", latent, minimum=1)
+        _check_size(self.name, self.hidden, self.latent)
         self.generator = None if generator is None else check_generator(self.name, generator)
         self._makes_generator = generator is None
         self.generator_lr = number(
@@ -269,3 +272,8 @@ def _widths(owner: str, given: object) -> tuple[int, ...]:
             f"{given!r}"
         )
     return tuple(integer(owner, "a width in hidden", width, minimum=1) for width in given)
+
+
+def _check_size(owner: str, hidden: tuple[int, ...], latent: int) -> None:
+    numbers = sum(math.prod(pair) for pair in pairwise((*hidden, latent)))
+    check_memory(owner, "(*hidden, latent)", (*hidden, latent), numbers)

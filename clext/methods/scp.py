@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from clext.core.checks import count_or_all, integer, unknown_name
+from clext.core.checks import check_memory, count_or_all, integer, unknown_name
 from clext.importance import sliced_cramer_importance
 from clext.methods.quadratic import QuadraticPenalty
 
@@ -54,6 +54,7 @@ class SCP(QuadraticPenalty):
                 raise unknown_name("slices of scp", slices, ["exact", "a whole number >= 1"])
         else:
             slices = integer(self.name, "slices", slices, minimum=1)
+            check_memory(self.name, "slices", slices, slices)  # of one output, at least
         self.slices = slices
         self.samples = count_or_all(self.name, "samples", samples)
         self.seed = integer(self.name, "seed", seed, minimum=0)

@@ -7,6 +7,8 @@ from typing import Any
 
 from clext.core.names import DEFAULT_METHODS, part_names
 
+_LONGEST_OPTION = 1000  # signs; what is nested deeper than Python can read is longer
+
 
 def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
     """NAME=VALUE pairs, a value being a Python literal (0.9, 5, True) or else the text itself."""
@@ -15,6 +17,11 @@ def parse_options(options: tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = option.partition("=")
         if not (name and equals and text):
             raise ValueError(f"--option {option}: expected NAME=VALUE")
+        if len(option) > _LONGEST_OPTION:
+            raise ValueError(
+                f"--option {option[:20]}...: expected at most {_LONGEST_OPTION} signs, got "
+                f"{len(option):,}"
+            )
         try:
             parsed[name.strip().replace("-", "_")] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -210,6 +210,7 @@ def method_specs(
 ) -> dict[str, MethodSpec]:
     """Each method by its label; ValueError by `owner` for what is none, or options of none."""
     parts = _parts_by_label(owner, methods)
+    options = {str(label).lower(): given for label, given in options.items()}
     for label, given in options.items():
         if label not in parts:
             raise unknown_name("method in options", label, parts)
@@ -242,7 +243,7 @@ def _parts_by_label(
                 "pass the settings of a method in options"
             )
         names = part_names(entry)
-        label = entry.strip() if isinstance(entry, str) else "+".join(names)
+        label = entry.strip().lower() if isinstance(entry, str) else "+".join(names)
         if label in parts:
             raise ValueError(f"{owner}: method {label!r} is given twice; name each method once")
         parts[label] = names

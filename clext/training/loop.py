@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from clext.core.modes import module_mode
 from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, isolated_rng
-from clext.data.datasets import Batches, Split, load_dataset
+from clext.data.datasets import DIGITS_LR, Batches, Split, load_dataset
 from clext.data.scenario import Scenario
 from clext.data.scenarios import make_scenario
 from clext.methods import Method
 from clext.methods.base import Examples
+from clext.training.advice import warn_if_near_chance, warn_of_slow_precision
 from clext.training.evaluate import Evaluator
 from clext.training.graphs import make_steps
 from clext.training.machine import describe_machine, resolve_device
@@ -149,8 +150,8 @@ def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
     name = settings.scenario
     if not isinstance(name, str):
         return name
-    where = settings.data_dir
-    data = load_dataset(settings.dataset, where, show=settings.progress, announce=announce)
+    where, show, few = settings.data_dir, settings.progress, settings.lr < DIGITS_LR
+    data = load_dataset(settings.dataset, where, show=show, announce=announce, advise=show and few)
     seed = Seeds.derive(settings.seed).scenario
     return make_scenario(name, data, settings.tasks, seed, settings.incremental)
 
@@ -166,6 +167,7 @@ def run(
     seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
     with isolated_rng(seeds.model, device) if draws else nullcontext():
         method.model.to(device)
+        warn_of_slow_precision(settings.precision, device)
         check_forward(method.model, scenario, device)
         config = {
             **describe(method),
@@ -253,6 +255,7 @@ class Training:
             result.curve.append(fmean(accuracies))
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
         result.accuracy[k, : k + 1] = accuracies
+        warn_if_near_chance(method, settings, k, accuracies[k], own.labels)
 
     def optimizer_of_task(self, steps: int) -> TaskOptimizer:
         """A new one, or that of the tasks before; `steps`: of the task."""

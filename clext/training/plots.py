@@ -29,8 +29,15 @@ _SIZE = (7.2, 4.3)
 _AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
 _LABEL_POINTS = 9.0
 _TEXT = "#222222"
+_AS_IT_STANDS: dict[str, Any] = {"parse_math": False}  # a name may have a $
 # A scenario of one's own may have a name longer than the picture is wide.
-_TITLE_STYLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "wrap": True}
+_TITLE_STYLE: dict[str, Any] = {
+    "loc": "left",
+    "fontsize": 12,
+    "fontweight": "bold",
+    "wrap": True,
+    **_AS_IT_STANDS,
+}
 _MOST_TASK_NAMES = 12
 # Of the matrix. Light to dark in even steps, also for the colour-blind and in grey.
 _COLOURS = "cividis"
@@ -228,6 +235,7 @@ def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> 
             fontsize=_LABEL_POINTS,
             color=_TEXT,
             annotation_clip=False,
+            **_AS_IT_STANDS,
             arrowprops={
                 "arrowstyle": "-",
                 "color": style.color,

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
 
-from clext.core.console import say
+from clext.core.console import has_terminal, say
 
 _TASK_AND_EPOCH = "task {task}/{tasks} epoch {epoch}/{epochs}"
-
-
-def has_terminal() -> bool:
-    """Whether stderr is a terminal that a bar can be drawn on.
-
-    In one without a height, as some containers make them, tqdm would draw nothing at all.
-    """
-    if not sys.stderr.isatty():
-        return False
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).lines > 0
-    except (OSError, ValueError):  # not a file of the system, such as a notebook's
-        return True
 
 
 class Progress:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clext.training import metrics
+from clext.training.shape import check_result
 from clext.training.storage import read_json, writable_folder, write_json
 
 if TYPE_CHECKING:
@@ -233,22 +234,23 @@ class Result:
         What older versions did not record is NaN, and there are no steps.
         """
         try:
-            config = dict(content["config"])
-            tasks, _, _ = (config[name] for name in ("tasks", "method", "epochs"))
+            check_result(content)
+            config, rows = content["config"], content["accuracy"]
+            tasks = len(rows)
             unknown = [None] * tasks
             return cls(
-                _accuracies("accuracy", content["accuracy"], (tasks, tasks)),
-                list(content["curve"]),
+                _accuracies("accuracy", rows, (tasks, tasks)),
+                content["curve"],
                 config,
                 _accuracies("before", content.get("before", unknown), (tasks,)),
                 _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
-                list(content.get("steps", [])),
-                dict(content["timings"]),
+                content.get("steps", []),
+                content["timings"],
                 content["stopped"],
             )
         except KeyError as error:
             raise ValueError(f"{origin}: not a complete result: {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{origin}: not a valid result: {error}") from error
 
     def __repr__(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from clext.core.checks import as_path, choice, flag, integer, number, unknown_name
+from clext.core.checks import as_path, check_memory, choice, flag, integer, number, unknown_name
 from clext.core.names import (
     DATASETS,
     INCREMENTAL,
@@ -72,6 +72,7 @@ class Settings:
             name: integer(_OWNER, name, getattr(self, name), minimum=minimum)
             for name, minimum in least.items()
         }
+        check_memory(_OWNER, "tasks", self.tasks, 2 * self.tasks**2)  # the accuracy matrix
         checked["lr"] = number(_OWNER, "lr", self.lr, minimum=0.0, open_minimum=True)
         for name in ("momentum", "weight_decay"):
             checked[name] = number(_OWNER, name, getattr(self, name), minimum=0.0)

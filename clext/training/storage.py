@@ -91,7 +91,7 @@ def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[
         raise FileNotFoundError(f"{file}: no such file; expected a {kind} saved by clext")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter is of what is nested too deeply
         raise ValueError(f"{file}: not a JSON file ({error}); expected a {kind}") from error
     found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:

@@ -18,14 +18,13 @@ from torch import nn
 from tqdm import tqdm
 
 from clext.core.checks import as_path, integer, number, unknown_name
-from clext.core.console import say
+from clext.core.console import has_terminal, say
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
 from clext.training import loop
 from clext.training.compare import method_specs
 from clext.training.machine import resolve_device
-from clext.training.progress import has_terminal
 from clext.training.result import Result
 from clext.training.settings import NAMES, Settings, shows_settings
 from clext.training.spec import MethodSpec, describe
@@ -137,6 +136,7 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
             for label in specs
         }
         given = {label: everywhere for label in specs if has_strength[label]}
+    given = {str(label).lower(): own for label, own in given.items()}
     for label in given:
         if label not in specs:
             raise unknown_name("method in strengths", label, specs)

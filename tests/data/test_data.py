@@ -3,6 +3,8 @@
 import gzip
 import struct
 import sys
+import tempfile
+import tracemalloc
 import types
 import urllib.error
 from pathlib import Path
@@ -137,6 +139,21 @@ class TestAnnouncement:
         assert str(tmp_path) in places["mnist"]
         assert places["digits"] == "comes with scikit-learn"
 
+    def test_without_a_home_the_cache_is_in_the_temporary_folder(self, monkeypatch):
+        def unknown(uid: int) -> None:
+            raise KeyError(uid)
+
+        for name in ("XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", unknown)
+        assert data.cache_folder() == Path(tempfile.gettempdir()) / "clext"
+        assert load_dataset("auto").name == "digits"
+        with pytest.raises(ValueError, match="^data_dir: the home folder in '~/data' is not known"):
+            load_dataset("mnist", "~/data")
+        monkeypatch.setenv("CLEXT_DATA", "~nosuchuser/data")
+        with pytest.raises(ValueError, match="^CLEXT_DATA: the home folder in '~nosuchuser/data'"):
+            load_dataset("mnist")
+
 
 class TestBrokenFiles:
     @pytest.mark.parametrize(
@@ -168,6 +185,20 @@ class TestBrokenFiles:
             load_dataset("auto", tmp_path)  # which does not fall back then
         assert str(tmp_path / NAMES[kind]) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("count", [12, 0xFFFFFFFF])
+    def test_what_unpacks_to_far_more_than_its_header_says_is_not_unpacked(self, tmp_path, count):
+        write_dataset(tmp_path)
+        packed = gzip.compress(struct.pack(">4i", 0x803, 12, 28, 28) + bytes(2**26))
+        if count > 12:  # or the header promises what no file has
+            packed = gzip.compress(struct.pack(">4I", 0x803, count, 28, 28))
+        (tmp_path / NAMES["train images"]).write_bytes(packed)
+        tracemalloc.start()
+        with pytest.raises(DataError, match="too long: .* more" if count == 12 else "truncated"):
+            load_dataset("mnist", tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**23
 
     def test_what_is_missing_is_named(self, tmp_path):
         write_dataset(tmp_path)

@@ -459,7 +459,8 @@ def test_a_data_set_is_not_taken_for_a_loader():
 
 def test_an_option_that_there_is_not_is_named_with_those_there_are():
     with pytest.raises(
-        TypeError, match="EWC has no option 'lam'; its options are strength, fisher, "
+        TypeError,
+        match="EWC has no option 'lam'; its options are strength, fisher, .*mean 'strength'",
     ):
         EWC(nn.Linear(3, 3), lam=3.0)
 

@@ -113,7 +113,7 @@ def test_options_go_to_the_method():
     ("name", "options", "message"),
     [
         ("ewk", {}, "unknown method 'ewk'; did you mean 'ewc'"),
-        ("RWALK", {}, "did you mean 'rwalk'"),
+        ("RWALKS", {}, "did you mean 'rwalk'"),
         ("si", {"xl": 1.0}, "unknown option of si 'xl'; did you mean 'xi'"),
         ("ewc", {"strenght": 1.0}, "did you mean 'strength'"),
         ("baseline", {"gamma": 1.0}, "unknown option of baseline 'gamma'"),

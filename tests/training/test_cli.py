@@ -56,6 +56,11 @@ class TestTrain:
         ("arguments", "message"),
         [
             (["--method", "ewx"], "Error: unknown method 'ewx'"),
+            (["--method", "ewc,si"], "use clext compare --methods ewc,si"),
+            (["--batch-size", str(2**63)], "train: batch_size must be an integer >= 1 and < 1,0"),
+            (["--option", "lambda_=3"], "'lambda_'; did you mean 'strength'?"),
+            (["--option", f"xi={'-' * 100_000}1"], "xi=-----------------...: expected at most"),
+            (["--out", "~nosuchuser/x"], "train: out: the home folder in '~nosuchuser/x'"),
             (["--dataset", "minst"], "Error: unknown dataset 'minst'"),
             (["--tasks", "0"], "Error: train: tasks must be an integer >= 1, got 0"),
             (["--tasks", "x"], "Error: Invalid value for '--tasks'"),
@@ -77,6 +82,34 @@ class TestTrain:
         assert message in outcome.stderr
         assert "Traceback" not in outcome.output
         assert outcome.stdout == ""
+        assert len(outcome.stderr) < 2000
+
+    def test_no_memory_left_is_one_line_and_exit_code_1(self, monkeypatch):
+        def allocate(*_args: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore")
+
+        monkeypatch.setattr("clext.training.evaluate.evaluate", allocate)
+        outcome = run("train", "--method", "baseline", *QUICK)
+        assert outcome.exit_code == 1
+        assert outcome.stderr.splitlines()[-1] == (
+            "Error: DefaultCPUAllocator: can't allocate memory: you tried "
+            "What was done so far is saved in runs/baseline."
+        )
+
+    def test_a_method_may_be_written_in_capitals(self):
+        assert run("train", "--method", "EWC", *ONE_TASK).exit_code == 0
+        assert clext.Result.load("runs/ewc").label == "ewc"
+
+    def test_a_reader_that_has_seen_enough_ends_it_quietly(self):
+        command = [sys.executable, "-m", "clext", "train", "--method", "baseline", *ONE_TASK]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            process.stdout.close()  # as `| head -1`, before anything is written
+            said = process.stderr.read()
+        assert process.returncode == 0
+        assert said.count("\n") == 1  # about the data
+        assert clext.Result.load("runs/baseline").complete
 
     def test_a_diverged_loss_is_exit_code_1_and_says_what_is_saved(self):
         outcome = run("train", "--method", "si", "--lr", "1e30", *QUICK)

@@ -91,6 +91,12 @@ class TestCompare:
             clext.compare(["si", "ewc"], model=nn.Linear(3, 10), out=tmp_path, **QUICK)
         assert list(tmp_path.iterdir()) == []
 
+    def test_methods_and_their_options_may_be_written_in_capitals(self):
+        options = {"EWC": {"strength": 3.0}}
+        comparison = clext.compare("EWC, SI", model=small(), options=options, **QUICK)
+        assert list(comparison.results) == ["ewc", "si"]
+        assert comparison["ewc"].strengths == [3.0]
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -37,6 +37,9 @@ def result(method: str = "ewc", tasks: int = 3, epochs: int = 2, done: int | Non
     return result
 
 
+CONFIG = {"method": "ewc", "tasks": 3, "epochs": 2}
+
+
 class TestNumbers:
     def test_summary_numbers_come_from_the_accuracy_matrix(self):
         ours = result()
@@ -221,6 +224,7 @@ class TestFiles:
         ("content", "message"),
         [
             ("{", "not a JSON file"),
+            ("[" * 100_000, "not a JSON file"),
             ("[]", "expected a result saved by clext, found kind None"),
             ('{"kind": "comparison", "format": 1}', "found kind 'comparison'"),
             ('{"kind": "result", "format": 99}', "expected format 1, found 99"),
@@ -238,9 +242,22 @@ class TestFiles:
         ("key", "value", "message"),
         [
             ("accuracy", [[1.0], [1.0, 2.0]], "not a valid result"),
-            ("accuracy", [[1.0]], r"shape \[1, 1\], not \[3, 3\]"),
-            ("untrained", 0.1, r"untrained has shape \[\], not \[3\]"),
+            ("accuracy", [[1.0]], "accuracy has 1 rows, for 3 tasks of 2 epochs"),
+            ("untrained", 0.1, "untrained is 0.1, expected list"),
             ("config", {"tasks": 3}, "'method' is missing"),
+            ("config", {**CONFIG, "tasks": 10_000_000_000}, "3 rows, for 10000000000 tasks"),
+            ("config", {**CONFIG, "epochs": 0}, "of 0 epochs"),
+            ("config", {**CONFIG, "data": None}, "config.data is None, expected dict"),
+            ("config", {**CONFIG, "method": r"$\frac{"}, "expected a name"),
+            (
+                "config",
+                {**CONFIG, "method": "ewc+replay", "method_options": {"ewc": 5}},
+                "method_options.ewc is 5, expected dict",
+            ),
+            ("timings", {"training": "2"}, "timings.training is '2', expected int | float"),
+            ("steps", [{"task": "1"}], r"steps\[0\].task is '1', expected int"),
+            ("accuracy", [[10**400] * 3] * 3, "not a valid result"),
+            ("curve", "abc", "curve is 'abc', expected list"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
     )
@@ -382,6 +399,14 @@ class TestPicture:
         both = looks("ewc+replay", "replay", "si+replay")
         assert both["replay"] == alone["replay"]
         assert len({style[:2] for style in both.values()}) == 3
+
+    @pytest.mark.parametrize("name", [r"$\frac{", "costs in $ and $"])
+    def test_names_are_written_as_they_stand(self, tmp_path, name):
+        ours = result()
+        ours.config["scenario"] = name
+        Comparison({name: ours, "si": result("si")}).save(tmp_path)
+        ours.save(tmp_path)
+        assert {"accuracy.png", "matrix.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 class TestHeatMap:

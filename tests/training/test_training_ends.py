@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -38,6 +39,18 @@ BAD_INPUT = [
     ({"device": "meta"}, "device 'meta' is not available here"),
     ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
     ({"model": nn.ReLU()}, "model has no trainable parameter"),
+    ({"batch_size": 2**63}, r"batch_size must be an integer >= 1 and < 1,0.*, got 92233720"),
+    ({"tasks": 10**8}, "tasks=100000000 takes at least .* GiB, more than the .* of memory here"),
+    ({"method": "replay", "budget": 10**14}, "budget must be an integer >= 1 and < 1,0"),
+    ({"method": "gem", "per_task": 10**14}, "per_task must be an integer >= 1 and < 1,0"),
+    ({"method": "scp", "slices": 10**12}, "scp: slices=1000000000000 takes at least .* GiB"),
+    (
+        {"method": "dgr", "hidden": (10**7, 10**7)},
+        r"hidden, latent\)=\(10000000, 10000000, 100\) ta",
+    ),
+    ({"method": "ewc", "lam": 5.0}, "'lam'; did you mean 'strength'"),
+    ({"method": "ewc,si"}, r"write 'ewc\+si', to run one after .*compare\(\['ewc', 'si'\]\)"),
+    ({"method": "ewc", "out": "~nosuchuser/x"}, "^train: out: the home folder in '~nosuchuser/x'"),
 ]
 
 
@@ -210,6 +223,43 @@ class TestProgress:
         shown = re.findall(r"(\d+)%.*?task (\d)/2", capsys.readouterr().err)
         furthest = {task: max(int(p) for p, t in shown if t == task) for task in "12"}
         assert furthest == {"1": 50, "2": 100}
+
+    @pytest.mark.parametrize(("lr", "progress"), [(1e-4, True), (1e-3, True), (1e-4, False)])
+    def test_settings_for_few_digits_are_said_until_they_are_followed(self, capsys, lr, progress):
+        clext.train("si", model=small(), **{**QUICK, "lr": lr, "progress": progress})
+        line = capsys.readouterr().err.splitlines()[0]
+        assert ("Digits are few" in line) == (lr < 1e-3 and progress)
+
+    def test_without_stderr_it_works_in_silence(self, monkeypatch, capsys):
+        monkeypatch.setattr("sys.stderr", None)
+        done = clext.train("si", model=small(), **{**QUICK, "progress": True})
+        assert done.complete
+        assert capsys.readouterr().out == ""
+
+    def test_a_task_near_chance_says_so_and_what_to_try(self):
+        model = small()
+        nn.init.zeros_(model[2].weight)  # the outputs are the same for all examples
+        with pytest.warns(UserWarning, match="near chance") as caught:
+            clext.train("si", model=model, lr=1e-9, strength=0.1, **QUICK)
+        first, second = (str(warning.message) for warning in caught)
+        assert re.match(r"si: task 1 ended near chance, with accuracy 0\.\d\d, where its", first)
+        assert first.endswith("gives 0.10; try a larger lr (now 1e-09) or more epochs (now 2)")
+        assert second.endswith("or a smaller strength (now 0.1)")
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("tasks", [2, 10])  # ten have one class each, of which 1 is chance
+    def test_a_task_that_was_learned_does_not(self, tasks):
+        options = {**QUICK, "tasks": tasks, "scenario": "split"}
+        clext.train("baseline", model=small(), lr=1e-2, **options)
+
+    @pytest.mark.parametrize("able", [False, True])
+    def test_bf16_on_a_cpu_without_it_says_that_it_is_slower(self, monkeypatch, able):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "amx_bf16": able})
+        options = {"lr": 1e-2, "device": "cpu", "precision": "bf16"}
+        with warnings.catch_warnings(record=True) as caught:
+            clext.train("baseline", model=small(), **options, **QUICK)
+        said = [str(warning.message) for warning in caught]
+        assert any("no bf16 arithmetic" in message for message in said) != able
 
     def test_silence_leaves_the_line_about_the_data(self, capsys):
         clext.train("si", model=small(), **QUICK)

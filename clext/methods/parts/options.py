@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clext.core.checks import number
+from clext.core.checks import number, suggestion
 from clext.core.supervision import SupervisionOptions
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ def option_names(kind: type[Method]) -> list[str]:
 def check_options(kind: type[Method], given: Mapping[str, object]) -> None:
     """TypeError for what is left of the keywords and none of `SupervisionOptions`."""
     for name in given.keys() - SupervisionOptions.__annotations__.keys():
-        valid = ", ".join([*option_names(kind), *SupervisionOptions.__annotations__])
-        raise TypeError(f"{kind.__name__} has no option {name!r}; its options are {valid}")
+        valid = [*option_names(kind), *SupervisionOptions.__annotations__]
+        raise TypeError(
+            f"{kind.__name__} has no option {name!r}; its options are {', '.join(valid)}"
+            f"{suggestion(name, valid)}"
+        )
 
 
 def checked_strength(kind: type[Method], given: object) -> float:
