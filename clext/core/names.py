@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 
 from clext.core.checks import unknown_name
 
-DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
+DATASETS = (
+    *("auto", "mnist", "fashion_mnist", "kmnist", "emnist"),
+    *("cifar10", "cifar100", "svhn", "digits"),
+)
 SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")
 PRECISIONS = ("fp32", "bf16")
+MODELS = ("mlp", "cnn", "resnet18", "vit_tiny")
 
 # The options of each method, as its class has them (a test compares).
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {

@@ -23,7 +23,15 @@ MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
 _WIDEST_TABLE = 10
-_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+_TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+}
 
 
 @dataclass(eq=False, repr=False)

@@ -12,7 +12,7 @@ import clext
 from clext import Scenario
 from clext.core.names import INCREMENTAL, SCENARIOS
 from clext.data.datasets import Dataset, Split
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import make_scenario
 
 
 def dataset(features: int = 9) -> Dataset:
