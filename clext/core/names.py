@@ -11,6 +11,16 @@ DATASETS = (
     *("auto", "mnist", "fashion_mnist", "kmnist", "emnist"),
     *("cifar10", "cifar100", "svhn", "digits"),
 )
+# As in the titles of pictures.
+TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+}
 SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")
 PRECISIONS = ("fp32", "bf16")
