@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -87,19 +87,21 @@ class Processes:
         if failed:
             raise RuntimeError(f"another process could not go on: {failed[0]}")
 
-    def check_equal(self, owner: str, tensors: Sequence[Tensor]) -> None:
+    def check_equal(self, owner: str, named: Mapping[str, Tensor]) -> None:
         """ValueError unless all have the same, where they should be copies."""
-        copies = [entry for entry in tensors if not is_sharded(entry)]
+        copies = {name: entry for name, entry in named.items() if not is_sharded(entry)}
         if not self.groups or not copies:
             return
-        found = [entry.detach().sum(dtype=torch.float64).cpu() for entry in copies]
+        found = [entry.detach().sum(dtype=torch.float64).cpu() for entry in copies.values()]
         sums = torch.stack(found).nan_to_num().tolist()
-        if any(others != sums for others in self.gathered(sums)):
+        different = [len(set(values)) > 1 for values in zip(*self.gathered(sums), strict=True)]
+        if any(different):
             raise ValueError(
-                f"{owner}: parameters, or what was kept of the steps, differ between the "
-                f"{self.size} processes, expected copies of one model; wrap it in "
-                "DistributedDataParallel and pull when gradients are complete, or make the method "
-                "with sync=False for models that are trained apart"
+                f"{owner}: {[*copies][different.index(True)]} differs between the {self.size} "
+                "processes, expected copies of one model, trained alike: make the method of the "
+                "model in its DistributedDataParallel wrapper, with the same options everywhere, "
+                "and pull when gradients are complete (not in no_sync()); sync=False is for models "
+                "that are trained apart"
             )
 
 

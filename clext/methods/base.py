@@ -242,9 +242,9 @@ class Method:
     def _follow_model(self) -> None:
         """The model may have changed since the last task."""
 
-    def _copies(self) -> list[Tensor]:
-        """What several processes with the same model have alike."""
-        return list(self.model.parameters())
+    def _copies(self) -> dict[str, Tensor]:
+        """What several processes with the same model have alike, by what it is called."""
+        return {f"parameter '{name}'": entry for name, entry in self.model.named_parameters()}
 
     def _begin_task(self, examples: Examples | None) -> Examples | None:
         return examples

@@ -212,9 +212,10 @@ class QuadraticPenalty(Method):
         self._follow_model()
         return call(self._state)
 
-    def _copies(self) -> list[Tensor]:
-        lists = [] if self._state.is_sharded else self._state.lists.values()
-        return [*super()._copies(), *(entry for entries in lists for entry in entries)]
+    def _copies(self) -> dict[str, Tensor]:
+        views = {key: self._state.view(key) for key in self._state.lists}
+        lists = {f"{key} of '{n}'": e for key, view in views.items() for n, e in view.items()}
+        return {**super()._copies(), **lists}
 
     def _save(self) -> dict[str, Any]:
         return {"state": self._state.state_dict()}

@@ -99,7 +99,8 @@ def plot_curves(
         _draw_line(axes, curve, style, markers=(offset, epochs))
     for label, (low, high) in (bands or {}).items():
         epoch = range(1, len(low) + 1)
-        axes.fill_between(epoch, low, high, color=styles[label].color, alpha=0.2, linewidth=0)
+        inside = np.clip([low, high], 0, 1)  # as accuracies are
+        axes.fill_between(epoch, *inside, color=styles[label].color, alpha=0.2, linewidth=0)
     _draw_frame(axes, tasks, epochs)
     axes.set_title(title, pad=20, **_TITLE_STYLE)
     _label_ends(axes, lines, tasks, epochs)

@@ -93,6 +93,8 @@ def sweep(
     resolve_device(taken.device)
     specs = _cells(method_specs("sweep", methods, model, options or {}), strengths)
     chosen = [integer("sweep", "seeds", seed, minimum=0) for seed in _listed("seeds", seeds)]
+    if n_jobs == 0:
+        raise ValueError("sweep: n_jobs must be how many runs at once, or -1 for all cores, got 0")
     if threads is None:
         threads = max(1, torch.get_num_threads() // joblib.effective_n_jobs(n_jobs))
     integer("sweep", "threads", threads, minimum=1)

@@ -18,7 +18,7 @@ from toy_training import assert_same_state
 
 import clext
 
-GROUP_TIMEOUT, LIMIT = 4.0, 30.0
+GROUP_TIMEOUT, LIMIT = 4.0, 60.0
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def drifted(is_synchronous):
         optimizer.zero_grad()
     before = method.state_dict()
     if is_synchronous:
-        with pytest.raises(ValueError, match="differ between the 2 processes"):
+        with pytest.raises(ValueError, match="differs between the 2 processes"):
             method.consolidate()
         assert_same_state(method.state_dict(), before)
     else:

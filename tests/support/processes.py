@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -105,6 +106,7 @@ class Processes:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._ranks):
+            Path(self._folder.name, f"stack{rank}").touch()
             pipe, other = _context.Pipe()
             facts = (rank, self._ranks, self._folder.name, self._group_timeout)
             process = _context.Process(target=_serve, args=(other, *facts), daemon=True)
@@ -141,7 +143,7 @@ class Processes:
         process.terminate()
         for _ in range(20):
             time.sleep(0.05)
-            if where.exists() and where.stat().st_size:
+            if where.stat().st_size:
                 break
         return Failure(f"no answer in time, it is at\n{where.read_text()}")
 
@@ -153,15 +155,14 @@ def _serve(
     pipe: connection.Connection, rank: int, ranks: int, folder: str, group_timeout: float
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # fully_shard would take GPUs, gloo does not
     stack = Path(folder, f"stack{rank}").open("w")  # noqa: SIM115  (open as long as the process)
     faulthandler.register(signal.SIGTERM, stack)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(str(Path(folder, "store")), ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=group_timeout),
-    )
+    store = dist.FileStore(str(Path(folder, "store")), ranks)
+    store.set(f"started {rank}", "")  # to wait for a start takes more patience than the group has
+    store.wait([f"started {other}" for other in range(ranks)])
+    timeout = timedelta(seconds=group_timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
     while True:
         try:
             call = pipe.recv_bytes()
