@@ -36,7 +36,7 @@ BAD_INPUT = [
     ({"strength": -1.0}, "strength must be"),
     ({"device": "cuda:99"}, "device 'cuda:99' is not available here .* leave device out"),
     ({"device": "meta"}, "device 'meta' is not available here"),
-    ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
+    ({"model": "mlpp"}, "unknown model 'mlpp'; did you mean 'mlp'"),
     ({"model": nn.ReLU()}, "model has no trainable parameter"),
 ]
 
