@@ -26,7 +26,8 @@ def permuted(dataset: Dataset, tasks: int, seed: int, incremental: str) -> list[
     drawn from `seed` on the CPU so that every device sees the same tasks. The colours of a pixel
     stay together.
     """
-    random, pixels = generator(seed), _as_rows(dataset.train.inputs).shape[-1]
+    random = generator(seed)
+    pixels = _as_rows(dataset.train.inputs).shape[1]
     orders = [torch.randperm(pixels, generator=random) for _ in range(tasks)]
     named = {f"permutation {k}": partial(_permute, order=p) for k, p in enumerate(orders, start=1)}
     return _of_all_classes(dataset, named, incremental)
@@ -38,7 +39,7 @@ def rotated(dataset: Dataset, tasks: int, seed: int, incremental: str) -> list[T
     Task k of T, from 0, turns every image counter-clockwise by k * 180 / T degrees, with bilinear
     interpolation. Nothing is drawn.
     """
-    pixels = _as_rows(dataset.train.inputs).shape[-1]
+    pixels = _as_rows(dataset.train.inputs).shape[1]
     side = math.isqrt(pixels)
     if side * side != pixels:
         raise ValueError(

@@ -39,8 +39,7 @@ class Result:
         untrained: float64 [T]; accuracy on each task of the model as it was given.
         steps: accuracies on the tasks seen taken every `evaluate_every` steps, if that was asked.
         config: every setting, the data set really used, seeds, device, threads and versions.
-        timings: the seconds spent on "training", "evaluation" and "consolidation"; none if it was
-            measured elsewhere.
+        timings: the seconds spent on "training", "evaluation" and "consolidation", where known.
         stopped: why the run ended early, or None.
     """
 
