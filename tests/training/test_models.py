@@ -7,6 +7,7 @@ import torch
 
 import clext
 from clext.core.names import MODELS
+from clext.training import loop
 from clext.training.models import named_model
 
 QUICK = {"dataset": "digits", "tasks": 2, "epochs": 1, "progress": False}
