@@ -66,9 +66,7 @@ class TestRefused:
         ],
     )
     def test_a_wrong_name_before_the_data_is_loaded(self, model, message, monkeypatch):
-        monkeypatch.setattr(
-            clext.training.loop, "load_dataset", lambda *_a, **_k: pytest.fail("work")
-        )
+        monkeypatch.setattr(loop, "load_dataset", lambda *_a, **_k: pytest.fail("work"))
         with pytest.raises(ValueError, match=message):
             clext.train("ewc", model=model, **QUICK)
 
