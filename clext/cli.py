@@ -23,6 +23,7 @@ from clext.core.names import (
     DEFAULT_METHODS,
     INCREMENTAL,
     METHOD_OPTIONS,
+    MODELS,
     OPTIMIZERS,
     PRECISIONS,
     SCENARIOS,
@@ -138,6 +139,9 @@ Examples:
 """
 
 
+_MODEL = click.option("--model", help=f"{' | '.join(MODELS)}.  [default: mlp, the course's]")
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help=_MAIN_HELP,
@@ -163,12 +167,14 @@ def main() -> None:
     help="Option of the method, see `clext info --method`; repeatable. Of a combination NAME goes "
     "to each part that has it, PART.NAME to that part alone.",
 )
+@_MODEL
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
 @_takes_settings
 def train(
     method: str,
     strength: float | None,
     options: tuple[str, ...],
+    model: str | None,
     out: str | None,
     **settings: Any,  # noqa: ANN401
 ) -> None:
@@ -176,7 +182,7 @@ def train(
     with _one_line_errors():
         given = parse_options(options)
         for name in given:
-            if name in {"method", "strength", "out", *NAMES}:
+            if name in {"method", "strength", "model", "out", *NAMES}:
                 raise ValueError(f"--option {name}: use {_option(name)} instead")
         names = part_names(method)
         of_method = [option for name in names for option in METHOD_OPTIONS[name]]
@@ -186,7 +192,8 @@ def train(
         import clext
 
         folder = out or _new_folder("+".join(names))
-        result = clext.train(method, strength=strength, out=folder, **settings, **given)
+        chosen: Any = {"strength": strength, "model": model, "out": folder}
+        result = clext.train(method, **chosen, **settings, **given)
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
         result.save(folder)
@@ -212,11 +219,13 @@ _OPTIONS = click.option(
 @main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
 @_METHODS
 @_OPTIONS
+@_MODEL
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_takes_settings
 def compare(
     methods: str | None,
     options: tuple[str, ...],
+    model: str | None,
     out: str | None,
     **settings: Any,  # noqa: ANN401
 ) -> None:
@@ -229,7 +238,7 @@ def compare(
         from clext.training.result import PICTURE_NAME
 
         folder = out or _new_folder("compare")
-        comparison = clext.compare(chosen, options=per_method, out=folder, **settings)
+        comparison = clext.compare(chosen, options=per_method, model=model, out=folder, **settings)
         click.echo(comparison)
         comparison.save(folder)  # as for train
         click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
@@ -248,6 +257,7 @@ def compare(
 )
 @click.option("--seeds", default="0-4", show_default=True, help="Such as 0-4 or 0,1,7.")
 @_OPTIONS
+@_MODEL
 @click.option("--out", metavar="FOLDER", default="runs/sweep", show_default=True, help="For runs.")
 @click.option("--n-jobs", type=int, help="Runs at once; -1: one on each core.  [default: 1]")
 @click.option("--threads", type=int, help="Of each run.  [default: the machine's, shared out]")

@@ -26,7 +26,7 @@ import clext
 from clext import course
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import Batches, Dataset, Split, load_dataset
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import make_scenario
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
 from clext.training.evaluate import evaluate
 from clext.training.machine import resolve_device

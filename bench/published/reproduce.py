@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import DataError, Dataset, load_dataset
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import make_scenario
 from clext.data.task import identity
 from clext.training.evaluate import Evaluator
 from clext.training.loop import begin_task

@@ -7,12 +7,26 @@ from collections.abc import Iterable, Sequence
 
 from clext.core.checks import unknown_name
 
-DATASETS = ("auto", "mnist", "fashion_mnist", "digits")
+DATASETS = (
+    *("auto", "mnist", "fashion_mnist", "kmnist", "emnist"),
+    *("cifar10", "cifar100", "svhn", "digits"),
+)
+# As in the titles of pictures.
+TITLES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "kmnist": "KMNIST",
+    "emnist": "EMNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+}
 SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("cosine", "step", "one-cycle")
 PRECISIONS = ("fp32", "bf16")
+MODELS = ("mlp", "cnn", "resnet18", "vit_tiny")
 
 # The options of each method, as its class has them (a test compares).
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""The data sets of the main job: MNIST, Fashion-MNIST, or scikit-learn's digits with no network.
+"""The data sets that have a name: MNIST and its kind, CIFAR, SVHN, and scikit-learn's digits.
 
 `load_dataset` looks on this machine first, may download through torchvision (the optional extra
 `vision`), and always says in one line which data it took and why.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,15 +31,21 @@ from clext.data.idx import (
     read_images,
     read_labels,
 )
+from clext.data.vision import (
+    ENVIRONMENT_VARIABLE,
+    VISION_DATASETS,
+    Root,
+    vision_images,
+    vision_whereabouts,
+)
 
 # The defaults of `clext.train` are made for MNIST, which has forty times as many images.
 DIGITS_LR = 1e-3
 _ADVICE = {"digits": f". Digits are few: lr {DIGITS_LR:g} and 20 epochs suit them"}
-ENVIRONMENT_VARIABLE = "CLEXT_DATA"
 
 
 class Split(NamedTuple):
-    """Examples and their labels: `inputs` [N, features], `labels` [N] int64."""
+    """Examples and their labels: `inputs` [N, ...], `labels` [N] int64."""
 
     inputs: Tensor
     labels: Tensor
@@ -46,6 +53,16 @@ class Split(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype) -> Split:
         """The same examples on `device`, the inputs as `dtype`."""
         return Split(self.inputs.to(device, dtype), self.labels.to(device))
+
+
+def as_numbers(inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Inputs as a model takes them: bytes, which are pixels, become numbers in [0, 1].
+
+    They and floating-point inputs as `dtype`, if there is one; other integers stay.
+    """
+    if inputs.dtype == torch.uint8:
+        return inputs.to(dtype or torch.float32).div_(255)
+    return inputs.to(dtype) if dtype is not None and inputs.is_floating_point() else inputs
 
 
 class Batches:
@@ -64,8 +81,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory: float32 inputs in [0, 1], flattened to [N, features], labels int64.
+    """A data set in memory, labels int64.
 
+    Its inputs are pixels: bytes, of which a task makes numbers in [0, 1] (see `as_numbers`), or
+    such numbers. Grey images are flattened, [N, features]; those in colour are [N, 3, H, W].
     `source` is the kind of place it came from and never a path: results record it.
     """
 
@@ -78,7 +97,7 @@ class Dataset:
     @property
     def features(self) -> int:
         """Numbers in one example."""
-        return self.train.inputs.shape[1]
+        return math.prod(self.train.inputs.shape[1:])
 
     def describe(self) -> dict[str, Any]:
         """What a result records about its data."""
@@ -99,8 +118,8 @@ class _Files:
     title: str
     folder: str
     # MNIST's successors use its file names, so only the content tells them apart. These are the
-    # first labels of the original training files.
-    opening: bytes
+    # first labels of the original training files, if they are known.
+    opening: bytes = b""
     advice: str = ""
 
 
@@ -112,11 +131,8 @@ _IDX_DATASETS = {
         bytes((9, 0, 0, 3, 0, 2, 7, 2, 5, 5)),
         "; on Debian, the package dataset-fashion-mnist has the files",
     ),
+    "kmnist": _Files("KMNIST", "KMNIST"),
 }
-
-
-# A folder to look in, and the kind of place it is. A download goes to the last one.
-_Root = tuple[Path, str]
 
 
 def load_dataset(
@@ -131,10 +147,12 @@ def load_dataset(
 
     Args:
         name: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
-            "mnist", "fashion_mnist" or "digits".
+            "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split: 47 letters and
+            digits), "cifar10", "cifar100", "svhn" or "digits".
         data_dir: folder with the IDX files, plain or gzipped, in itself, in `raw` or in
-            `MNIST/raw` (`FashionMNIST/raw`). By default $CLEXT_DATA, then the cache folder. A
-            download goes to `data_dir`, else to the cache folder.
+            `MNIST/raw` (`FashionMNIST/raw`, `KMNIST/raw`); or the folder that torchvision's class
+            of the others would be given. By default $CLEXT_DATA, then the cache folder. A download
+            goes to `data_dir`, else to the cache folder.
         show: let a download show its progress.
         announce: False where that line was said before.
         advise: let the line say which settings suit a data set that the defaults do not.
@@ -147,6 +165,8 @@ def load_dataset(
         raise unknown_name("dataset", name, DATASETS)
     if name == "digits":
         dataset, reason = _load_digits(), "comes with scikit-learn"
+    elif name in VISION_DATASETS:
+        dataset, reason = _load_vision(name, _roots(data_dir), show)
     else:
         dataset, reason = _load_idx_or_fall_back(name, _roots(data_dir), show)
     if announce:
@@ -155,9 +175,10 @@ def load_dataset(
 
 
 def _announce(dataset: Dataset, reason: str) -> None:
+    shape = " x ".join(map(str, dataset.train.inputs.shape[1:]))
     say(
         f"clext: data set {dataset.name} ({len(dataset.train.labels):,} training, "
-        f"{len(dataset.test.labels):,} test images of {dataset.features} pixels): {reason}"
+        f"{len(dataset.test.labels):,} test images of {shape} pixels): {reason}"
     )
 
 
@@ -172,6 +193,8 @@ def whereabouts(data_dir: str | os.PathLike[str] | None = None) -> dict[str, str
         else:
             problem = torchvision_problem() or f"would be downloaded to {roots[-1][0]}"
             places[name] = f"not found: {'; '.join([*reasons, problem])}"
+    for name, kind in VISION_DATASETS.items():
+        places[name] = vision_whereabouts(kind, roots)
     places["digits"] = "comes with scikit-learn"
     return places
 
@@ -185,7 +208,7 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "clext"
 
 
-def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
+def _roots(data_dir: str | os.PathLike[str] | None) -> list[Root]:
     if data_dir is not None:
         return [(as_path(data_dir, "data_dir"), "data_dir")]
     roots = [(cache_folder(), "the cache folder")]
@@ -197,7 +220,7 @@ def _roots(data_dir: str | os.PathLike[str] | None) -> list[_Root]:
     return roots
 
 
-def _load_idx_or_fall_back(name: str, roots: list[_Root], show: bool) -> tuple[Dataset, str]:
+def _load_idx_or_fall_back(name: str, roots: list[Root], show: bool) -> tuple[Dataset, str]:
     wanted = "mnist" if name == "auto" else name
     files = _IDX_DATASETS[wanted]
     located, reasons = _locate(wanted, roots)
@@ -223,7 +246,14 @@ def _load_idx_or_fall_back(name: str, roots: list[_Root], show: bool) -> tuple[D
     )
 
 
-def _locate(name: str, roots: list[_Root]) -> tuple[tuple[IdxFiles, str] | None, list[str]]:
+def _load_vision(name: str, roots: list[Root], show: bool) -> tuple[Dataset, str]:
+    files = VISION_DATASETS[name]
+    (root, source), train, test = vision_images(files, roots, show=show)
+    reason = f"from {source} ({root})"
+    return Dataset(name, Split(*train), Split(*test), files.classes, source), reason
+
+
+def _locate(name: str, roots: list[Root]) -> tuple[tuple[IdxFiles, str] | None, list[str]]:
     """The files and the kind of place they are in, if any; and what is wrong elsewhere."""
     files, reasons = _IDX_DATASETS[name], []
     for root, source in roots:
@@ -267,7 +297,7 @@ def _load_idx(name: str, located: IdxFiles, source: str) -> Dataset:
 def _read_split(images_path: Path, labels_path: Path) -> Split:
     images = read_images(images_path)
     labels = read_labels(labels_path, expected=len(images))
-    inputs = torch.from_numpy(images.reshape(len(images), -1).astype("float32")).div_(255)
+    inputs = torch.from_numpy(images.reshape(len(images), -1).copy())  # the file's are read-only
     return Split(inputs, torch.from_numpy(labels.astype("int64")))
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,48 @@ def torchvision_problem() -> str | None:
         import torchvision.datasets  # noqa: F401
     except ModuleNotFoundError:
         return (
-            "torchvision, which could download it, is not installed (pip install 'clext[vision]')"
+            "torchvision, which is needed to get it, is not installed (pip install 'clext[vision]')"
         )
     except Exception as error:  # beside another torch than its own it fails in many ways
-        return f"torchvision, which could download it, cannot be imported ({_first_line(error)})"
+        return f"torchvision, which is needed to get it, cannot be imported ({_first_line(error)})"
     return None
 
 
-def download(class_name: str, root: Path, *, show: bool) -> str | None:
-    """Let `torchvision.datasets.<class_name>` download to `root`; the reason if it did not."""
+def download(
+    class_name: str,
+    root: Path,
+    *,
+    show: bool,
+    parts: Sequence[dict[str, Any]] = ({"train": True}, {"train": False}),
+) -> str | None:
+    """Let `torchvision.datasets.<class_name>` download to `root`; the reason if it did not.
+
+    `parts` are what the class takes for each of its parts.
+    """
     problem = torchvision_problem()
     if problem is not None:
         return problem
     import torchvision.datasets
 
     source = getattr(torchvision.datasets, class_name)
-    if not _reachable(source.mirrors):
+    if not _reachable(_servers(source)):
         return "the download servers cannot be reached from here"
     if show:
         say(f"clext: downloading {class_name} to {root}")
     try:
         with _stall_timeout(), _quiet(show):
-            for train in (True, False):
-                source(root, train=train, download=True)
+            for part in parts:
+                source(root, **part, download=True)
     except Exception as error:
         return f"the download to {root} failed ({_first_line(error)})"
     return None
+
+
+def _servers(source: Any) -> list[str]:  # noqa: ANN401
+    """Where a class of torchvision downloads from."""
+    if hasattr(source, "split_list"):
+        return [url for url, _, _ in source.split_list.values()]
+    return [source.url] if hasattr(source, "url") else source.mirrors
 
 
 def _reachable(urls: list[str]) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from clext.core.checks import choice
+from clext.core.checks import choice, integer, unknown_name
 from clext.core.names import INCREMENTAL
-from clext.data.datasets import Split
+from clext.core.seeding import Seeds
+from clext.data.datasets import Dataset, Split, load_dataset
 from clext.data.own import own_tasks
+from clext.data.scenarios import MAKERS
 from clext.data.task import Task
 
 
@@ -68,7 +71,7 @@ class Scenario:
         return range(max(known.outputs.stop for known in self.tasks[: max(task, seen) + 1]))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Scenario:
-        """The same scenario with its tensors on `device`, floating-point inputs as `dtype`."""
+        """The same scenario with its tensors on `device`, its tasks' inputs as `dtype`."""
         moved: dict[int, Split] = {}
 
         def move(stored: Split) -> Split:
@@ -78,10 +81,61 @@ class Scenario:
             return moved[id(stored)]
 
         tasks = [
-            replace(task, stored_train=move(task.stored_train), stored_test=move(task.stored_test))
+            replace(
+                task,
+                stored_train=move(task.stored_train),
+                stored_test=move(task.stored_test),
+                dtype=dtype,
+            )
             for task in self.tasks
         ]
         return replace(self, tasks=tasks)
+
+    @classmethod
+    def permuted(
+        cls,
+        dataset: str = "auto",
+        *,
+        tasks: int = 5,
+        seed: int = 0,
+        incremental: str = "domain",
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> Scenario:
+        """The tasks of `clext.train(scenario="permuted", ...)` with the same arguments.
+
+        For a loop of one's own, see `Task.train_loader`; or for `clext.train(scenario=...)`.
+
+        Raises:
+            ValueError: an argument is wrong, or the data cannot be made into such tasks.
+            DataError: the data set cannot be had, or its files are damaged.
+        """
+        return _named("permuted", dataset, tasks, seed, incremental, data_dir)
+
+    @classmethod
+    def rotated(
+        cls,
+        dataset: str = "auto",
+        *,
+        tasks: int = 5,
+        seed: int = 0,
+        incremental: str = "domain",
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> Scenario:
+        """The same for `scenario="rotated"`."""
+        return _named("rotated", dataset, tasks, seed, incremental, data_dir)
+
+    @classmethod
+    def split(
+        cls,
+        dataset: str = "auto",
+        *,
+        tasks: int = 5,
+        seed: int = 0,
+        incremental: str = "domain",
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> Scenario:
+        """The same for `scenario="split"`."""
+        return _named("split", dataset, tasks, seed, incremental, data_dir)
 
     @classmethod
     def from_datasets(
@@ -111,3 +165,41 @@ class Scenario:
             "test": sum(len(task.stored_test.labels) for task in tasks),
         }
         return cls(name, incremental, tasks, {"name": "tasks", **counts})
+
+
+def make_scenario(
+    name: str, dataset: Dataset, tasks: int, seed: int, incremental: str = "domain"
+) -> Scenario:
+    """The scenario called `name` over `dataset`.
+
+    Args:
+        name: one of `clext.core.names.SCENARIOS`.
+        dataset: its images, flattened or not.
+        tasks: number of tasks.
+        seed: of what is drawn (permutations).
+        incremental: "task", "domain" or "class", see `Scenario`.
+
+    Raises:
+        ValueError: an unknown name, or tasks that the data set cannot be made into.
+    """
+    if name not in MAKERS:
+        raise unknown_name("scenario", name, MAKERS)
+    choice("train", "incremental", incremental, INCREMENTAL)
+    made = MAKERS[name](dataset, tasks, seed, incremental)
+    return Scenario(name, incremental, made, dataset.describe())
+
+
+def _named(
+    name: str,
+    dataset: str,
+    tasks: int,
+    seed: int,
+    incremental: str,
+    data_dir: str | os.PathLike[str] | None,
+) -> Scenario:
+    """`make_scenario` with the data set's name, and the seed of a run as `clext.train` takes it."""
+    owner = f"Scenario.{name}"
+    choice(owner, "incremental", incremental, INCREMENTAL)
+    tasks = integer(owner, "tasks", tasks, minimum=1)
+    drawn = Seeds.derive(integer(owner, "seed", seed, minimum=0)).scenario
+    return make_scenario(name, load_dataset(dataset, data_dir), tasks, drawn, incremental)

@@ -1,6 +1,6 @@
-"""The scenarios that are made of one data set: permuted, rotated, split.
+"""The tasks that are made of one data set: permuted, rotated, split.
 
-A new one is a function like these in `_MAKERS`, and its name in `clext.core.names`.
+A new scenario is a function like these in `MAKERS`, and its name in `clext.core.names`.
 """
 
 from __future__ import annotations
@@ -14,64 +14,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clext.core import names
-from clext.core.checks import choice, unknown_name
 from clext.core.seeding import generator
-from clext.data.datasets import Dataset, Split
-from clext.data.scenario import Scenario
+from clext.data.datasets import Dataset, Split, as_numbers
 from clext.data.task import Task
 
 
-def make_scenario(
-    name: str, dataset: Dataset, tasks: int, seed: int, incremental: str = "domain"
-) -> Scenario:
-    """The scenario called `name` over `dataset`.
-
-    Args:
-        name: one of `clext.core.names.SCENARIOS`.
-        dataset: its examples are flattened, [N, features].
-        tasks: number of tasks.
-        seed: of what is drawn (permutations).
-        incremental: "task", "domain" or "class", see `Scenario`.
-
-    Raises:
-        ValueError: an unknown name, or tasks that the data set cannot be made into.
-    """
-    if name not in _MAKERS:
-        raise unknown_name("scenario", name, _MAKERS)
-    choice("train", "incremental", incremental, names.INCREMENTAL)
-    return _MAKERS[name](dataset, tasks, seed, incremental)
-
-
-def permuted(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:
+def permuted(dataset: Dataset, tasks: int, seed: int, incremental: str) -> list[Task]:
     """Permuted MNIST (Goodfellow et al. 2013, arXiv:1312.6211).
 
     Each task, the first one too, shuffles the pixels of every image by a permutation of its own,
-    drawn from `seed` on the CPU so that every device sees the same tasks.
+    drawn from `seed` on the CPU so that every device sees the same tasks. The colours of a pixel
+    stay together.
     """
     random = generator(seed)
-    orders = [torch.randperm(dataset.features, generator=random) for _ in range(tasks)]
+    pixels = _as_rows(dataset.train.inputs).shape[1]
+    orders = [torch.randperm(pixels, generator=random) for _ in range(tasks)]
     named = {f"permutation {k}": partial(_permute, order=p) for k, p in enumerate(orders, start=1)}
-    return _of_all_classes("permuted", dataset, named, incremental)
+    return _of_all_classes(dataset, named, incremental)
 
 
-def rotated(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:  # noqa: ARG001
+def rotated(dataset: Dataset, tasks: int, seed: int, incremental: str) -> list[Task]:  # noqa: ARG001
     """Rotated MNIST (Lopez-Paz and Ranzato 2017, arXiv:1706.08840).
 
     Task k of T, from 0, turns every image counter-clockwise by k * 180 / T degrees, with bilinear
     interpolation. Nothing is drawn.
     """
-    side = math.isqrt(dataset.features)
-    if side * side != dataset.features:
+    pixels = _as_rows(dataset.train.inputs).shape[1]
+    side = math.isqrt(pixels)
+    if side * side != pixels:
         raise ValueError(
-            f"scenario 'rotated' needs square images, got {dataset.features} features in "
-            f"{dataset.name}"
+            f"scenario 'rotated' needs square images, got {pixels} pixels in {dataset.name}"
         )
     angles = [180 * k / tasks for k in range(tasks)]
     named = {f"{angle:g} degrees": partial(_rotate, degrees=angle, side=side) for angle in angles}
-    return _of_all_classes("rotated", dataset, named, incremental)
+    return _of_all_classes(dataset, named, incremental)
 
 
-def split(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario:  # noqa: ARG001
+def split(dataset: Dataset, tasks: int, seed: int, incremental: str) -> list[Task]:  # noqa: ARG001
     """Split MNIST (Zenke et al. 2017, arXiv:1703.04200): so many classes to each task, in order.
 
     Five tasks of MNIST tell 0 from 1, 2 from 3, and so on. With incremental="domain" the labels are
@@ -90,18 +69,17 @@ def split(dataset: Dataset, tasks: int, seed: int, incremental: str) -> Scenario
         select = partial(_select, classes=range(first, first + count), start=start)
         title = f"classes {first} to {first + count - 1}" if count > 1 else f"class {first}"
         made.append(Task(title, range(start, start + count), dataset.train, dataset.test, select))
-    return Scenario("split", incremental, made, dataset.describe())
+    return made
 
 
-_MAKERS = dict(zip(names.SCENARIOS, (permuted, rotated, split), strict=True))
+MAKERS = dict(zip(names.SCENARIOS, (permuted, rotated, split), strict=True))
 
 
 def _of_all_classes(
-    name: str,
     dataset: Dataset,
     inputs: Mapping[str, Callable[[Tensor], Tensor]],
     incremental: str,
-) -> Scenario:
+) -> list[Task]:
     """Tasks that each have all classes, with inputs of their own."""
     classes = dataset.num_classes
     made: list[Task] = []
@@ -109,7 +87,7 @@ def _of_all_classes(
         start = 0 if incremental == "domain" else len(made) * classes
         moved = partial(_change, inputs=change, start=start)
         made.append(Task(title, range(start, start + classes), dataset.train, dataset.test, moved))
-    return Scenario(name, incremental, made, dataset.describe())
+    return made
 
 
 def _change(given: Split, inputs: Callable[[Tensor], Tensor], start: int) -> Split:
@@ -117,19 +95,25 @@ def _change(given: Split, inputs: Callable[[Tensor], Tensor], start: int) -> Spl
     return Split(inputs(given.inputs), given.labels + start if start else given.labels)
 
 
+def _as_rows(images: Tensor) -> Tensor:
+    """The pixels of each image, or of each of its colours, as a row: [rows, pixels]."""
+    return images.flatten(2).flatten(0, 1) if images.dim() == 4 else images
+
+
 def _permute(inputs: Tensor, order: Tensor) -> Tensor:
-    return inputs.index_select(1, order.to(inputs.device))
+    rows = _as_rows(as_numbers(inputs))  # torch selects bytes far more slowly
+    return rows.index_select(1, order.to(inputs.device)).reshape(inputs.shape)
 
 
 def _rotate(inputs: Tensor, degrees: float, side: int) -> Tensor:
     if degrees == 0:
         return inputs
-    angle = math.radians(degrees)
+    inputs, angle = as_numbers(inputs), math.radians(degrees)
     # Where each pixel of the result comes from: the turn backwards, y pointing down.
     turn = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
     theta = torch.tensor([turn], dtype=inputs.dtype, device=inputs.device)
     # The images as channels of one: they share a grid, which would else be made for each.
-    images = inputs.reshape(1, len(inputs), side, side)
+    images = inputs.reshape(1, -1, side, side)
     grid = F.affine_grid(theta, [1, 1, side, side], align_corners=False)
     return F.grid_sample(images, grid, align_corners=False).reshape(inputs.shape)
 

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
-from clext.data.datasets import Split
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from clext.core.seeding import generator
+from clext.data.datasets import Split, as_numbers
 
 Transform = Callable[[Split], Split]
 
@@ -15,12 +21,26 @@ def identity(split: Split) -> Split:
     return split
 
 
+class Examples(TensorDataset):
+    """Examples of which a loader takes the rows of a batch at once."""
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, ...]:
+        batch: tuple[Tensor, ...] = self[rows]
+        return batch
+
+
+def as_it_is(batch: Any) -> Any:  # noqa: ANN401  (a loader's word for it is list)
+    """The batch, which was taken at once."""
+    return batch
+
+
 @dataclass(frozen=True, repr=False)
 class Task:
     """One task: its name, its data, and the model's outputs that are its classes.
 
     `transform` makes of the stored splits what the task is about, when it is asked for: a hundred
-    permutations of one data set take the memory of one. Labels are then global: they count from the
+    permutations of one data set take the memory of one. Stored bytes are pixels, and become numbers
+    in [0, 1] after it, as `dtype` (by default float32). Labels are global: they count from the
     model's first output.
     """
 
@@ -29,6 +49,7 @@ class Task:
     stored_train: Split
     stored_test: Split
     transform: Transform = identity
+    dtype: torch.dtype | None = None
 
     def __repr__(self) -> str:
         train, test = len(self.stored_train.labels), len(self.stored_test.labels)
@@ -45,8 +66,33 @@ class Task:
 
     def train(self) -> Split:
         """Training examples: inputs [N, ...] and global labels [N] int64."""
-        return self.transform(self.stored_train)
+        return self._examples(self.stored_train)
 
     def test(self) -> Split:
         """Test examples, likewise."""
-        return self.transform(self.stored_test)
+        return self._examples(self.stored_test)
+
+    def _examples(self, stored: Split) -> Split:
+        inputs, labels = self.transform(stored)
+        return Split(as_numbers(inputs, self.dtype), labels)
+
+    def train_loader(
+        self, batch_size: int, *, shuffle: bool = True, seed: int = 0
+    ) -> DataLoader[tuple[Tensor, ...]]:
+        """Training examples for a loop of one's own: batches (inputs [B, ...], labels [B]).
+
+        Labels are global: where each task has a head of its own, subtract `outputs.start`.
+
+        Args:
+            batch_size: examples in a batch; the last one of a pass may be smaller.
+            shuffle: in another order in each pass, drawn from `seed`; False: as stored.
+            seed: of the orders.
+        """
+        data = Examples(*self.train())
+        return DataLoader(
+            data, batch_size, shuffle=shuffle, generator=generator(seed), collate_fn=as_it_is
+        )
+
+    def test_loader(self, batch_size: int = 1000) -> DataLoader[tuple[Tensor, ...]]:
+        """Test examples likewise, as stored."""
+        return DataLoader(Examples(*self.test()), batch_size, collate_fn=as_it_is)

@@ -140,7 +140,7 @@ def compare(
     methods: str | Sequence[str | Sequence[str]] | None = None,
     *,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     out: str | os.PathLike[str] | None = None,
     **settings: object,
 ) -> Comparison:
@@ -155,7 +155,7 @@ def compare(
             baseline, ewc, mas, si, rwalk, scp.
         options: for a method's name its options, such as `{"ewc": {"strength": 100.0}}` or
             `{"ewc+replay": {"replay.strength": 3.0}}`.
-        model: by default the course's perceptron; each method trains a copy of a given one.
+        model: as in `clext.train`; each method trains a copy of a given one.
         out: folder for `comparison.json` (also written after each task) and the picture.
         **settings: all other settings of `clext.train`, from `scenario` to `progress`.
 
@@ -205,7 +205,7 @@ def compare(
 def method_specs(
     owner: str,
     methods: str | Sequence[str | Sequence[str]] | None,
-    model: nn.Module | None,
+    model: nn.Module | str | None,
     options: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, MethodSpec]:
     """Each method by its label; ValueError by `owner` for what is none, or options of none."""

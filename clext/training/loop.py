@@ -18,8 +18,7 @@ from clext.core.modes import module_mode
 from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import DIGITS_LR, Batches, Split, load_dataset
-from clext.data.scenario import Scenario
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.training.advice import warn_if_near_chance, warn_of_slow_precision
@@ -68,7 +67,7 @@ def train(
     method: str | Sequence[str] | Method,
     *,
     strength: float | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     out: str | os.PathLike[str] | None = None,
     **options: object,
 ) -> Result:
@@ -84,7 +83,8 @@ def train(
             combine a penalty with a method that rehearses; or an instance (then its model is
             trained).
         dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
-            "mnist", "fashion_mnist" or "digits".
+            "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
+            "cifar100", "svhn" or "digits".
         scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
             below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
         incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
@@ -108,9 +108,11 @@ def train(
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
             `Result.worst_accuracy`; by default only after each epoch.
         strength: weight of the method's penalty; by default the method's own.
-        model: any module from examples ([N, features], or shaped as those of your own `Scenario`)
-            to logits [N, outputs], trained in place and moved to `device`; by default the course's
-            784-1024-512-256-10 perceptron, with the outputs that the scenario needs.
+        model: any module from examples ([N, features], of CIFAR and SVHN [N, 3, 32, 32], or shaped
+            as those of your own `Scenario`) to logits [N, outputs], trained in place and moved to
+            `device`; or the name of one, made for the examples: "mlp" (the default: the course's
+            784-1024-512-256-10 perceptron with the outputs that the scenario needs; "mlp-400-400"
+            with other hidden widths), "cnn", "resnet18" (for images of 32x32) or "vit_tiny".
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.

@@ -8,10 +8,10 @@ not reached. All results are in the units of `accuracy` (here fractions, not per
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
@@ -52,6 +52,43 @@ def summary(values: Iterable[float]) -> Summary:
     mean, std = float(known.mean()), float(known.std(ddof=1))
     half = float(stdtrit(len(known) - 1, 0.975)) * std / math.sqrt(len(known))
     return Summary(mean, std, mean - half, mean + half)
+
+
+def measured(accuracy: ArrayLike) -> Matrix:
+    """An accuracy matrix from elsewhere as one of ours, which has NaN above the diagonal.
+
+    ValueError if it is not square, lacks an accuracy in a row that was reached, or holds numbers
+    that are no fractions.
+    """
+    owner = "Result.from_accuracy: accuracy"
+    try:
+        matrix = np.array(accuracy, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{owner} must be a matrix of numbers [T, T] ({error})") from error
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"{owner} must be a matrix [T, T], got shape {list(matrix.shape)}")
+    seen = np.tril(np.ones_like(matrix, dtype=bool))
+    matrix[~seen] = math.nan
+    reached = seen & (np.arange(len(matrix)) < tasks_learned(matrix))[:, None]
+    if (np.isfinite(matrix) != reached).any():
+        raise ValueError(
+            f"{owner} must have a number for each task j <= k after task k, and NaN in whole rows "
+            "for tasks that were not learned yet"
+        )
+    for value in matrix[reached]:
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"{owner} must be fractions between 0 and 1, got {value:g}; divide per cents by 100"
+            )
+    return matrix
+
+
+def array_of(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:  # noqa: ANN401
+    """`values` as an array, NaN where they are missing; ValueError if it is of another shape."""
+    array = np.array(values, dtype=np.float64)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
+    return array
 
 
 def tasks_learned(accuracy: Matrix) -> int:

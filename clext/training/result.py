@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
+from clext.core.names import TITLES
 from clext.training import metrics
 from clext.training.shape import check_result
 from clext.training.storage import read_json, writable_folder, write_json
@@ -24,7 +25,6 @@ MATRIX_NAME = "matrix.png"
 
 _KIND = "result"
 _WIDEST_TABLE = 10
-_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 
 
 @dataclass(eq=False, repr=False)
@@ -40,7 +40,7 @@ class Result:
         untrained: float64 [T]; accuracy on each task of the model as it was given.
         steps: accuracies on the tasks seen taken every `evaluate_every` steps, if that was asked.
         config: every setting, the data set really used, seeds, device, threads and versions.
-        timings: the seconds spent on "training", "evaluation" and "consolidation".
+        timings: the seconds spent on "training", "evaluation" and "consolidation", where known.
         stopped: why the run ended early, or None.
     """
 
@@ -58,6 +58,31 @@ class Result:
         """A result in which nothing has been learned yet."""
         unknown = np.full(tasks, np.nan)
         return cls(np.full((tasks, tasks), np.nan), [], config, unknown, unknown.copy())
+
+    @classmethod
+    def from_accuracy(
+        cls,
+        accuracy: ArrayLike,
+        *,
+        method: str = "own loop",
+        scenario: str = "own tasks",
+        incremental: str = "domain",
+    ) -> Self:
+        """A result of accuracies that were measured elsewhere, for metrics, table and pictures.
+
+        Args:
+            accuracy: [T, T] fractions; [k, j] is the accuracy on task j after learning task k. What
+                is above the diagonal does not count; rows of tasks not learned yet are NaN.
+            method: as in pictures and tables.
+            scenario: as in titles.
+            incremental: see `clext.Scenario`.
+        """
+        matrix = metrics.measured(accuracy)
+        config = {"method": method, "scenario": scenario, "incremental": incremental}
+        result = cls.empty(len(matrix), {**config, "tasks": len(matrix), "epochs": 1})
+        result.accuracy[:] = matrix
+        result.curve[:] = result.average_accuracy  # one entry for each task
+        return result
 
     @property
     def complete(self) -> bool:
@@ -239,11 +264,11 @@ class Result:
             tasks = len(rows)
             unknown = [None] * tasks
             return cls(
-                _accuracies("accuracy", rows, (tasks, tasks)),
+                metrics.array_of("accuracy", rows, (tasks, tasks)),
                 content["curve"],
                 config,
-                _accuracies("before", content.get("before", unknown), (tasks,)),
-                _accuracies("untrained", content.get("untrained", unknown), (tasks,)),
+                metrics.array_of("before", content.get("before", unknown), (tasks,)),
+                metrics.array_of("untrained", content.get("untrained", unknown), (tasks,)),
                 content.get("steps", []),
                 content["timings"],
                 content["stopped"],
@@ -267,11 +292,13 @@ class Result:
 
     def _headline(self) -> str:
         config, average = self.config, self.average_accuracy
-        what = f"{self.label} on {config.get('scenario', '')} {self.data_name}{self.setting}"
+        what = f"{self.label} on {config.get('scenario', '')} {self.data_name}".rstrip()
+        what += self.setting
         if config.get("precision", "fp32") != "fp32":
             what += f" in {config['precision']}"
         epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
-        done = f"after {len(average)} of {config['tasks']} tasks, {epochs}"
+        done = f"after {len(average)} of {config['tasks']} tasks"
+        done += f", {epochs}" if self.timings else ""
         value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
         return f"{what}: {value}"
 
@@ -301,11 +328,9 @@ class Result:
                 f"minimum accuracy {self.worst_accuracy:.4f} "
                 "(lowest since learned, mean of earlier tasks)"
             )
-        time = f"{self.seconds:.1f} s"
-        if self.timings:
-            spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
-            time += f" ({spent})"
-        return [", ".join(parts) for parts in (changes, levels) if parts] + [time]
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
+        time = [f"{self.seconds:.1f} s ({spent})"] if self.timings else []
+        return [", ".join(parts) for parts in (changes, levels) if parts] + time
 
     @property
     def data_name(self) -> str:
@@ -322,13 +347,5 @@ class Result:
     def title(self) -> str:
         """What was learned, such as "Split MNIST, class-incremental"."""
         scenario = str(self.config.get("scenario", ""))
-        data = _TITLES.get(self.data_name, self.data_name)
-        return f"{scenario[:1].upper()}{scenario[1:]} {data}{self.setting}"
-
-
-def _accuracies(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:  # noqa: ANN401
-    """`values` as an array, NaN where they are missing; ValueError if it is of another shape."""
-    array = np.array(values, dtype=np.float64)
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {list(array.shape)}, not {list(shape)}")
-    return array
+        data = TITLES.get(self.data_name, self.data_name)
+        return f"{scenario[:1].upper()}{scenario[1:]} {data}".rstrip() + self.setting

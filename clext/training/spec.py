@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from clext.core.modes import module_mode
-from clext.core.names import METHOD_OPTIONS, part_names
+from clext.core.names import METHOD_OPTIONS, MODELS, part_names
 from clext.core.seeding import Seeds, generator
+from clext.data.datasets import as_numbers
 from clext.methods import Method, make_method
 from clext.methods.parts.options import option_names
-from clext.training.models import mlp
+from clext.training.models import ImageModel, hidden_widths, mlp, named_model
 from clext.training.settings import check_option_names
 
 if TYPE_CHECKING:
@@ -27,24 +28,27 @@ class MethodSpec:
     """What is to be trained."""
 
     method: str | Sequence[str] | Method
-    model: nn.Module | None = None
+    model: nn.Module | str | None = None
     strength: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def makes_model(self) -> bool:
-        """Whether the model is a perceptron of our own."""
-        return self.model is None and not isinstance(self.method, Method)
+        """Whether the model is one of our own."""
+        return not isinstance(self.model, nn.Module) and not isinstance(self.method, Method)
 
     def build(self, seeds: Seeds, scenario: Scenario | None = None) -> Method:
         """The method on its model; ValueError if the method, an option or the model is wrong.
 
         While there is no scenario yet, a model of our own is the course's, for MNIST; that is also
-        how options are checked before the data is loaded. It draws from no global random state.
+        how options are checked before the data is loaded. It leaves the global random state alone.
         """
-        if self.model is not None:
-            _check_model(self.model)
+        _check_model(self.model)
         if isinstance(self.method, Method):
+            if isinstance(self.model, str):
+                raise ValueError(
+                    f"train: model={self.model!r}, but the given method has a model; leave it out"
+                )
             own = [name for part in self.method.parts for name in option_names(type(part))]
             check_option_names(self.method.name, self.options, own)
             model = self.method.model if self.model is None else self.model
@@ -52,32 +56,31 @@ class MethodSpec:
         names = part_names(self.method)
         known = [option for name in names for option in METHOD_OPTIONS[name]]
         check_option_names("+".join(names), self.options, known)
-        model = perceptron(scenario, seeds.model) if self.model is None else self.model
+        model = self.model if isinstance(self.model, nn.Module) else self._make(seeds, scenario)
         options = {"seed": seeds.method} if "seed" in known else {}
         return make_method(names, model, strength=self.strength, **{**options, **self.options})
 
+    def _make(self, seeds: Seeds, scenario: Scenario | None) -> nn.Module:
+        if scenario is None:
+            return mlp(random=generator(seeds.model))
+        name = self.model if isinstance(self.model, str) else "mlp"
+        return named_model(name, scenario.input_shape, scenario.num_outputs, seeds.model)
+
     def fits(self, method: Method, scenario: Scenario) -> bool:
-        """Whether a model of our own has the widths that the scenario needs."""
+        """Whether a model of our own is the one that the scenario needs."""
         if not self.makes_model:
             return True
+        if self.model not in (None, "mlp"):
+            return isinstance(method.model, ImageModel)
         widths = _widths(method.model)
         return widths[:1] + widths[-1:] == [math.prod(scenario.input_shape), scenario.num_outputs]
 
 
-def perceptron(scenario: Scenario | None, seed: int) -> nn.Sequential:
-    """The course's perceptron for the scenario's examples, or without one for MNIST's."""
-    if scenario is None:
-        return mlp(random=generator(seed))
-    shape = scenario.input_shape
-    model = mlp(math.prod(shape), scenario.num_outputs, generator(seed))
-    return model if len(shape) == 1 else nn.Sequential(nn.Flatten(), *model)
-
-
 def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
     """Try the model on two examples: a shape error in the first step would name no argument."""
-    stored, outputs = scenario.tasks[0].stored_train.inputs, scenario.num_outputs
-    dtype = input_dtype(model) if stored.is_floating_point() else stored.dtype
-    probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=dtype)
+    outputs = scenario.num_outputs
+    stored = as_numbers(scenario.tasks[0].stored_train.inputs[:1], input_dtype(model))
+    probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=stored.dtype)
     shape = ", ".join(["N", *map(str, scenario.input_shape)])
     expected = f"inputs [{shape}] into logits [N, {outputs}]"
     remedy = "begin it with nn.Unflatten if it takes images"
@@ -129,7 +132,9 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
 
 
 def _describe_model(model: nn.Module) -> str:
-    """The widths of a plain perceptron, else the name of the class."""
+    """The widths of a plain perceptron, the name of a model that has one, else of the class."""
+    if isinstance(model, ImageModel):
+        return model.name
     plain = type(model) is nn.Sequential and all(
         isinstance(m, nn.Linear | nn.ReLU | nn.Flatten) for m in model
     )
@@ -141,11 +146,16 @@ def _widths(model: nn.Module) -> list[int]:
     return [layers[0].in_features, *(layer.out_features for layer in layers)]
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module | str | None) -> None:
+    if model is None:
+        return
+    if isinstance(model, str):
+        hidden_widths(model)
+        return
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"train: model must be a torch.nn.Module, got {type(model).__name__}; "
-            "leave it out to train the course's perceptron"
+            f"train: model must be a torch.nn.Module or a name ({', '.join(MODELS)}), got "
+            f"{type(model).__name__}; leave it out to train the course's perceptron"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(

@@ -44,7 +44,7 @@ def sweep(
     strengths: Strengths | None = None,
     seeds: Iterable[int] = range(5),
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     n_jobs: int | None = None,
     threads: int | None = None,
     **settings: object,
@@ -67,7 +67,7 @@ def sweep(
             own, such as `{"ewc": [10, 100], "si": [1]}`; by default each method's default.
         seeds: those of `clext.train`, one run for each.
         options: for a method's name its options, as in `clext.compare`.
-        model: by default the course's perceptron; each run trains a copy of a given one.
+        model: as in `clext.train`; each run trains a copy of a given one.
         n_jobs: how many runs at once, -1 for one on each core; by default that of an enclosing
             `joblib.parallel_config`, else 1.
         threads: of each run, on which the last bits of its matrix products may depend; by default

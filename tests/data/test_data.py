@@ -68,8 +68,8 @@ class TestSources:
         write_dataset(tmp_path / layout, zipped=zipped)
         dataset = load_dataset("mnist", tmp_path)
         assert dataset.train.inputs.shape == (12, 784)
-        assert dataset.train.inputs.dtype == torch.float32
-        assert dataset.train.inputs[0, :3].tolist() == pytest.approx([0, 7 / 255, 14 / 255])
+        assert dataset.train.inputs.dtype == torch.uint8
+        assert dataset.train.inputs[0, :3].tolist() == [0, 7, 14]
         assert dataset.train.labels.tolist() == [*range(10), 3, 4]
         assert dataset.train.labels.dtype == torch.int64
         assert len(dataset.test.labels) == 5
@@ -87,6 +87,14 @@ class TestSources:
         write_dataset(lonely_machine)
         with pytest.raises(DataError, match=r"data_dir .* does not exist"):
             load_dataset("mnist", tmp_path / "typo")
+
+    def test_kmnist_has_a_folder_of_its_own(self, tmp_path):
+        write_dataset(tmp_path / "KMNIST" / "raw", zipped=True)
+        assert load_dataset("kmnist", tmp_path).name == "kmnist"
+        assert str(tmp_path) in whereabouts(tmp_path)["kmnist"]
+        write_dataset(tmp_path / "other", train_labels=FASHION_OPENING)
+        with pytest.raises(DataError, match=r"the files in .* are Fashion-MNIST"):
+            load_dataset("kmnist", tmp_path / "other")
 
     def test_fashion_mnist_is_not_mistaken_for_mnist(self, tmp_path):
         write_dataset(tmp_path, train_labels=FASHION_OPENING)
@@ -118,7 +126,7 @@ class TestAnnouncement:
         assert all(w in line for w in ("stands in for MNIST", "there is no network", "CLEXT_DATA"))
 
     def test_strict_names_never_fall_back(self):
-        for name in ("mnist", "fashion_mnist"):
+        for name in ("mnist", "fashion_mnist", "kmnist"):
             with pytest.raises(
                 DataError, match=r"data_dir.*CLEXT_DATA.*pip install 'clext\[vision\]'"
             ):

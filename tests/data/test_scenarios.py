@@ -1,10 +1,13 @@
 """Scenarios: the tasks that are made of a data set, and those of a user's own data sets."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
@@ -12,7 +15,7 @@ import clext
 from clext import Scenario
 from clext.core.names import INCREMENTAL, SCENARIOS
 from clext.data.datasets import Dataset, Split
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import make_scenario
 
 
 def dataset(features: int = 9) -> Dataset:
@@ -134,7 +137,7 @@ class TestRotated:
 
     def test_images_have_to_be_square(self):
         split = Split(torch.rand(4, 8), torch.zeros(4, dtype=torch.int64))
-        with pytest.raises(ValueError, match="square images, got 8 features"):
+        with pytest.raises(ValueError, match="square images, got 8 pixels"):
             make_scenario("rotated", Dataset("toy", split, split, 1, ""), 2, 0)
 
 
@@ -282,3 +285,59 @@ def test_tensors_move_once_for_all_tasks(name):
     moved = make_scenario(name, data, 2, 0).to(torch.device("cpu"), torch.float64)
     assert len({id(task.stored_train.inputs) for task in moved.tasks}) == 1
     assert moved.tasks[1].train().inputs.dtype == torch.float64
+
+
+class TestByName:
+    """`Scenario.permuted` and its sisters: the tasks of `clext.train`, for any loop."""
+
+    @pytest.mark.parametrize("name", SCENARIOS)
+    def test_the_tasks_are_those_of_train(self, name):
+        options = {"tasks": 2, "seed": 3, "incremental": "class"}
+        given = getattr(Scenario, name)("digits", **options)
+        run = {"epochs": 1, "lr": 1e-3, "progress": False}
+        ours = clext.train("ewc", scenario=given, seed=3, **run)
+        named = clext.train("ewc", scenario=name, dataset="digits", **options, **run)
+        assert ours.title == named.title
+        np.testing.assert_array_equal(ours.accuracy, named.accuracy)
+
+    def test_loaders_give_the_examples_in_orders_of_the_seed(self):
+        task = Scenario.split("digits", tasks=5, incremental="class").tasks[1]
+        train, test = task.train(), task.test()
+        loader = task.train_loader(100, seed=1)
+        passes = [[torch.cat(part) for part in zip(*loader, strict=True)] for _ in range(2)]
+        again = [torch.cat(part) for part in zip(*task.train_loader(100, seed=1), strict=True)]
+        assert [len(y) for _, y in loader] == [100, 100, len(train.labels) - 200]
+        assert all(a.equal(b) for a, b in zip(passes[0], again, strict=True))
+        assert not passes[0][0].equal(passes[1][0])  # another order in each pass
+        for inputs, labels in passes:
+            assert labels.bincount().equal(train.labels.bincount())  # global labels: 2 and 3
+            torch.testing.assert_close(inputs.sum(0), train.inputs.sum(0))
+        in_order = next(iter(task.train_loader(50, shuffle=False)))
+        assert in_order[0].equal(train.inputs[:50])
+        assert torch.cat([y for _, y in task.test_loader(7)]).equal(test.labels)
+
+    def test_a_wrong_argument_names_its_owner(self):
+        with pytest.raises(ValueError, match="Scenario.rotated: tasks must be an integer >= 1"):
+            Scenario.rotated("digits", tasks=0)
+        with pytest.raises(ValueError, match="'incremental' of Scenario.split: 'tasks'"):
+            Scenario.split("digits", incremental="tasks")
+
+
+def test_the_loop_that_the_readme_shows(capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if "train_loader" in block)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 10)
+    reg = clext.SI(model)
+
+    def accuracy(model, loader) -> float:
+        hits = [(model(x).argmax(1) == y).float() for x, y in loader]
+        return torch.cat(hits).mean().item()
+
+    optimizer = clext.optim.Adam(model.parameters(), lr=1e-2, method=reg)
+    names = {"clext": clext, "F": F, "model": model, "reg": reg, "optimizer": optimizer}
+    exec(compile(code.replace('"mnist"', '"digits"'), "README", "exec"), names | locals())
+    printed = capsys.readouterr().out
+    assert "si on permuted: average accuracy 0." in printed
+    assert "after task 3" in printed

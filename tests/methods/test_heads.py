@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clext
-from clext.data.scenarios import make_scenario
+from clext.data.scenario import make_scenario
 from clext.methods.parts.heads import Heads
 
 

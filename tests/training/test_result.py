@@ -482,3 +482,39 @@ class TestSpread:
             moved = np.array(spread(list(wanted), gap=9))
             assert (moved.argsort() == wanted.argsort()).all()
             assert np.diff(np.sort(moved)).min() > 9 - 1e-9
+
+
+class TestFromAccuracy:
+    def test_metrics_table_and_pictures_of_a_matrix_from_elsewhere(self, tmp_path):
+        rows = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.1], [0.6, 0.5, 1.0]]
+        ours = Result.from_accuracy(rows, method="si", scenario="permuted", incremental="class")
+        assert np.isnan(ours.accuracy[0, 1:]).all()  # tasks that were not learned yet
+        assert ours.average_accuracy == ours.curve == pytest.approx([0.9, 0.75, 0.7])
+        assert ours.forgetting == pytest.approx(0.3)
+        assert ours.complete
+        assert str(ours).startswith(
+            "si on permuted, class-incremental: average accuracy 0.7000 after 3 of 3 tasks\n"
+        )
+        assert ours.title == "Permuted, class-incremental"
+        assert not str(ours).splitlines()[-1].endswith(" s")  # nothing of time is known
+        ours.save(tmp_path)
+        assert (tmp_path / "matrix.png").exists()
+        assert str(Result.load(tmp_path)) == str(ours)
+
+    def test_tasks_that_were_not_learned_yet(self):
+        ours = Result.from_accuracy([[0.9, NAN], [NAN, NAN]])
+        assert (ours.complete, ours.average_accuracy) == (False, [0.9])
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([[0.9, 0.8]], r"matrix \[T, T\], got shape \[1, 2\]"),
+            ([], r"matrix \[T, T\], got shape \[0\]"),
+            ([[90.0]], "fractions between 0 and 1, got 90; divide per cents by 100"),
+            ([[0.9, NAN], [NAN, 0.8]], "must have a number for each task j <= k"),
+            ([["high"]], "must be a matrix of numbers"),
+        ],
+    )
+    def test_what_is_no_accuracy_matrix(self, rows, message):
+        with pytest.raises(ValueError, match=message):
+            Result.from_accuracy(rows)

@@ -37,7 +37,7 @@ BAD_INPUT = [
     ({"strength": -1.0}, "strength must be"),
     ({"device": "cuda:99"}, "device 'cuda:99' is not available here .* leave device out"),
     ({"device": "meta"}, "device 'meta' is not available here"),
-    ({"model": "mlp"}, "model must be a torch.nn.Module, got str"),
+    ({"model": "mlpp"}, "unknown model 'mlpp'; did you mean 'mlp'"),
     ({"model": nn.ReLU()}, "model has no trainable parameter"),
     ({"batch_size": 2**63}, r"batch_size must be an integer >= 1 and < 1,0.*, got 92233720"),
     ({"tasks": 10**8}, "tasks=100000000 takes at least .* GiB, more than the .* of memory here"),
