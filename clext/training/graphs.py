@@ -94,7 +94,7 @@ class GraphedSteps(TaskSteps):
                     "its kernels are launched one by one, which is slower",
                     stacklevel=2,
                 )
-                self.method.model.zero_grad()  # what it got to before it failed
+                self.optimizer.zero_grad()  # what it got to before it failed
                 self._replay = self._step_at_position
         return self._replay
 
@@ -103,6 +103,7 @@ class GraphedSteps(TaskSteps):
         rows = self._batches.index_select(0, self._position).view(-1)
         loss = self.backward(rows)
         self.optimizer.launch()
+        self.optimizer.zero_grad()
         value = (loss + self.optimizer.penalty).to(self._losses.dtype)
         self._losses.index_copy_(0, self._position, value.view(1))
         self._position += 1

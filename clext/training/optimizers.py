@@ -108,14 +108,16 @@ class TaskOptimizer:
         return found
 
     def step(self) -> None:
-        """One step; the gradients are cleared."""
+        """One step."""
         self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
         self.optimizer.zero_grad()
 
     def launch(self) -> None:
-        """The same as what can be recorded; `after_replay` is the rest."""
+        """What of a step can be recorded; `after_replay` is the rest."""
         self._fused.launch()
-        self.optimizer.zero_grad()
 
     def after_replay(self) -> None:
         """What is left to do after each replay."""

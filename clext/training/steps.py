@@ -62,6 +62,7 @@ class TaskSteps:
         loss = self.backward(rows)
         with autocast(self.device, self.precision if self.method.runs_model else "fp32"):
             self.optimizer.step()
+        self.optimizer.zero_grad()
         return loss + self.optimizer.penalty
 
     def backward(self, rows: Tensor) -> Tensor:
