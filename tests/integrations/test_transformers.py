@@ -364,12 +364,6 @@ def test_an_optimizer_that_has_the_method(tmp_path):
     refused(model, method, "make it without method=", tmp_path, optimizer)
 
 
-def test_a_loss_of_its_own_on_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    model = Classifier()
-    refused(model, clext.Replay(model), "reduces gradients over 2 processes", tmp_path)
-
-
 def test_no_method(tmp_path):
     with pytest.raises(TypeError, match="expected a method of clext, got str"):
         ContinualTrainer(Classifier(), arguments(tmp_path), method="si")

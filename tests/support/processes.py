@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -178,6 +179,10 @@ def _serve(
 
 def _called(module: str, path: str, function: str, arguments: bytes) -> Any:
     if module not in sys.modules:
+        parts = module.split(".")
+        for end in range(1, len(parts)):  # the folders, which pickle asks for by name
+            name = ".".join(parts[:end])
+            sys.modules.setdefault(name, types.ModuleType(name))
         spec = importlib.util.spec_from_file_location(module, path)
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
