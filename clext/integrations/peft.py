@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from clext import ops
 from clext.core.lists import state_dtype
 from clext.core.parameters import canonical_names
+from clext.core.sharding import is_sharded
 from clext.methods import Method
 from clext.methods.combined import delegated
 from clext.methods.parts.options import scale_of
@@ -77,6 +78,11 @@ class MergedPenalty(Method):
             raise ValueError(
                 f"MergedPenalty: base is a {type(base).__name__}, expected a method with a "
                 "quadratic penalty, such as clext.EWC(model)"
+            )
+        if any(map(is_sharded, base.model.parameters())):
+            raise ValueError(
+                "MergedPenalty needs whole parameters, got a model sharded by fully_shard or tensor "
+                "parallelism; train the adapters under DistributedDataParallel"
             )
         self.base, self.model, self.heads = base, base.model, base.heads
         self.name = f"lora+{base.name}"  # type: ignore[misc]
@@ -189,6 +195,8 @@ class MergedWeights:
 
     Nothing is kept from one step to the next: adapters may be added, switched and merged.
     """
+
+    is_sharded = False  # `MergedPenalty` refuses such
 
     def __init__(self, base: QuadraticPenalty) -> None:
         self.model, self.plan = base.model, self
