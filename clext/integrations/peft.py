@@ -81,8 +81,8 @@ class MergedPenalty(Method):
             )
         if any(map(is_sharded, base.model.parameters())):
             raise ValueError(
-                "MergedPenalty needs whole parameters, got a model sharded by fully_shard or tensor "
-                "parallelism; train the adapters under DistributedDataParallel"
+                "MergedPenalty needs whole parameters, got a model sharded by fully_shard or "
+                "tensor parallelism; train the adapters under DistributedDataParallel"
             )
         self.base, self.model, self.heads = base, base.model, base.heads
         self.name = f"lora+{base.name}"  # type: ignore[misc]
