@@ -90,7 +90,7 @@ class Processes:
     def check_equal(self, owner: str, named: Mapping[str, Tensor]) -> None:
         """ValueError unless all have the same, where they should be copies."""
         copies = {name: entry for name, entry in named.items() if not is_sharded(entry)}
-        if not self.groups or not copies:
+        if not copies:
             return
         found = [entry.detach().sum(dtype=torch.float64).cpu() for entry in copies.values()]
         sums = torch.stack(found).nan_to_num().tolist()
@@ -115,7 +115,8 @@ def processes_of(model: nn.Module) -> Processes:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
-    wrappers = [m for m in model.modules() if isinstance(m, _wrapper_kinds())]
+    kinds = _wrapper_kinds()
+    wrappers = [module for module in model.modules() if isinstance(module, kinds)]
     for wrapper in wrappers:
         if isinstance(wrapper, DistributedDataParallel):
             return _of_group(wrapper.process_group)
@@ -130,7 +131,8 @@ def processes_of(model: nn.Module) -> Processes:
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called with."""
-    return [module for module in model.modules() if isinstance(module, _wrapper_kinds()[1:])]
+    kinds = _wrapper_kinds()[1:]
+    return [module for module in model.modules() if isinstance(module, kinds)] if kinds else []
 
 
 def _wrapper_kinds() -> tuple[type, ...]:

@@ -182,8 +182,9 @@ class Method:
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             self._follow_model()
             processes = self.heads.processes
-            processes.follow_first_(self.model.buffers())  # as DDP does at the next forward pass
-            processes.check_equal(self.name, self._copies())
+            if processes.groups:
+                processes.follow_first_(self.model.buffers())  # as DDP does at the next forward
+                processes.check_equal(self.name, self._copies())
             self._end_task(dataloader)  # type: ignore[arg-type]  # an optimizer is EWC's to refuse
         self.tasks, steps, self.steps = self.tasks + 1, self.steps, 0
         warn_if_unused(self, steps)

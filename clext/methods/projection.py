@@ -87,9 +87,9 @@ class GradientProjection(Method):
         if not self._sizes or not grads:
             return self.penalty()
         rows = self._rows_of(params)
-        # Statistics of a batch are those of all its examples.
-        shares = not any(isinstance(module, _BatchNorm) for module in self.model.modules())
-        processes = self.heads.processes if shares else ALONE
+        processes = self.heads.processes
+        if processes.groups and any(isinstance(m, _BatchNorm) for m in self.model.modules()):
+            processes = ALONE  # statistics of a batch are those of all its examples
         with (
             torch.enable_grad(),
             buffers_kept(self.model),
