@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+
+T = TypeVar("T", Tensor, float)
 
 
 def is_sharded(tensor: object) -> bool:
@@ -109,12 +112,15 @@ def number_of_parts(tensor: Tensor) -> int:
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
-def summed(values: Sequence[Tensor]) -> Tensor:
-    """The sum of numbers; where some are still to be summed over processes, such a number."""
-    mesh = Mesh(values)
-    parts = [mesh.share(local(value), number_of_parts(value)) for value in values]
-    device = parts[0].device
-    return mesh.total(sum((part.to(device) for part in parts[1:]), parts[0]))
+def plus(value: Tensor, other: Tensor | float) -> Tensor:
+    """The sum of two numbers; where one is still to be summed over processes, such a number."""
+    mesh = Mesh([value, *([other] if isinstance(other, Tensor) else [])])
+    part = mesh.share(local(value), number_of_parts(value))
+    if isinstance(other, Tensor):
+        more: Any = mesh.share(local(other), number_of_parts(other)).to(part.device)
+    else:
+        more = mesh.share(other, 1)
+    return mesh.total(part + more)
 
 
 class Mesh:
@@ -130,9 +136,9 @@ class Mesh:
     def __bool__(self) -> bool:
         return self._mesh is not None
 
-    def share(self, value: Tensor, parts: int) -> Tensor:
+    def share(self, value: T, parts: int) -> T:
         """What this process adds to a sum over all, of a number that only `parts` have for all."""
-        return value * (parts / self._mesh.size()) if self else value
+        return cast("Any", value) * (parts / self._mesh.size()) if self else value
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a number over the processes, for whoever calls `full_tensor()` of it."""

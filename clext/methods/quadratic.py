@@ -16,7 +16,7 @@ from clext.core.parameters import (
     check_wrappers,
 )
 from clext.core.processes import sharded_modules
-from clext.core.sharding import local, summed
+from clext.core.sharding import plus
 from clext.methods.base import Method
 from clext.methods.parts.options import checked_state_dtype, scale_of
 from clext.methods.parts.state import ParameterState, StateView
@@ -120,9 +120,7 @@ class QuadraticPenalty(Method):
         scale = 1.0 if scaler is None else scale_of(scaler)
         value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
         self.steps += not self._step.follows_path
-        if not self.constant:
-            return value
-        return summed([value, torch.full_like(local(value), self.strength * self.constant)])
+        return plus(value, self.strength * self.constant) if self.constant else value
 
     def update(self) -> None:
         """Look at a step, after it; RuntimeError if a path integral needs it and none was kept."""

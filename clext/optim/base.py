@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -13,11 +12,10 @@ from torch._compile import _disable_dynamo  # as torch's optimizers: lazily, unl
 from torch.optim import Optimizer
 
 from clext.core.checks import flag, learning_rate, number, refuse, scalar
-from clext.core.processes import processes_of
-from clext.core.sharding import local, summed
+from clext.core.sharding import plus
 from clext.optim.clip import clip_factor
 from clext.optim.plans import Group, Keys, Part, Plans, fitted, refuse_capture
-from clext.optim.protector import Attached, Protector, fingerprint, warn_if_other
+from clext.optim.protector import Attached, Protector, check_whole, fingerprint, warn_if_other
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -101,7 +99,7 @@ class FusedOptimizer(Optimizer):
                 raise ValueError(
                     f"{owner}: {method.name} was made for a model that has none of these parameters"
                 )
-            self._check_whole(method)
+            check_whole(owner, method, self.param_groups)
         self._begin()
 
     def _begin(self) -> None:
@@ -111,22 +109,6 @@ class FusedOptimizer(Optimizer):
         self._attachment: Attached | None = None  # of a method that is called around the step
         if self._method is not None and self._method.fused is None:
             self._attachment, self._protector = self._method.attach(self), None
-
-    def _check_whole(self, method: Protector) -> None:
-        """ValueError if a path would be followed for a part of the parameters on each process."""
-        if "torch.distributed.optim.zero_redundancy_optimizer" not in sys.modules:
-            return
-        if not method.fused or "path" not in method.fused or not processes_of(method.model).groups:
-            return
-        own = {entry for group in self.param_groups for entry in group["params"]}
-        trained = [entry for entry in method.model.parameters() if entry.requires_grad]
-        if not own.issuperset(trained):
-            raise ValueError(
-                f"{type(self).__name__}: got {len(own)} of {len(trained)} parameters that "
-                f"{method.name} follows, expected all on each of several processes; where "
-                "ZeroRedundancyOptimizer makes this one, leave method= out, and attach() the "
-                "method to that"
-            )
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -255,12 +237,11 @@ class FusedOptimizer(Optimizer):
         penalty: Tensor | None = None
         for value in self._plans.each(method, run):
             if value is not None:
-                penalty = value if penalty is None else summed([penalty, value])
+                penalty = value if penalty is None else plus(penalty, value)
         if self.clear_grad and found_inf is not None:
             self.zero_grad(set_to_none=False)  # a skipped pass leaves them, infinite as they are
         if method is not None and method.constant and penalty is not None:
-            constant = torch.full_like(local(penalty), method.strength * method.constant)
-            penalty = summed([penalty, constant])
+            penalty = plus(penalty, method.strength * method.constant)
         self._penalty = penalty
 
     # ------------------------------------------------------------------ torch's habits

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
+from clext.core.processes import processes_of
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -57,6 +62,22 @@ def state_of(method: Protector | None) -> ProtectedState | None:
     if method is None or not method.fused:
         return None
     return cast("ProtectedState", cast("Any", method)._state)
+
+
+def check_whole(owner: str, method: Protector, groups: Sequence[dict[str, Any]]) -> None:
+    """ValueError if a path would be followed for a part of the parameters on each process."""
+    if "torch.distributed.optim.zero_redundancy_optimizer" not in sys.modules:
+        return
+    if not method.fused or "path" not in method.fused or not processes_of(method.model).groups:
+        return
+    own = {entry for group in groups for entry in group["params"]}
+    trained = [entry for entry in method.model.parameters() if entry.requires_grad]
+    if not own.issuperset(trained):
+        raise ValueError(
+            f"{owner}: got {len(own)} of {len(trained)} parameters that {method.name} follows, "
+            "expected all on each of several processes; where ZeroRedundancyOptimizer makes this "
+            "one, leave method= out, and attach() the method to that"
+        )
 
 
 def fingerprint(method: Protector) -> dict[str, Any]:
