@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -38,6 +37,7 @@ from clext.training.arguments import (
     parse_strengths,
 )
 from clext.training.settings import NAMES, Settings, check_option_names
+from clext.training.storage import new_folder
 
 _WRONG_INPUT = 2
 _FAILED = 1
@@ -191,7 +191,7 @@ def train(
 
         import clext
 
-        folder = out or _new_folder("+".join(names))
+        folder = out or new_folder("+".join(names))
         chosen: Any = {"strength": strength, "model": model, "out": folder}
         result = clext.train(method, **chosen, **settings, **given)
         click.echo(result)
@@ -237,7 +237,7 @@ def compare(
         import clext
         from clext.training.result import PICTURE_NAME
 
-        folder = out or _new_folder("compare")
+        folder = out or new_folder("compare")
         comparison = clext.compare(chosen, options=per_method, model=model, out=folder, **settings)
         click.echo(comparison)
         comparison.save(folder)  # as for train
@@ -307,14 +307,6 @@ def info(data_dir: str | None, method: str | None) -> None:
         from clext.training.describe import describe_everything, describe_method
 
         click.echo(describe_everything(data_dir) if method is None else describe_method(method))
-
-
-def _new_folder(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 and so on, so that no earlier result is replaced unasked."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
 
 
 @contextmanager

@@ -9,6 +9,7 @@ steps, so that neither needs a pass over data, which would hold the whole model 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -119,23 +120,30 @@ def step_of(metadata: Path) -> int:
     return int(metadata.parent.name.removeprefix("step-"))
 
 
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, method: clext.Method
+) -> dict[str, Any]:
+    """All that a run goes on from."""
+    parameters, averages = get_state_dict(model, optimizer)
+    return {"model": parameters, "optimizer": averages, "method": method}
+
+
 def save(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, method: clext.Method
 ) -> None:
     """Each process writes what it has; `.metadata` comes last."""
-    parameters, averages = get_state_dict(model, optimizer)
-    state = {"model": parameters, "optimizer": averages, "method": method}
-    dcp.save(state, checkpoint_id=folder)
+    dcp.save(state_of(model, optimizer, method), checkpoint_id=folder)
 
 
 def load(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, method: clext.Method
 ) -> None:
     """Each process reads what it has now."""
-    parameters, averages = get_state_dict(model, optimizer)
-    state = {"model": parameters, "optimizer": averages, "method": method}
+    state = state_of(model, optimizer, method)
     dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=parameters, optim_state_dict=averages)
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
 
 
 if __name__ == "__main__":

@@ -260,13 +260,12 @@ class Result:
         """
         try:
             check_result(content)
-            config, rows = content["config"], content["accuracy"]
-            tasks = len(rows)
+            tasks = content["config"]["tasks"]
             unknown = [None] * tasks
             return cls(
-                metrics.array_of("accuracy", rows, (tasks, tasks)),
+                metrics.array_of("accuracy", content["accuracy"], (tasks, tasks)),
                 content["curve"],
-                config,
+                content["config"],
                 metrics.array_of("before", content.get("before", unknown), (tasks,)),
                 metrics.array_of("untrained", content.get("untrained", unknown), (tasks,)),
                 content.get("steps", []),

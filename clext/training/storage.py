@@ -37,6 +37,14 @@ def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:
     return folder
 
 
+def new_folder(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 and so on, so that no earlier result is replaced unasked."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
 @contextmanager
 def claimed_folder(path: str | os.PathLike[str] | None, argument: str) -> Iterator[Path | None]:
     """As `writable_folder`; None for None. If the work inside is refused, a new one goes again."""
