@@ -38,10 +38,12 @@ def quick_sweeps(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ray():
+def ray(tmp_path_factory):
+    """A local Ray; its processes import from the folder where it is started, so not a checkout's."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.chdir(tmp_path_factory.mktemp("ray"))
         ray.init(num_cpus=2, include_dashboard=False)
     yield ray
     ray.shutdown()
