@@ -9,7 +9,7 @@ from clext.core.checks import unknown_name
 
 DATASETS = (
     *("auto", "mnist", "fashion_mnist", "kmnist", "emnist"),
-    *("cifar10", "cifar100", "svhn", "digits"),
+    *("cifar10", "cifar100", "svhn", "tiny_imagenet", "omniglot", "digits"),
 )
 # As in the titles of pictures.
 TITLES = {
@@ -20,6 +20,8 @@ TITLES = {
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
+    "tiny_imagenet": "Tiny ImageNet",
+    "omniglot": "Omniglot",
 }
 SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")

@@ -1,4 +1,4 @@
-"""The data sets that have a name: MNIST and its kind, CIFAR, SVHN, and scikit-learn's digits.
+"""The data sets that have a name: MNIST and its kind, CIFAR and others, scikit-learn's digits.
 
 `load_dataset` looks on this machine first, may download through torchvision (the optional extra
 `vision`), and always says in one line which data it took and why.
@@ -148,7 +148,9 @@ def load_dataset(
     Args:
         name: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
             "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split: 47 letters and
-            digits), "cifar10", "cifar100", "svhn" or "digits".
+            digits), "cifar10", "cifar100", "svhn", "tiny_imagenet" (200 classes of 64x64, tested on
+            its validation images), "omniglot" (964 characters as 28x28, of each 15 drawings to
+            train and 5 to test on) or "digits".
         data_dir: folder with the IDX files, plain or gzipped, in itself, in `raw` or in
             `MNIST/raw` (`FashionMNIST/raw`, `KMNIST/raw`); or the folder that torchvision's class
             of the others would be given. By default $CLEXT_DATA, then the cache folder. A download

@@ -41,16 +41,16 @@ def download(
     show: bool,
     parts: Sequence[dict[str, Any]] = ({"train": True}, {"train": False}),
 ) -> str | None:
-    """Let `torchvision.datasets.<class_name>` download to `root`; the reason if it did not.
+    """Let the data set's class (see `dataset_class`) download to `root`; the reason if it did not.
 
     `parts` are what the class takes for each of its parts.
     """
     problem = torchvision_problem()
     if problem is not None:
         return problem
-    import torchvision.datasets
+    from clext.data.image_folders import dataset_class
 
-    source = getattr(torchvision.datasets, class_name)
+    source = dataset_class(class_name)
     if not _reachable(_servers(source)):
         return "the download servers cannot be reached from here"
     if show:
@@ -65,7 +65,7 @@ def download(
 
 
 def _servers(source: Any) -> list[str]:  # noqa: ANN401
-    """Where a class of torchvision downloads from."""
+    """Where such a class downloads from."""
     if hasattr(source, "split_list"):
         return [url for url, _, _ in source.split_list.values()]
     return [source.url] if hasattr(source, "url") else source.mirrors

@@ -1,6 +1,6 @@
-"""The data sets that classes of torchvision read: CIFAR-10 and -100, SVHN, EMNIST.
+"""The data sets that need torchvision: CIFAR, SVHN, EMNIST, Tiny ImageNet, Omniglot.
 
-These know the files' checksums, but for those of EMNIST, of which only the download has one.
+Its classes know the files' checksums; of EMNIST and Tiny ImageNet only the download has one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Images(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionFiles:
-    """A data set of torchvision: how its class is called, and what that leaves to be done."""
+    """How a data set's class is called (see `dataset_class`), and what that leaves to be done."""
 
     title: str
     class_name: str
@@ -63,6 +63,10 @@ VISION_DATASETS = {
         labels="labels",
         order=(0, 1, 2, 3),
     ),
+    "tiny_imagenet": VisionFiles("Tiny ImageNet", "TinyImageNet", "tiny-imagenet-200", 200),
+    "omniglot": VisionFiles(
+        "Omniglot", "Omniglot", "omniglot-py/images_background", 964, order=(0, 1, 2)
+    ),
 }
 
 
@@ -83,7 +87,7 @@ def vision_images(
         raise DataError(
             f"{files.title} cannot be had: {'; '.join([*missing, problem])}. Pass data_dir or "
             f"set {ENVIRONMENT_VARIABLE} to the folder that has its {files.place}, as "
-            f"torchvision.datasets.{files.class_name} leaves it, or install torchvision (pip "
+            f"torchvision or the original archive leaves it, or install torchvision (pip "
             "install 'clext[vision]') and run once with a network"
         )
     return place, *_read(files, place[0])
@@ -103,9 +107,9 @@ def _found(files: VisionFiles, roots: list[Root]) -> Root | None:
 
 
 def _read(files: VisionFiles, root: Path) -> tuple[Images, Images]:
-    import torchvision.datasets
+    from clext.data.image_folders import dataset_class
 
-    source = getattr(torchvision.datasets, files.class_name)
+    source = dataset_class(files.class_name)
     try:
         train, test = (_images(files, source(root, **part)) for part in files.parts)
     except Exception as error:  # torchvision checks little before it reads

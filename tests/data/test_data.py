@@ -258,7 +258,9 @@ class TestDownload:
 
         package = types.ModuleType("torchvision")
         package.datasets = types.ModuleType("torchvision.datasets")
-        package.datasets.MNIST = Source
+        classes = types.ModuleType("clext.data.image_folders")
+        classes.dataset_class = {"MNIST": Source}.get
+        monkeypatch.setitem(sys.modules, classes.__name__, classes)
         monkeypatch.setitem(sys.modules, "torchvision", package)
         monkeypatch.setitem(sys.modules, "torchvision.datasets", package.datasets)
         return calls

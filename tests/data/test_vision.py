@@ -1,5 +1,7 @@
-"""The data sets that torchvision reads: small files in the real formats, found, read, refused."""
+"""The data sets that need torchvision: small files in the real formats, found, read, refused."""
 
+import hashlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from clext.data.datasets import Dataset, Split, load_dataset, whereabouts
 
 pytest.importorskip("torchvision")
 import vision_files
+from torchvision.datasets import utils
+
+from clext.data import image_folders
 
 NAMES = tuple(vision.VISION_DATASETS)
 
@@ -32,7 +37,9 @@ class TestEach:
         written = vision_files.write(name, tmp_path, monkeypatch)
         data = load_dataset(name, tmp_path)
         assert (data.num_classes, data.source) == (vision_files.CLASSES[name], "data_dir")
-        assert f"data set {name} (100 training, 100 test" in capsys.readouterr().err
+        counts = {part: len(labels) for part, (_, labels) in written.items()}
+        line = f"data set {name} ({counts['train']} training, {counts['test']} test"
+        assert line in capsys.readouterr().err
         task = Scenario.permuted(name, tasks=1, data_dir=tmp_path).tasks[0]
         for part, split, seen in (
             ("train", data.train, task.train()),
@@ -51,7 +58,7 @@ class TestEach:
         with pytest.raises(
             DataError,
             match=r"cannot be had: none in data_dir .*there is no network.*CLEXT_DATA.*"
-            rf"torchvision.datasets.{name.upper()}.*pip install 'clext\[vision\]'",
+            rf"{vision.VISION_DATASETS[name].place}.*pip install 'clext\[vision\]'",
         ):
             load_dataset(name, tmp_path)
         assert "would be downloaded" in whereabouts(tmp_path)[name]
@@ -60,7 +67,8 @@ class TestEach:
         vision_files.write(name, tmp_path, monkeypatch)
         assert str(tmp_path) in whereabouts(tmp_path)[name]
         place = tmp_path / vision.VISION_DATASETS[name].place
-        file = min(place.iterdir()) if place.is_dir() else place
+        files = [file for file in place.rglob("*") if file.suffix != ".txt"]
+        file = min((file for file in files if file.is_file()), default=place)
         file.write_bytes(file.read_bytes()[:-100])
         with pytest.raises(DataError, match=r"missing or damaged ones .*get them again") as caught:
             load_dataset(name, tmp_path)
@@ -75,7 +83,7 @@ class TestEach:
 
     def test_a_download_is_read_from_where_it_went(self, name, tmp_path, monkeypatch):
         def fake(class_name: str, root: Path, *, show: bool, parts) -> None:
-            assert class_name == name.upper()
+            assert class_name == vision.VISION_DATASETS[name].class_name
             assert len(parts) == 2
             vision_files.write(name, root, monkeypatch)
 
@@ -91,16 +99,35 @@ def test_labels_beyond_the_classes_are_refused(tmp_path, monkeypatch):
         load_dataset("emnist", tmp_path)
 
 
+@pytest.mark.parametrize("is_it", [True, False], ids=["the archive", "another file"])
+def test_tiny_imagenet_is_taken_out_of_its_archive_alone(is_it, tmp_path, monkeypatch):
+    written = vision_files.write("tiny_imagenet", tmp_path, monkeypatch, train=6, test=3)
+    archive = shutil.make_archive(tmp_path / "tiny", "zip", tmp_path, "tiny-imagenet-200")
+    checksum = hashlib.md5(Path(archive).read_bytes()).hexdigest() if is_it else "0" * 32
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda _, file: shutil.copy(archive, file))
+    monkeypatch.setattr(image_folders.TinyImageNet, "md5", checksum)
+    if not is_it:
+        with pytest.raises(RuntimeError, match="corrupted"):
+            image_folders.TinyImageNet(tmp_path / "new", train=True, download=True)
+        return
+    found = image_folders.TinyImageNet(tmp_path / "new", train=True, download=True)
+    assert found.targets == written["train"][1].tolist()
+
+
 @pytest.mark.parametrize(
     ("name", "hosts"),
-    [("cifar10", ["www.cs.toronto.edu"]), ("svhn", 3 * ["ufldl.stanford.edu"])],
+    [
+        ("CIFAR10", ["www.cs.toronto.edu"]),
+        ("SVHN", 3 * ["ufldl.stanford.edu"]),
+        ("TinyImageNet", ["cs231n.stanford.edu"]),
+        ("Omniglot", ["raw.githubusercontent.com"]),
+    ],
 )
 def test_the_servers_of_each_kind_of_class_are_asked(name, hosts):
-    import torchvision.datasets
-
     from clext.data.download import _servers
 
-    urls = _servers(getattr(torchvision.datasets, name.upper()))
+    urls = _servers(image_folders.dataset_class(name))
     assert [url.split("/")[2] for url in urls] == hosts
 
 
