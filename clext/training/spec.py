@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clext.core.inputs import described
 from clext.core.modes import module_mode
 from clext.core.names import METHOD_OPTIONS, MODELS, part_names
 from clext.core.seeding import Seeds, generator
@@ -21,6 +22,7 @@ from clext.training.settings import check_option_names
 
 if TYPE_CHECKING:
     from clext.data.scenario import Scenario
+    from clext.training.augmentation import Transform
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ class MethodSpec:
         return widths[:1] + widths[-1:] == [math.prod(scenario.input_shape), scenario.num_outputs]
 
 
-def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
-    """Try the model on two examples: a shape error in the first step would name no argument."""
+def check_forward(
+    model: nn.Module, scenario: Scenario, device: torch.device, transform: Transform | None = None
+) -> None:
+    """Try them on two examples: an error in the first step would name no argument."""
     outputs = scenario.num_outputs
     stored = as_numbers(scenario.tasks[0].stored_train.inputs[:1], input_dtype(model))
     probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=stored.dtype)
@@ -85,7 +89,12 @@ def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) ->
     expected = f"inputs [{shape}] into logits [N, {outputs}]"
     remedy = "begin it with nn.Unflatten if it takes images"
     if not stored.is_floating_point():
-        remedy = f"the inputs are {stored.dtype}: pass inputs.float() if it takes numbers"
+        remedy = (
+            f"the inputs are {stored.dtype}: pass inputs.float() if they are numbers, begin the "
+            "model with nn.EmbeddingBag if they are tokens"
+        )
+    if transform is not None:
+        probe = _transformed(probe, transform)
     try:
         with torch.no_grad(), module_mode(model, training=False):
             logits = model(probe)
@@ -96,6 +105,19 @@ def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) ->
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"train: model must turn {expected}, got {got} for N = 2")
+
+
+def _transformed(probe: Tensor, transform: Transform) -> Tensor:
+    """Both examples transformed; ValueError if they are not like the plain ones any more."""
+    expected = f"train: transform must keep shape and type of two examples {described(probe)}"
+    remedy = "evaluation shows the model plain ones; for others change the data"
+    try:
+        found = transform(probe)
+    except Exception as error:  # whatever a user's function raises
+        raise ValueError(f"{expected}, but failed ({error}); {remedy}") from error
+    if described(found) != described(probe):
+        raise ValueError(f"{expected}, got {described(found)}; {remedy}")
+    return found
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
