@@ -94,7 +94,7 @@ class Scenario:
     @classmethod
     def permuted(
         cls,
-        dataset: str = "auto",
+        dataset: str | Dataset = "auto",
         *,
         tasks: int = 5,
         seed: int = 0,
@@ -103,7 +103,8 @@ class Scenario:
     ) -> Scenario:
         """The tasks of `clext.train(scenario="permuted", ...)` with the same arguments.
 
-        For a loop of one's own, see `Task.train_loader`; or for `clext.train(scenario=...)`.
+        For a loop of one's own, see `Task.train_loader`; or for `clext.train(scenario=...)`. In
+        place of a name `dataset` may be a `clext.data.datasets.Dataset`, see `clext.data.text`.
 
         Raises:
             ValueError: an argument is wrong, or the data cannot be made into such tasks.
@@ -114,7 +115,7 @@ class Scenario:
     @classmethod
     def rotated(
         cls,
-        dataset: str = "auto",
+        dataset: str | Dataset = "auto",
         *,
         tasks: int = 5,
         seed: int = 0,
@@ -127,7 +128,7 @@ class Scenario:
     @classmethod
     def split(
         cls,
-        dataset: str = "auto",
+        dataset: str | Dataset = "auto",
         *,
         tasks: int = 5,
         seed: int = 0,
@@ -191,15 +192,16 @@ def make_scenario(
 
 def _named(
     name: str,
-    dataset: str,
+    dataset: str | Dataset,
     tasks: int,
     seed: int,
     incremental: str,
     data_dir: str | os.PathLike[str] | None,
 ) -> Scenario:
-    """`make_scenario` with the data set's name, and the seed of a run as `clext.train` takes it."""
+    """`make_scenario` of a data set or its name; the seed is a run's, as `clext.train` takes it."""
     owner = f"Scenario.{name}"
     choice(owner, "incremental", incremental, INCREMENTAL)
     tasks = integer(owner, "tasks", tasks, minimum=1)
     drawn = Seeds.derive(integer(owner, "seed", seed, minimum=0)).scenario
-    return make_scenario(name, load_dataset(dataset, data_dir), tasks, drawn, incremental)
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, data_dir)
+    return make_scenario(name, data, tasks, drawn, incremental)
