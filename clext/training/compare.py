@@ -18,12 +18,13 @@ from clext.core.checks import unknown_name
 from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.training import tables
-from clext.training.loop import NonFiniteLossError, load_scenario, run
+from clext.training.loop import NonFiniteLossError
 from clext.training.machine import resolve_device
 from clext.training.result import PICTURE_NAME, Result
 from clext.training.settings import NAMES, Settings, shows_settings
 from clext.training.spec import MethodSpec
 from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
+from clext.training.train import load_scenario, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from clext.core.console import has_terminal, say
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
-from clext.training import loop
+from clext.training import train as training
 from clext.training.compare import method_specs
 from clext.training.machine import resolve_device
 from clext.training.result import Result
@@ -101,7 +101,7 @@ def sweep(
         spec.build(Seeds.derive(chosen[0]), taken.own_scenario)  # before any work, as in compare
     folder = as_path(out, "sweep: out").resolve()  # workers may have another working folder
     with claimed_folder(folder, "sweep: out"):
-        scenario = loop.load_scenario(taken)
+        scenario = training.load_scenario(taken)
         if taken.own_scenario is None:
             # The same for all runs, wherever they are: none falls back to other data.
             taken = replace(taken, dataset=scenario.data["name"])
@@ -240,7 +240,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scenario = loop.load_scenario(settings, announce=False)
+        scenario = training.load_scenario(settings, announce=False)
         own = replace(spec, model=copy.deepcopy(spec.model), options=copy.deepcopy(spec.options))
         method = own.build(Seeds.derive(run.seed), scenario)
         method.check_classes([task.classes for task in scenario.tasks])
@@ -248,7 +248,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
         def save(result: Result) -> Path:
             return result.save(folder, picture=False)
 
-        result = loop.run(method, scenario, settings, save, draws=not spec.makes_model)
+        result = training.run(method, scenario, settings, save, draws=not spec.makes_model)
     except Exception as error:  # whatever it is, the other runs go on
         return run, None, next(iter(str(error).splitlines()), type(error).__name__)
     finally:

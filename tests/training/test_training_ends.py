@@ -13,7 +13,7 @@ from torch import nn
 
 import clext
 from clext.training import evaluate as evaluation
-from clext.training import loop as training
+from clext.training import train as training
 
 BAD_INPUT = [
     ({"method": "ewx"}, "unknown method 'ewx'.*'ewc'"),
