@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from clext.methods import Replay as Replay
     from clext.methods import RWalk as RWalk
     from clext.ops._extension import build_info as build_info
+    from clext.training.callbacks import Callback as Callback
+    from clext.training.callbacks import StopTraining as StopTraining
     from clext.training.compare import Comparison as Comparison
     from clext.training.compare import compare as compare
     from clext.training.loop import NonFiniteLossError as NonFiniteLossError
@@ -58,6 +60,7 @@ _NAMES = {
     "data.idx": "DataError",
     "data.scenario": "Scenario",
     "ops._extension": "build_info",
+    "training.callbacks": "Callback StopTraining",
     "training.compare": "Comparison compare",
     "training.loop": "NonFiniteLossError",
     "training.result": "Result",

@@ -26,9 +26,9 @@ from clext.training import train as training
 from clext.training.compare import method_specs
 from clext.training.machine import resolve_device
 from clext.training.result import Result
-from clext.training.settings import NAMES, Settings, shows_settings
+from clext.training.settings import NAMES, Settings, check_same_run, shows_settings
 from clext.training.spec import MethodSpec, describe
-from clext.training.storage import as_read, claimed_folder, keep
+from clext.training.storage import claimed_folder, keep
 from clext.training.sweep_result import Cell, Run, Sweep
 
 Strengths = Iterable[float] | Mapping[str, Iterable[float]]
@@ -177,16 +177,9 @@ def _finished(
     planned = {
         **describe(spec.build(Seeds.derive(run.seed), scenario)),
         **replace(settings, seed=run.seed).describe(),
-        "data": {**scenario.data, "source": None},  # wherever it was found
+        "data": scenario.data,
     }
-    del planned["data_dir"]
-    there = {**result.config, "data": {**result.config.get("data", {}), "source": None}}
-    for name, value in as_read(planned).items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"sweep: {folder / str(run)} holds a run with {name} {there.get(name)!r}, but this "
-                f"sweep has {value!r}; choose another out, or the settings that are there"
-            )
+    check_same_run("sweep: out", folder / str(run), result.config, planned)
     return result
 
 

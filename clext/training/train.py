@@ -7,21 +7,25 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from clext.core.checks import count_or_all
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, isolated_rng
 from clext.data.datasets import DIGITS_LR, load_dataset
 from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.training.advice import warn_of_slow_precision
+from clext.training.callbacks import Callback, StopTraining, check_callbacks
+from clext.training.checkpoint import Checkpoint
 from clext.training.loop import Training
 from clext.training.machine import describe_machine, resolve_device
 from clext.training.result import Result
-from clext.training.settings import Settings, shows_settings
+from clext.training.settings import Settings, check_same_run, shows_settings
 from clext.training.spec import MethodSpec, check_forward, describe, input_dtype
-from clext.training.storage import claimed_folder, keep
+from clext.training.storage import RESULT_NAME, check_free, claimed_folder, clear, keep
 
 Save = Callable[[Result], Path | None]
 
@@ -33,6 +37,10 @@ def train(
     strength: float | None = None,
     model: nn.Module | str | None = None,
     out: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
     **options: object,
 ) -> Result:
     """Learn a sequence of tasks with one method; by default five permutations of MNIST.
@@ -56,6 +64,8 @@ def train(
             `clext.Scenario`.
         tasks: number of tasks, 5 unless a given scenario has its own.
         epochs: passes over the data of each task.
+        iterations: steps of each task, in place of epochs: pass after pass, and one look at the
+            accuracies at the end.
         batch_size: examples in a step; the last, smaller batch of an epoch is used too.
         lr: learning rate.
         optimizer: "adam", "adamw" or "sgd", of `clext.optim`; or a function (parameters, method) ->
@@ -67,6 +77,10 @@ def train(
             (a tenth at half and at three quarters) or "one-cycle"; or a function (optimizer,
             steps) -> scheduler, which is stepped after each step.
         keep_optimizer: go on with the averages of the tasks before; the learning rate starts anew.
+        loss: a function (logits [N, C], labels [N]) -> a loss for each example [N], to train on in
+            place of the cross entropy, such as `nn.CrossEntropyLoss(reduction="none")`; C are the
+            outputs that compete, and what a method measures stays that of the likelihood.
+        label_smoothing: of the cross entropy, as in torch's.
         precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
             parameters, optimizer and method state in float32 as before.
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
@@ -80,35 +94,62 @@ def train(
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
-        out: folder for `result.json` (also written after each task) and the picture.
+        out: folder for `result.json`, the weights (`model.safetensors`) and the method's state
+            (`method.safetensors`), all written after each task; the pictures; and until the run is
+            complete a checkpoint, written after each epoch. Ctrl-C and SIGTERM write it as well.
+        checkpoint_every: also write the checkpoint every so many steps of a task.
+        resume: go on from the checkpoint in `out`, to the same bits on the same machine; start
+            where there is none, and return the result that is complete.
+        overwrite: remove what another run has left in `out`, which is refused else.
+        callbacks: `clext.Callback` objects, called as the run goes; what they are called for counts
+            as training.
         progress: show a progress bar, or a line per epoch where stderr is no terminal.
         **options: options of the method, such as `xi` of "si"; in a combination
             `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
     Returns:
-        The accuracies, timings and settings, see `Result`.
+        The accuracies, timings and settings, and the trained model, see `Result`.
 
     Raises:
         ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
             data of a task: the model has learned the tasks before, and `out` holds their results.
         DataError: the data set cannot be had, or its files are damaged.
-        OSError: `out` cannot be written; nothing was done.
+        OSError: `out` cannot be written, or holds another run; nothing was done.
         NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
     """
     settings = Settings.taken_from(options)
     spec, seeds = MethodSpec(method, model, strength, options), Seeds.derive(settings.seed)
     resolve_device(settings.device)
+    check_callbacks(callbacks)
+    every = count_or_all("train", "checkpoint_every", checkpoint_every)
+    if out is None and (resume or every is not None):
+        raise ValueError("train: resume and checkpoint_every need out, the folder of the run")
     made = spec.build(seeds, settings.own_scenario)
     with claimed_folder(out, "train: out") as folder:
+        if folder is not None:
+            check_free(folder, "train: out", overwrite=overwrite or resume)
         scenario = load_scenario(settings)
         if not spec.fits(made, scenario):
             made = spec.build(seeds, scenario)
         made.check_classes([task.classes for task in scenario.tasks])
 
+    checkpoint = None if folder is None else Checkpoint(folder, every)
+    if folder is not None and overwrite and not resume:
+        clear(folder)
+
     def save(result: Result) -> Path | None:
         return None if folder is None else result.save(folder, picture=result.complete)
 
-    return run(made, scenario, settings, save, draws=not spec.makes_model)
+    draws = not spec.makes_model
+    result = run(
+        *(made, scenario, settings, save),
+        draws=draws,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+    )
+    result.model = made.model
+    return result
 
 
 def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
@@ -123,7 +164,15 @@ def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
 
 
 def run(
-    method: Method, scenario: Scenario, settings: Settings, save: Save, *, draws: bool = True
+    method: Method,
+    scenario: Scenario,
+    settings: Settings,
+    save: Save,
+    *,
+    draws: bool = True,
+    checkpoint: Checkpoint | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """`train` with a method that was built and data that was loaded.
 
@@ -135,18 +184,31 @@ def run(
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)
         check_forward(method.model, scenario, device)
-        config = {
-            **describe(method),
-            **settings.describe(),
-            "data": scenario.data,
-            "seeds": asdict(seeds),
-            **describe_machine(device),
-        }
-        result = Result.empty(settings.tasks, config)
-        scenario = scenario.to(device, input_dtype(method.model))
+        planned = {**describe(method), **settings.describe(), "data": scenario.data}
+        config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
+        result, state = Result.empty(settings.tasks, config), None
+        if checkpoint is not None and resume:
+            result, state = left_by(checkpoint, planned) or (result, None)
+            if result.complete:
+                checkpoint.read_weights(method)
+                return result
+        training = Training(
+            *(method, scenario.to(device, input_dtype(method.model)), settings, result, device),
+            checkpoint=checkpoint,
+            draws=draws,
+            callbacks=callbacks,
+        )
+        if state is not None:
+            training.load_state_dict(state)
         try:
-            with module_mode(method.model, training=True):
-                Training(method, scenario, settings, result, device).learn(save)
+            with (
+                module_mode(method.model, training=True),
+                method.heads.trained_on(settings.criterion),
+            ):
+                training.learn(lambda: keep(lambda: save(result)))
+        except StopTraining as stop:
+            result.stopped = str(stop) or "stopped by a callback"
+            keep(lambda: save(result))
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
             interrupted = isinstance(error, KeyboardInterrupt)
@@ -156,3 +218,21 @@ def run(
                 error.add_note(f"What was done so far is saved in {place}.")
             raise
     return result
+
+
+def left_by(
+    checkpoint: Checkpoint, planned: dict[str, Any]
+) -> tuple[Result, dict[str, Any] | None] | None:
+    """The result of the run in the folder so far, and its state, unless it is complete.
+
+    None where there is nothing to go on from; ValueError if it is another run than was planned.
+    """
+    state = checkpoint.read()
+    if state is not None:
+        result = Result.from_json(state["result"], str(checkpoint.file))
+    elif (checkpoint.folder / RESULT_NAME).exists():
+        result = Result.load(checkpoint.folder)
+    else:
+        return None
+    check_same_run("train: out", checkpoint.folder, result.config, planned)
+    return (result, state) if result.complete or state is not None else None

@@ -146,10 +146,10 @@ class TestContinuation:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"lr": 0.02}, r"baseline/seed-3 holds a run with lr 0.01, but this sweep has 0.02;"),
-            ({"epochs": 2}, "with epochs 1, but this sweep has 2; choose another out"),
+            ({"lr": 0.02}, r"baseline/seed-3 holds a run with lr 0.01, not 0.02;"),
+            ({"epochs": 2}, "with epochs 1, not 2; choose another folder"),
             ({"options": {"ewc": {"gamma": 0.5}}}, r"ewc-1/seed-3 .* method_options .*gamma': 0.5"),
-            ({"model": torch.nn.Linear(64, 10)}, "with model 'MLP 64-32-10', .* has 'Linear'"),
+            ({"model": torch.nn.Linear(64, 10)}, "with model 'MLP 64-32-10', not 'Linear'"),
         ],
     )
     def test_other_settings_are_refused(self, folder, changes, message, trained):
