@@ -28,6 +28,8 @@ RUNTIME_REQUIREMENTS = [
     "joblib>=1.4",
     "matplotlib",
     "numpy",
+    "pyyaml",
+    "safetensors",
     "scikit-learn",
     "scipy",
     "tqdm",

@@ -41,13 +41,15 @@ if TYPE_CHECKING:
     from clext.methods import Replay as Replay
     from clext.methods import RWalk as RWalk
     from clext.ops._extension import build_info as build_info
+    from clext.training.callbacks import Callback as Callback
+    from clext.training.callbacks import StopTraining as StopTraining
     from clext.training.compare import Comparison as Comparison
     from clext.training.compare import compare as compare
     from clext.training.loop import NonFiniteLossError as NonFiniteLossError
-    from clext.training.loop import train as train
     from clext.training.result import Result as Result
     from clext.training.sweep import sweep as sweep
     from clext.training.sweep_result import Sweep as Sweep
+    from clext.training.train import train as train
 
 # Imported when they are first used, so that the command line starts without torch.
 _PACKAGES = ("course", "data", "importance", "methods", "ops", "optim", "reference")
@@ -58,11 +60,13 @@ _NAMES = {
     "data.idx": "DataError",
     "data.scenario": "Scenario",
     "ops._extension": "build_info",
+    "training.callbacks": "Callback StopTraining",
     "training.compare": "Comparison compare",
-    "training.loop": "NonFiniteLossError train",
+    "training.loop": "NonFiniteLossError",
     "training.result": "Result",
     "training.sweep": "sweep",
     "training.sweep_result": "Sweep",
+    "training.train": "train",
 }
 _PLACES = {name: place for place, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_PACKAGES, *_PLACES]

@@ -21,6 +21,7 @@ from clext.core.names import (
     DATASETS,
     DEFAULT_METHODS,
     INCREMENTAL,
+    LOGGERS,
     METHOD_OPTIONS,
     MODELS,
     OPTIMIZERS,
@@ -36,8 +37,8 @@ from clext.training.arguments import (
     parse_seeds,
     parse_strengths,
 )
-from clext.training.settings import NAMES, Settings, check_option_names
-from clext.training.storage import new_folder
+from clext.training.settings import NAMES, OF_TRAIN, Settings, check_option_names
+from clext.training.storage import PICTURE_NAME, new_folder
 
 _WRONG_INPUT = 2
 _FAILED = 1
@@ -53,6 +54,7 @@ _SETTINGS = {
     "incremental": " | ".join(INCREMENTAL),
     "tasks": "Number of tasks.",
     "epochs": "Epochs per task.",
+    "iterations": "Steps per task, in place of epochs.",
     "batch_size": "Examples a step.",
     "lr": "Learning rate.",
     "optimizer": " | ".join(OPTIMIZERS),
@@ -61,6 +63,7 @@ _SETTINGS = {
     "max_grad_norm": "Scale the task's gradient to at most this norm.",
     "scheduler": f"Of the learning rate in each task: {' | '.join(SCHEDULERS)}",
     "keep_optimizer": "Go on with the optimizer of the task before.",
+    "label_smoothing": "Of the cross entropy.",
     "precision": " | ".join(PRECISIONS),
     "evaluate_every": "Also take accuracies within tasks.",
     "seed": "Seed of everything random.",
@@ -82,7 +85,7 @@ def _takes_settings(command: Command, *, without: str = "") -> Command:
             default=default,
             show_default=default is not None,
             is_flag=default is False,
-            type={"evaluate_every": int, "max_grad_norm": float}.get(name),
+            type={"evaluate_every": int, "iterations": int, "max_grad_norm": float}.get(name),
             metavar={"data_dir": "FOLDER", "evaluate_every": "STEPS"}.get(name),
             help=text,
         )(command)
@@ -115,6 +118,8 @@ Examples:
   clext train --method ewc --strength 100 --option fisher=exact --option gamma=0.9
   clext train --method ewc+replay --option budget=500 --option replay.strength=3
   clext train --method scp --dataset digits --tasks 3 --out runs/digits
+  clext train --method scp --dataset digits --tasks 3 --out runs/digits --resume
+  clext train --config runs/digits/result.json --seed 1
 """
 
 _COMPARE_HELP = """Run several methods on the same tasks; print a table and draw the picture.
@@ -139,6 +144,19 @@ Examples:
 """
 
 
+def _take_config(context: click.Context, _option: click.Parameter, file: str | None) -> None:
+    """What is in the file is the default of the other options."""
+    if file is not None:
+        from clext.training.config import read_config
+
+        with _one_line_errors():
+            names = [str(option.name) for option in context.command.params]
+            context.default_map = read_config(file, names)
+
+
+_OVERWRITE = click.option(
+    "--overwrite", is_flag=True, help="Remove what another run has left in --out."
+)
 _MODEL = click.option("--model", help=f"{' | '.join(MODELS)}.  [default: mlp, the course's]")
 
 
@@ -169,6 +187,19 @@ def main() -> None:
 )
 @_MODEL
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/METHOD, a new one]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+@_OVERWRITE
+@click.option("--checkpoint-every", type=int, metavar="STEPS", help="Beside after each epoch.")
+@click.option("--log", "loggers", type=click.Choice(LOGGERS), multiple=True, help="Repeatable.")
+@click.option(
+    "--config",
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_take_config,
+    help="YAML with these options (those of the method as `options: {...}`), or a result.json; "
+    "what is given here as well counts.",
+)
 @_takes_settings
 def train(
     method: str,
@@ -176,23 +207,30 @@ def train(
     options: tuple[str, ...],
     model: str | None,
     out: str | None,
+    loggers: tuple[str, ...],
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext train`."""
     with _one_line_errors():
         given = parse_options(options)
         for name in given:
-            if name in {"method", "strength", "model", "out", *NAMES}:
+            if name in {"method", *OF_TRAIN}:
                 raise ValueError(f"--option {name}: use {_option(name)} instead")
         names = part_names(method)
         of_method = [option for name in names for option in METHOD_OPTIONS[name]]
         check_option_names("+".join(names), given, of_method)
-        Settings(**settings)
+        Settings(**{name: value for name, value in settings.items() if name in NAMES})
+        if settings["resume"] and out is None:
+            raise ValueError("--resume: needs --out, the folder of the run to go on with")
 
         import clext
 
         folder = out or new_folder("+".join(names))
         chosen: Any = {"strength": strength, "model": model, "out": folder}
+        if loggers:
+            from clext.integrations.loggers import make_loggers
+
+            chosen["callbacks"] = make_loggers(loggers)
         result = clext.train(method, **chosen, **settings, **given)
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
@@ -221,12 +259,14 @@ _OPTIONS = click.option(
 @_OPTIONS
 @_MODEL
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
+@_OVERWRITE
 @_takes_settings
 def compare(
     methods: str | None,
     options: tuple[str, ...],
     model: str | None,
     out: str | None,
+    overwrite: bool,
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext compare`."""
@@ -235,10 +275,11 @@ def compare(
         Settings(**settings)
 
         import clext
-        from clext.training.result import PICTURE_NAME
 
         folder = out or new_folder("compare")
-        comparison = clext.compare(chosen, options=per_method, model=model, out=folder, **settings)
+        comparison = clext.compare(
+            chosen, options=per_method, model=model, out=folder, overwrite=overwrite, **settings
+        )
         click.echo(comparison)
         comparison.save(folder)  # as for train
         click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
@@ -285,7 +326,6 @@ def sweep(
         Settings(**{name: value for name, value in given.items() if name in NAMES})
 
         import clext
-        from clext.training.result import PICTURE_NAME
 
         done = clext.sweep(chosen, options=per_method, **plan, **given)
         click.echo(done.table(form))

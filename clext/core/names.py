@@ -27,6 +27,7 @@ SCENARIOS = ("permuted", "rotated", "split")
 INCREMENTAL = ("domain", "task", "class")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("cosine", "step", "one-cycle")
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 PRECISIONS = ("fp32", "bf16")
 MODELS = ("mlp", "cnn", "resnet18", "vit_tiny")
 

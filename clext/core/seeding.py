@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,21 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 _lock = threading.Lock()
 # For each device the states to restore, of those who are inside, in the order in which they came.
 _before: dict[torch.device, list[list[Tensor]]] = {}
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the global generators of the CPU and of `device`, as `isolated_rng` has seeded them."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device.type).get_rng_state())
+    return states
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Set what `random_states` returned, on a device of the same type."""
+    torch.set_rng_state(states[0])
+    if device.type != "cpu" and len(states) > 1:
+        torch.get_device_module(device.type).set_rng_state(states[1])
 
 
 @contextmanager

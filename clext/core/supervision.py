@@ -88,6 +88,7 @@ class Supervision:
             likelihood=likelihood,
             sync=flag("every method", "sync", sync),
         )
+        self._criterion: Callable[[Tensor, Tensor], Tensor] | None = None
         # What the first batches say of the model, where they are sequences.
         self._classes_last: bool | None = None
         self._shifts: bool | None = None  # labels are those of the next position
@@ -120,6 +121,18 @@ class Supervision:
             yield
         finally:
             self._model = model
+
+    @contextmanager
+    def trained_on(self, criterion: Callable[[Tensor, Tensor], Tensor] | None) -> Iterator[None]:
+        """Inside, losses are `criterion` (outputs, labels) -> [N], or None for the likelihood's.
+
+        What is measured stays that of the likelihood.
+        """
+        before, self._criterion = self._criterion, criterion
+        try:
+            yield
+        finally:
+            self._criterion = before
 
     # ------------------------------------------------------------------ of a batch
 
@@ -234,14 +247,29 @@ class Supervision:
         """The loss of each sample, [N]; the mean over its positions where it has several."""
         if self.gives_losses:
             return self.own_losses(inputs)
-        return self.likelihood.losses(*self.matched("loss", self(inputs), inputs, labels))
+        return self._losses(*self.matched("loss", self(inputs), inputs, labels))
 
     def loss(self, inputs: Inputs, labels: Tensor | None, outputs: Tensor | None = None) -> Tensor:
         """The mean loss, 0-dim. `outputs`: those that count, where they are known already."""
         if self.gives_losses:
             return self.own_losses(inputs, each=False).mean()
         outputs = self(inputs) if outputs is None else outputs
-        return self.likelihood.loss(*self.matched("loss", outputs, inputs, labels))
+        pair = self.matched("loss", outputs, inputs, labels)
+        return (
+            self.likelihood.loss(*pair) if self._criterion is None else self._losses(*pair).mean()
+        )
+
+    def _losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample, [N], of outputs and labels that match."""
+        if self._criterion is None:
+            return self.likelihood.losses(outputs, labels)
+        losses = self._criterion(outputs, labels)
+        if not isinstance(losses, Tensor) or losses.shape != labels.shape[:1]:
+            raise ValueError(
+                f"the loss function returned {described(losses)} for {len(labels)} examples, "
+                f'expected a loss for each, [{len(labels)}]; of torch\'s give reduction="none"'
+            )
+        return losses
 
     # ------------------------------------------------------------------ of outputs and labels
 

@@ -18,17 +18,26 @@ from clext.core.checks import unknown_name
 from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.training import tables
-from clext.training.loop import NonFiniteLossError, load_scenario, run
+from clext.training.loop import NonFiniteLossError
 from clext.training.machine import resolve_device
-from clext.training.result import PICTURE_NAME, Result
+from clext.training.result import Result
 from clext.training.settings import NAMES, Settings, shows_settings
 from clext.training.spec import MethodSpec
-from clext.training.storage import claimed_folder, keep, read_json, writable_folder, write_json
+from clext.training.storage import (
+    COMPARISON_NAME,
+    PICTURE_NAME,
+    check_free,
+    claimed_folder,
+    clear,
+    keep,
+    read_json,
+    writable_folder,
+    write_json,
+)
+from clext.training.train import load_scenario, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FILE_NAME = "comparison.json"
 
 _KIND = "comparison"
 # What the titles of the table mean.
@@ -79,7 +88,7 @@ class Comparison:
         """Write `comparison.json`, and the picture `accuracy.png`, to `folder`."""
         target = writable_folder(folder, "save")
         content = {label: result.to_json() for label, result in self.results.items()}
-        write_json(target / FILE_NAME, _KIND, {"results": content})
+        write_json(target / COMPARISON_NAME, _KIND, {"results": content})
         if picture:
             self.plot(target / PICTURE_NAME)
         return target
@@ -87,7 +96,7 @@ class Comparison:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a comparison from its folder or its JSON file; ValueError if it is not one."""
-        file, content = read_json(path, _KIND, FILE_NAME)
+        file, content = read_json(path, _KIND, COMPARISON_NAME)
         results = content.get("results")
         if not isinstance(results, dict) or not results:
             raise ValueError(f"{file}: not a valid comparison: it holds no results")
@@ -142,6 +151,7 @@ def compare(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     model: nn.Module | str | None = None,
     out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     **settings: object,
 ) -> Comparison:
     """Run several methods on the same tasks, from the same initial weights, in the same order.
@@ -157,6 +167,7 @@ def compare(
             `{"ewc+replay": {"replay.strength": 3.0}}`.
         model: as in `clext.train`; each method trains a copy of a given one.
         out: folder for `comparison.json` (also written after each task) and the picture.
+        overwrite: remove what another run has left in `out`, which is refused else.
         **settings: all other settings of `clext.train`, from `scenario` to `progress`.
 
     Returns:
@@ -165,11 +176,11 @@ def compare(
     Raises:
         ValueError: an argument is wrong; nothing was done.
         DataError: the data set cannot be had, or its files are damaged.
-        OSError: `out` cannot be written; nothing was done.
+        OSError: `out` cannot be written, or holds another run; nothing was done.
     """
     taken = Settings.taken_from(settings)
     if settings:
-        own = ["options", "model", "out", *NAMES]
+        own = ["options", "model", "out", "overwrite", *NAMES]
         raise unknown_name("option of compare", next(iter(settings)), own)
     resolve_device(taken.device)
     seeds = Seeds.derive(taken.seed)
@@ -177,9 +188,13 @@ def compare(
     for spec in specs.values():
         spec.build(seeds, taken.own_scenario)  # before any work: it knows its options
     with claimed_folder(out, "compare: out") as folder:
+        if folder is not None:
+            check_free(folder, "compare: out", overwrite=overwrite)
         scenario = load_scenario(taken)
         for spec in specs.values():
             spec.build(seeds, scenario).check_classes([task.classes for task in scenario.tasks])
+    if folder is not None and overwrite:
+        clear(folder)
     comparison = Comparison({})
     for label, spec in specs.items():
 

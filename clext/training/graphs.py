@@ -47,40 +47,30 @@ class GraphedSteps(TaskSteps):
         self._capture = capture or partial(capture_graph, device=self.device)
         self._replay: Function | None = None
         # What the recorded step reads and writes lies here, in memory that stays.
-        whole = len(examples[0]) // batch_size
-        self._batches = torch.empty(whole, batch_size, dtype=torch.int64, device=self.device)
+        self._batches: Tensor | None = None
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._losses = self.empty_losses(len(examples[0]))
         self._warm = 0  # steps taken before the capture
 
-    def run_epoch(self, order: Tensor, step_done: Function) -> Tensor:
-        """As in TaskSteps. The losses are overwritten by the next epoch."""
-        whole = len(self._batches)
-        self._batches.copy_(order[: whole * self.batch_size].view_as(self._batches))
-        batches = order.split(self.batch_size)
-        first = self._warm_up(batches[:whole], step_done)
-        self._position.fill_(first)
-        for _ in range(first, whole):
+    def run_epoch(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
+        """As in TaskSteps. The losses are overwritten by the next epoch, of as many examples."""
+        whole = len(order) // self.batch_size
+        batches = order[: whole * self.batch_size].view(whole, self.batch_size)
+        if self._batches is None:
+            self._batches, self.losses = batches.clone(), self.empty_losses(len(order))
+        self._batches.copy_(batches)
+        # The first steps of the task, launched one by one.
+        warm = range(first, max(first, min(whole, first + WARM_UP_STEPS - self._warm)))
+        with side_stream(self.device):
+            self.launch(warm, order, step_done)
+        self._warm += len(warm)
+        self._position.fill_(warm.stop)
+        for _ in range(warm.stop, whole):
             self._recorded()()
             self.optimizer.after_replay()
             self.optimizer.step_done()
             step_done()
-        for step in range(whole, len(batches)):
-            self._losses[step] = self.take(batches[step])
-            self.optimizer.step_done()
-            step_done()
-        return self._losses
-
-    def _warm_up(self, batches: tuple[Tensor, ...], step_done: Function) -> int:
-        """The first steps of the task, launched one by one; returns how many were taken."""
-        count = min(len(batches), WARM_UP_STEPS - self._warm)
-        with side_stream(self.device):
-            for step in range(count):
-                self._losses[step] = self.take(batches[step])
-                self.optimizer.step_done()
-                step_done()
-        self._warm += count
-        return count
+        self.launch(range(max(first, whole), len(self.losses)), order, step_done)
+        return self.losses[first:]
 
     def _recorded(self) -> Function:
         """What replays the step; it is recorded when first asked for."""
@@ -100,12 +90,13 @@ class GraphedSteps(TaskSteps):
 
     def _step_at_position(self) -> None:
         """The step that is recorded: everything that changes from step to step is on the device."""
+        assert self._batches is not None
         rows = self._batches.index_select(0, self._position).view(-1)
         loss = self.backward(rows)
         self.optimizer.launch()
         self.optimizer.zero_grad()
-        value = (loss + self.optimizer.penalty).to(self._losses.dtype)
-        self._losses.index_copy_(0, self._position, value.view(1))
+        value = (loss + self.optimizer.penalty).to(self.losses.dtype)
+        self.losses.index_copy_(0, self._position, value.view(1))
         self._position += 1
 
 

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from itertools import count
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clext.core.modes import module_mode
+from clext.core.console import say
 from clext.core.parameters import trainable_parameters
-from clext.core.seeding import Seeds, generator, isolated_rng
-from clext.data.datasets import DIGITS_LR, Batches, Split, load_dataset
-from clext.data.scenario import Scenario, make_scenario
+from clext.core.seeding import Seeds, generator, random_states, set_random_states
+from clext.data.datasets import Batches, Split
+from clext.data.scenario import Scenario
 from clext.methods import Method
 from clext.methods.base import Examples
-from clext.training.advice import warn_if_near_chance, warn_of_slow_precision
+from clext.training.advice import warn_if_near_chance
+from clext.training.callbacks import Callback
+from clext.training.checkpoint import Checkpoint
 from clext.training.evaluate import Evaluator
 from clext.training.graphs import make_steps
-from clext.training.machine import describe_machine, resolve_device
+from clext.training.interruptions import Interruptions
 from clext.training.optimizers import TaskOptimizer
 from clext.training.progress import Progress
 from clext.training.result import Result
-from clext.training.settings import Settings, shows_settings
-from clext.training.spec import MethodSpec, check_forward, describe, input_dtype
-from clext.training.storage import claimed_folder, keep
+from clext.training.settings import Settings
+from clext.training.steps import TaskSteps
+from clext.training.storage import as_read, keep
 from clext.training.timer import Timer
-
-Save = Callable[[Result], Path | None]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,140 +62,33 @@ class NonFiniteLossError(RuntimeError):
         )
 
 
-@shows_settings
-def train(
-    method: str | Sequence[str] | Method,
-    *,
-    strength: float | None = None,
-    model: nn.Module | str | None = None,
-    out: str | os.PathLike[str] | None = None,
-    **options: object,
-) -> Result:
-    """Learn a sequence of tasks with one method; by default five permutations of MNIST.
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: what comes next, counted from 0, `step` within the epoch."""
 
-    Every task gets a new optimizer, unless it is kept. After every epoch the accuracy on all tasks
-    seen is taken. The same seed gives the same bits on the same machine, and the global random
-    state is left as it was; also in several threads at once, but for models that draw from it
-    (dropout).
+    task: int = 0
+    epoch: int = 0
+    step: int = 0
 
-    Args:
-        method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
-            combine a penalty with a method that rehearses; or an instance (then its model is
-            trained).
-        dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
-            "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
-            "cifar100", "svhn" or "digits".
-        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
-            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
-        incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
-            known when tested) or "class" (one head that grows; all classes seen compete); see
-            `clext.Scenario`.
-        tasks: number of tasks, 5 unless a given scenario has its own.
-        epochs: passes over the data of each task.
-        batch_size: examples in a step; the last, smaller batch of an epoch is used too.
-        lr: learning rate.
-        optimizer: "adam", "adamw" or "sgd", of `clext.optim`; or a function (parameters, method) ->
-            optimizer, any of torch's kind, with the method in its pass or without.
-        momentum: of "sgd".
-        weight_decay: of an optimizer by name.
-        max_grad_norm: the task's gradient is scaled to at most this norm; see `clext.optim`.
-        scheduler: of the learning rate over the steps of each task: "cosine" (down to zero), "step"
-            (a tenth at half and at three quarters) or "one-cycle"; or a function (optimizer,
-            steps) -> scheduler, which is stepped after each step.
-        keep_optimizer: go on with the averages of the tasks before; the learning rate starts anew.
-        precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
-            parameters, optimizer and method state in float32 as before.
-        evaluate_every: also take the accuracy on all tasks seen every so many steps, for
-            `Result.worst_accuracy`; by default only after each epoch.
-        strength: weight of the method's penalty; by default the method's own.
-        model: any module from examples ([N, features], of CIFAR and SVHN [N, 3, 32, 32], or shaped
-            as those of your own `Scenario`) to logits [N, outputs], trained in place and moved to
-            `device`; or the name of one, made for the examples: "mlp" (the default: the course's
-            784-1024-512-256-10 perceptron with the outputs that the scenario needs; "mlp-400-400"
-            with other hidden widths), "cnn", "resnet18" (for images of 32x32) or "vit_tiny".
-        seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
-        device: by default CUDA if there is one, else the CPU.
-        data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
-        out: folder for `result.json` (also written after each task) and the picture.
-        progress: show a progress bar, or a line per epoch where stderr is no terminal.
-        **options: options of the method, such as `xi` of "si"; in a combination
-            `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
-
-    Returns:
-        The accuracies, timings and settings, see `Result`.
-
-    Raises:
-        ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
-            data of a task: the model has learned the tasks before, and `out` holds their results.
-        DataError: the data set cannot be had, or its files are damaged.
-        OSError: `out` cannot be written; nothing was done.
-        NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
-    """
-    settings = Settings.taken_from(options)
-    spec, seeds = MethodSpec(method, model, strength, options), Seeds.derive(settings.seed)
-    resolve_device(settings.device)
-    made = spec.build(seeds, settings.own_scenario)
-    with claimed_folder(out, "train: out") as folder:
-        scenario = load_scenario(settings)
-        if not spec.fits(made, scenario):
-            made = spec.build(seeds, scenario)
-        made.check_classes([task.classes for task in scenario.tasks])
-
-    def save(result: Result) -> Path | None:
-        return None if folder is None else result.save(folder, picture=result.complete)
-
-    return run(made, scenario, settings, save, draws=not spec.makes_model)
-
-
-def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
-    """The scenario that was given, or is made of the data set, which is loaded."""
-    name = settings.scenario
-    if not isinstance(name, str):
-        return name
-    where, show, few = settings.data_dir, settings.progress, settings.lr < DIGITS_LR
-    data = load_dataset(settings.dataset, where, show=show, announce=announce, advise=show and few)
-    seed = Seeds.derive(settings.seed).scenario
-    return make_scenario(name, data, settings.tasks, seed, settings.incremental)
-
-
-def run(
-    method: Method, scenario: Scenario, settings: Settings, save: Save, *, draws: bool = True
-) -> Result:
-    """`train` with a method that was built and data that was loaded.
-
-    `save` is called with the result after each task, and when the run ends early. `draws`: the
-    model may draw from the global random state, which is then seeded, and restored.
-    """
-    seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
-    with isolated_rng(seeds.model, device) if draws else nullcontext():
-        method.model.to(device)
-        warn_of_slow_precision(settings.precision, device)
-        check_forward(method.model, scenario, device)
-        config = {
-            **describe(method),
-            **settings.describe(),
-            "data": scenario.data,
-            "seeds": asdict(seeds),
-            **describe_machine(device),
-        }
-        result = Result.empty(settings.tasks, config)
-        scenario = scenario.to(device, input_dtype(method.model))
-        try:
-            with module_mode(method.model, training=True):
-                Training(method, scenario, settings, result, device).learn(save)
-        except BaseException as error:
-            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
-            interrupted = isinstance(error, KeyboardInterrupt)
-            result.stopped = "interrupted" if interrupted else str(error) or type(error).__name__
-            place = keep(lambda: save(result))
-            if place is not None:
-                error.add_note(f"What was done so far is saved in {place}.")
-            raise
-    return result
+    @property
+    def begins_task(self) -> bool:
+        """Whether the task has not begun yet."""
+        return self.epoch == self.step == 0
 
 
 class Training:
-    """The loop itself: one task after the other; `result` is filled in as it goes."""
+    """The loop itself: one task after the other; `result` is filled in as it goes.
+
+    Args:
+        method: what learns, its model on `device`.
+        scenario: what it learns, on `device` too.
+        settings: of the run.
+        result: to be filled in.
+        device: of all of it.
+        checkpoint: where the state is kept after each epoch, if anywhere.
+        draws: the model may draw from the global random state, which is then part of the state.
+        callbacks: called as it goes.
+    """
 
     def __init__(
         self,
@@ -204,48 +97,85 @@ class Training:
         settings: Settings,
         result: Result,
         device: torch.device,
+        *,
+        checkpoint: Checkpoint | None = None,
+        draws: bool = True,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
-        self.device = device
+        self.device, self.checkpoint, self.callbacks = device, checkpoint, callbacks
+        self.place, self.total_steps = Place(), 0
+        self.accuracies: list[float] = []
         self.optimizer: TaskOptimizer | None = None
-        self.shuffle = generator(Seeds.derive(settings.seed).shuffle)
+        self._steps: TaskSteps | None = None
+        self._saved: dict[str, Any] | None = None  # what is left to be taken over in the task
+        self._draws = draws
+        self._shuffle = generator(Seeds.derive(settings.seed).shuffle)
+        self._shuffle_state = self._shuffle.get_state()  # before the epoch was shuffled
+        self._interruptions = Interruptions()
         self.timer = Timer(result.timings, device)
         self.evaluator = Evaluator(method, scenario, settings.precision)
         self.bar = Progress(method.name, settings.tasks, settings.epochs, show=settings.progress)
 
-    def learn(self, save: Save) -> None:
-        """Learn all tasks."""
-        tasks = range(len(self.scenario.tasks))
-        with self.timer.measure("evaluation"):
-            self.result.untrained[:] = [self.evaluator.accuracy(k, k) for k in tasks]
-        with self.bar:
-            for k in tasks:
-                self.learn_task(k)
-                keep(lambda: save(self.result))
+    @property
+    def folder(self) -> Path | None:
+        """Where the run is kept, if anywhere."""
+        return None if self.checkpoint is None else self.checkpoint.folder
+
+    @property
+    def loss(self) -> Tensor:
+        """Of the last step, penalty included: 0-dim, on the device."""
+        assert self._steps is not None
+        return self._steps.losses[self.place.step - 1]  # after an epoch, its last
+
+    # ------------------------------------------------------------------ the loop
+
+    def learn(self, save: Callable[[], object]) -> None:
+        """Learn all tasks that are left; `save` is called after each."""
+        tasks = len(self.scenario.tasks)
+        interruptions = self._interruptions if self.checkpoint else nullcontext()
+        with self.bar, interruptions:
+            self._call("on_begin")
+            try:
+                if self.place == Place():
+                    with self.timer.measure("evaluation"):
+                        untrained = [self.evaluator.accuracy(k, k) for k in range(tasks)]
+                    self.result.untrained[:] = untrained
+                for k in range(self.place.task, tasks):
+                    self.learn_task(k)
+                    save()
+                    if self.checkpoint is not None:
+                        keep(partial(self.checkpoint.write_weights, method=self.method))
+                    if k < tasks - 1:
+                        self.keep_state()
+            finally:
+                self._call("on_end")
+        if self.checkpoint is not None:
+            self.checkpoint.remove()
         if self.optimizer is not None:
             self.optimizer.close()
 
     def learn_task(self, k: int) -> None:
-        """Learn task k and end it; test all tasks so far after every epoch."""
+        """Learn what is left of task k and end it; test all tasks so far after every epoch."""
         method, settings, timer, result = self.method, self.settings, self.timer, self.result
-        with timer.measure("evaluation"):
-            result.before[k] = self.evaluator.accuracy(k, k)
+        is_new = self.place.begins_task
+        if is_new:
+            with timer.measure("evaluation"):
+                result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
             own, examples = begin_task(method, self.scenario, k)
-            per_epoch = math.ceil(len(examples[0]) / settings.batch_size)
+            count = len(examples[0])
+            per_epoch = settings.iterations or math.ceil(count / settings.batch_size)
             optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
-            steps = make_steps(method, optimizer, examples, settings.batch_size, settings.precision)
-        self.bar.task_start(k, per_epoch)
-        step_done = self.step_counter(k)
-        for epoch in range(settings.epochs):
+            self._steps = make_steps(
+                method, optimizer, examples, settings.batch_size, settings.precision
+            )
+        if is_new:
+            self._call("on_task_begin")
+        self.bar.task_start(k, per_epoch, done=self.place.epoch * per_epoch + self.place.step)
+        for epoch in range(self.place.epoch, settings.epochs):
             self.bar.epoch_start(k, epoch)
-            with timer.measure("training"):
-                order = torch.randperm(len(examples[0]), generator=self.shuffle).to(steps.device)
-                with explained(len(order), k, settings.batch_size):
-                    losses = steps.run_epoch(order, step_done)
-                step = first_non_finite(losses, method.model)
-            if step is not None:
-                raise NonFiniteLossError.at(result, k, epoch, step, losses[step].item())
+            losses = self.train_epoch(count, epoch * per_epoch)
             if epoch == settings.epochs - 1:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
@@ -253,11 +183,56 @@ class Training:
                     data = Batches(own, settings.batch_size)
                     method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
-                accuracies = self.evaluator.accuracies(k)
-            result.curve.append(fmean(accuracies))
+                self.accuracies = self.evaluator.accuracies(k)
+            result.curve.append(fmean(self.accuracies))
+            self.place, self._shuffle_state = Place(k, epoch + 1), self._shuffle.get_state()
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
-        result.accuracy[k, : k + 1] = accuracies
-        warn_if_near_chance(method, settings, k, accuracies[k], own.labels)
+            self._call("on_epoch_end")
+            if epoch < settings.epochs - 1:
+                self.keep_state()
+        result.accuracy[k, : k + 1] = self.accuracies
+        warn_if_near_chance(method, settings, k, self.accuracies[k], own.labels)
+        self._call("on_task_end")
+        self.place = Place(k + 1)
+
+    def train_epoch(self, examples: int, before: int) -> Tensor:
+        """The steps that are left of an epoch, `before` which the task had so many; their losses.
+
+        With `iterations` these are one epoch, of as many passes as it takes.
+        """
+        settings, steps, start = self.settings, self._steps, self.place
+        assert steps is not None
+        wanted = (settings.iterations or 0) * settings.batch_size or examples
+        with self.timer.measure("training"):
+            passes = [
+                torch.randperm(examples, generator=self._shuffle)
+                for _ in range(math.ceil(wanted / examples))
+            ]
+            order = torch.cat(passes)[:wanted].to(steps.device)
+            with explained(examples, start.task, settings.batch_size):
+                losses = steps.run_epoch(order, partial(self.step_done, before), start.step)
+        step = first_non_finite(losses, self.method.model)
+        if step is not None:
+            at = (start.task, start.epoch, start.step + step)
+            raise NonFiniteLossError.at(self.result, *at, losses[step].item())
+        return losses
+
+    def step_done(self, before: int) -> None:
+        """What is due after a step: accuracies, and the state, so often or when asked to stop."""
+        self.bar.step()
+        self.place = replace(self.place, step=self.place.step + 1)
+        self.total_steps += 1
+        step = before + self.place.step
+        every, keep_every = self.settings.evaluate_every, self.checkpoint and self.checkpoint.every
+        if every is not None and step % every == 0:
+            with self.timer.measure("evaluation"):
+                accuracies = self.evaluator.accuracies(self.place.task)
+            self.result.steps.append(
+                {"task": self.place.task, "step": step, "accuracy": accuracies}
+            )
+        self._call("on_step")
+        if self._interruptions.noted or (keep_every is not None and step % keep_every == 0):
+            self.keep_state()
 
     def optimizer_of_task(self, steps: int) -> TaskOptimizer:
         """A new one, or that of the tasks before; `steps`: of the task."""
@@ -267,23 +242,60 @@ class Training:
                 optimizer.close()
             parameters = [*trainable_parameters(self.method.model).values()]
             optimizer = TaskOptimizer(self.settings, self.method, parameters, self.device)
-        optimizer.begin(steps)
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            optimizer.begin(steps)
+            optimizer.load_state_dict(saved)
+        if self.place.begins_task:
+            optimizer.begin(steps)
         self.optimizer = optimizer
         return optimizer
 
-    def step_counter(self, k: int) -> Callable[[], None]:
-        """What is called after each step of task k: the accuracies are due every so often."""
-        every, taken = self.settings.evaluate_every, count(1)
+    def _call(self, hook: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self)
 
-        def step_done() -> None:
-            self.bar.step()
-            step = next(taken)
-            if every is not None and step % every == 0:
-                with self.timer.measure("evaluation"):
-                    accuracies = self.evaluator.accuracies(k)
-                self.result.steps.append({"task": k, "step": step, "accuracy": accuracies})
+    # ------------------------------------------------------------------ going on later
 
-        return step_done
+    def keep_state(self) -> None:
+        """Write the checkpoint; then a signal that came meanwhile does what it does."""
+        if self.checkpoint is None:
+            return
+        with self.timer.measure("saving"):
+            keep(partial(self.checkpoint.write, self.state_dict()))
+        if self._interruptions.noted:
+            say(
+                f"clext: stopped; the same call with resume=True (--resume) goes on from "
+                f"{self.checkpoint.folder}"
+            )
+            self._interruptions.deliver()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, but the data and the settings."""
+        optimizer = self.optimizer
+        if self.place.begins_task and not self.settings.keep_optimizer:
+            optimizer = None
+        return {
+            "place": astuple(self.place),
+            "total_steps": self.total_steps,
+            "model": dict(self.method.model.state_dict()),
+            "method": self.method.state_dict(),
+            "optimizer": None if optimizer is None else optimizer.state_dict(),
+            "shuffle": self._shuffle_state,
+            "random": random_states(self.device) if self._draws else [],
+            "result": as_read(self.result.to_json()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over such a state, but for its result."""
+        self.place, self.total_steps = Place(*state["place"]), state["total_steps"]
+        self.method.model.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
+        self._saved = state["optimizer"]
+        self._shuffle_state = state["shuffle"]
+        self._shuffle.set_state(self._shuffle_state)
+        if self._draws:
+            set_random_states(self.device, state["random"])
 
 
 def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,17 @@ class TaskOptimizer:
         """The learning rate of the next step."""
         if self._scheduler is not None:
             self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the optimizer and the schedule."""
+        schedule = None if self._scheduler is None else self._scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": schedule}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over such a state, in a task that has begun."""
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(dict(state["scheduler"]))
 
     def close(self) -> None:
         """Leave the optimizer as it was."""

@@ -55,13 +55,16 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def task_start(self, task: int, steps: int) -> None:
+    def task_start(self, task: int, steps: int, done: int = 0) -> None:
         """An epoch of `task` has so many steps, now that it is known what it trains on.
 
-        Until more is known, those of the tasks to come are expected to have as many.
+        Until more is known, those of the tasks to come are expected to have as many, and those
+        before it had. `done`: steps of the task in an earlier run.
         """
         self._steps[task:] = [steps] * (self._tasks - task)
+        self._steps[:task] = [before or steps for before in self._steps[:task]]
         self._bar.total = self._epochs * sum(self._steps)
+        self._bar.n = self._bar.initial = self._epochs * sum(self._steps[:task]) + done
 
     def epoch_start(self, task: int, epoch: int) -> None:
         """Show which task and epoch (both counted from 0) the coming steps belong to."""

@@ -14,14 +14,18 @@ from numpy.typing import ArrayLike
 from clext.core.names import TITLES
 from clext.training import metrics
 from clext.training.shape import check_result
-from clext.training.storage import read_json, writable_folder, write_json
+from clext.training.storage import (
+    MATRIX_NAME,
+    PICTURE_NAME,
+    RESULT_NAME,
+    read_json,
+    writable_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FILE_NAME = "result.json"
-PICTURE_NAME = "accuracy.png"
-MATRIX_NAME = "matrix.png"
+    from torch import nn
 
 _KIND = "result"
 _WIDEST_TABLE = 10
@@ -42,6 +46,7 @@ class Result:
         config: every setting, the data set really used, seeds, device, threads and versions.
         timings: the seconds spent on "training", "evaluation" and "consolidation", where known.
         stopped: why the run ended early, or None.
+        model: what was trained, by `clext.train`; it is not part of the file.
     """
 
     accuracy: metrics.Matrix
@@ -52,6 +57,7 @@ class Result:
     steps: list[metrics.Step] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    model: nn.Module | None = None
 
     @classmethod
     def empty(cls, tasks: int, config: dict[str, Any]) -> Self:
@@ -91,7 +97,7 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """Time of the run, without loading the data and saving."""
+        """Time of the run, without loading the data and saving the result."""
         return sum(self.timings.values())
 
     @property
@@ -219,7 +225,7 @@ class Result:
         They are `accuracy.png`, and for more than one task `matrix.png`.
         """
         target = writable_folder(folder, "save")
-        write_json(target / FILE_NAME, _KIND, self.to_json())
+        write_json(target / RESULT_NAME, _KIND, self.to_json())
         if picture:
             self.plot(target / PICTURE_NAME)
             if MATRIX_NAME in self.pictures:
@@ -231,7 +237,7 @@ class Result:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a result from its folder or its JSON file; ValueError if it is not a result."""
-        file, content = read_json(path, _KIND, FILE_NAME)
+        file, content = read_json(path, _KIND, RESULT_NAME)
         return cls.from_json(content, str(file))
 
     def to_json(self) -> dict[str, Any]:

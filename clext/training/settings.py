@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from clext.core.checks import as_path, check_memory, choice, flag, integer, number, unknown_name
@@ -17,6 +18,7 @@ from clext.core.names import (
     SCENARIOS,
     SCHEDULERS,
 )
+from clext.training.storage import as_read
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ class Settings:
     incremental: str = "domain"
     tasks: int = 5
     epochs: int = 10
+    iterations: int | None = None
     batch_size: int = 128
     lr: float = 1e-4
     optimizer: str | Callable[..., Any] = "adam"
@@ -47,6 +50,8 @@ class Settings:
     max_grad_norm: float | None = None
     scheduler: str | Callable[..., Any] | None = None
     keep_optimizer: bool = False
+    loss: Callable[..., Any] | None = None
+    label_smoothing: float = 0.0
     precision: str = "fp32"
     evaluate_every: int | None = None
     seed: int = 0
@@ -66,8 +71,9 @@ class Settings:
             choice(_OWNER, "incremental", self.incremental, INCREMENTAL)
         choice(_OWNER, "precision", self.precision, PRECISIONS)
         least = {"tasks": 1, "epochs": 1, "batch_size": 1, "seed": 0}
-        if self.evaluate_every is not None:
-            least["evaluate_every"] = 1
+        for name in ("iterations", "evaluate_every"):
+            if getattr(self, name) is not None:
+                least[name] = 1
         checked: dict[str, float] = {
             name: integer(_OWNER, name, getattr(self, name), minimum=minimum)
             for name, minimum in least.items()
@@ -80,10 +86,28 @@ class Settings:
             checked["max_grad_norm"] = number(
                 _OWNER, "max_grad_norm", self.max_grad_norm, minimum=0.0, open_minimum=True
             )
+        checked["label_smoothing"] = number(
+            _OWNER, "label_smoothing", self.label_smoothing, minimum=0.0, maximum=1.0
+        )
+        if self.iterations is not None:
+            checked["epochs"] = 1  # of so many steps
         flag(_OWNER, "keep_optimizer", self.keep_optimizer)
+        self._check_loss()
         self._check_optimizer()
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # plain numbers, whatever kind was given
+
+    def _check_loss(self) -> None:
+        """ValueError for what is no function, or for two losses."""
+        if self.loss is not None and not callable(self.loss):
+            raise ValueError(
+                f"{_OWNER}: loss must be a function (logits, labels) -> a loss for each example, "
+                f"got {self.loss!r}"
+            )
+        if self.loss is not None and self.label_smoothing:
+            raise ValueError(
+                f"{_OWNER}: label_smoothing is of the cross entropy; leave it to your loss"
+            )
 
     def _check_optimizer(self) -> None:
         """ValueError for a name that is none, or an option that this optimizer has not."""
@@ -114,11 +138,20 @@ class Settings:
         """The scenario, if it was given with its data."""
         return None if isinstance(self.scenario, str) else self.scenario
 
+    @property
+    def criterion(self) -> Callable[..., Any] | None:
+        """The loss of each example to train on; None for the method's own."""
+        if not self.label_smoothing:
+            return self.loss
+        from torch.nn import CrossEntropyLoss
+
+        return CrossEntropyLoss(label_smoothing=self.label_smoothing, reduction="none")
+
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values; the device is described as the one found."""
         values = {name: getattr(self, name) for name in NAMES}
         del values["device"], values["progress"]
-        for name in ("optimizer", "scheduler"):
+        for name in ("optimizer", "scheduler", "loss"):
             if callable(values[name]):  # of a function the name
                 values[name] = getattr(values[name], "__name__", type(values[name]).__name__)
         values["scenario"] = getattr(self.scenario, "name", self.scenario)
@@ -127,6 +160,11 @@ class Settings:
 
 
 NAMES = tuple(field.name for field in fields(Settings))
+# What `train` takes beside them and the options of the method.
+OF_TRAIN = (
+    *("strength", "model", "out", "checkpoint_every", "resume", "overwrite", "callbacks"),
+    *NAMES,
+)
 
 
 def _of_own_scenario(given: dict[str, Any]) -> dict[str, Any]:
@@ -155,9 +193,27 @@ def _of_own_scenario(given: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
+def check_same_run(
+    owner: str, folder: Path, there: Mapping[str, Any], planned: Mapping[str, Any]
+) -> None:
+    """ValueError if the run in the folder was of other settings, a method or data than planned."""
+
+    def compared(config: Mapping[str, Any]) -> dict[str, Any]:
+        # Wherever the data was found.
+        return {**config, "data_dir": None, "data": {**config.get("data", {}), "source": None}}
+
+    there = compared(there)
+    for name, value in sorted(as_read(compared(planned)).items()):
+        if there.get(name) != value:
+            raise ValueError(
+                f"{owner}: {folder} holds a run with {name} {there.get(name)!r}, not {value!r}; "
+                "choose another folder, or the settings that are there"
+            )
+
+
 def check_option_names(label: str, options: Iterable[str], of_method: Iterable[str]) -> None:
     """ValueError for an option that neither `train` nor the method has."""
-    valid = [*dict.fromkeys(["strength", "model", "out", *NAMES, *of_method])]
+    valid = [*dict.fromkeys([*OF_TRAIN, *of_method])]
     for option in options:
         # That of a part is the method's to check.
         if "." not in option and option not in valid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -37,19 +37,26 @@ class TaskSteps:
         self.method, self.optimizer, self.examples = method, optimizer, examples
         self.batch_size, self.precision = batch_size, precision
         self.device = examples[0].device
+        self.losses = torch.empty(0)  # of the steps of the epoch
 
-    def run_epoch(self, order: Tensor, step_done: Function) -> Tensor:
-        """Train on the examples `order` (int64 [N]); the loss of each step, penalty included.
+    def run_epoch(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
+        """Train on the examples `order` (int64 [N]), from step `first` on; the loss of each step,
+        penalty included.
 
         The losses stay on the device and nothing here waits for it: they are read when the epoch is
         over.
         """
-        losses = self.empty_losses(len(order))
-        for step, rows in enumerate(order.split(self.batch_size)):
-            losses[step] = self.take(rows)
+        self.losses = self.empty_losses(len(order))
+        self.launch(range(first, len(self.losses)), order, step_done)
+        return self.losses[first:]
+
+    def launch(self, steps: Iterable[int], order: Tensor, step_done: Function) -> None:
+        """Some of an epoch's steps, each launched by the host."""
+        batches = order.split(self.batch_size)
+        for step in steps:
+            self.losses[step] = self.take(batches[step])
             self.optimizer.step_done()
             step_done()
-        return losses
 
     def empty_losses(self, examples: int) -> Tensor:
         """Room for the loss of every step of an epoch."""

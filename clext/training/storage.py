@@ -17,6 +17,16 @@ from clext.core.checks import as_path
 
 FORMAT = 1
 
+# What a run leaves in its folder, of whatever kind it is.
+RESULT_NAME, COMPARISON_NAME, SWEEP_NAME = "result.json", "comparison.json", "sweep.json"
+PICTURE_NAME, MATRIX_NAME = "accuracy.png", "matrix.png"
+MODEL_NAME, METHOD_NAME = "model.safetensors", "method.safetensors"
+CHECKPOINT_NAME = "checkpoint.safetensors"
+_NAMES = (
+    *(RESULT_NAME, COMPARISON_NAME, SWEEP_NAME, PICTURE_NAME, MATRIX_NAME),
+    *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME),
+)
+
 
 def writable_folder(path: str | os.PathLike[str], argument: str) -> Path:
     """`path` as a folder, made if need be, in which a file could be written just now.
@@ -62,6 +72,35 @@ def claimed_folder(path: str | os.PathLike[str] | None, argument: str) -> Iterat
         raise
 
 
+def check_free(folder: Path, argument: str, *, overwrite: bool) -> None:
+    """FileExistsError if the folder holds results that nobody said to overwrite."""
+    there = [name for name in _NAMES if (folder / name).is_file()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{argument}: {folder} holds {', '.join(there)} of another run; overwrite=True "
+            "(--overwrite) removes these, or choose another folder"
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove what other runs have left in the folder."""
+    for name in _NAMES:
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A file beside it to write to, which takes its place in one piece; or goes, after an error."""
+    # A process that a killed run has left behind may be writing the same; the suffix is the format.
+    part = file.with_name(f"{file.stem}.{os.getpid()}.part{file.suffix}")
+    try:
+        yield part
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def keep(save: Callable[[], Path | None]) -> Path | None:
     """Call `save`; a full disk must not cost the hours of work that are still in memory."""
     try:
@@ -77,14 +116,8 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(document), indent=2, allow_nan=False)
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
-    # A process that a killed sweep has left behind may be writing the same result.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[Path, Any]:

@@ -22,13 +22,13 @@ from clext.core.console import has_terminal, say
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
-from clext.training import loop
+from clext.training import train as training
 from clext.training.compare import method_specs
 from clext.training.machine import resolve_device
 from clext.training.result import Result
-from clext.training.settings import NAMES, Settings, shows_settings
+from clext.training.settings import NAMES, Settings, check_same_run, shows_settings
 from clext.training.spec import MethodSpec, describe
-from clext.training.storage import as_read, claimed_folder, keep
+from clext.training.storage import claimed_folder, keep
 from clext.training.sweep_result import Cell, Run, Sweep
 
 Strengths = Iterable[float] | Mapping[str, Iterable[float]]
@@ -101,7 +101,7 @@ def sweep(
         spec.build(Seeds.derive(chosen[0]), taken.own_scenario)  # before any work, as in compare
     folder = as_path(out, "sweep: out").resolve()  # workers may have another working folder
     with claimed_folder(folder, "sweep: out"):
-        scenario = loop.load_scenario(taken)
+        scenario = training.load_scenario(taken)
         if taken.own_scenario is None:
             # The same for all runs, wherever they are: none falls back to other data.
             taken = replace(taken, dataset=scenario.data["name"])
@@ -177,16 +177,9 @@ def _finished(
     planned = {
         **describe(spec.build(Seeds.derive(run.seed), scenario)),
         **replace(settings, seed=run.seed).describe(),
-        "data": {**scenario.data, "source": None},  # wherever it was found
+        "data": scenario.data,
     }
-    del planned["data_dir"]
-    there = {**result.config, "data": {**result.config.get("data", {}), "source": None}}
-    for name, value in as_read(planned).items():
-        if there.get(name) != value:
-            raise ValueError(
-                f"sweep: {folder / str(run)} holds a run with {name} {there.get(name)!r}, but this "
-                f"sweep has {value!r}; choose another out, or the settings that are there"
-            )
+    check_same_run("sweep: out", folder / str(run), result.config, planned)
     return result
 
 
@@ -240,7 +233,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scenario = loop.load_scenario(settings, announce=False)
+        scenario = training.load_scenario(settings, announce=False)
         own = replace(spec, model=copy.deepcopy(spec.model), options=copy.deepcopy(spec.options))
         method = own.build(Seeds.derive(run.seed), scenario)
         method.check_classes([task.classes for task in scenario.tasks])
@@ -248,7 +241,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
         def save(result: Result) -> Path:
             return result.save(folder, picture=False)
 
-        result = loop.run(method, scenario, settings, save, draws=not spec.makes_model)
+        result = training.run(method, scenario, settings, save, draws=not spec.makes_model)
     except Exception as error:  # whatever it is, the other runs go on
         return run, None, next(iter(str(error).splitlines()), type(error).__name__)
     finally:

@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from clext.core.checks import choice, unknown_name
 from clext.training import tables
 from clext.training.metrics import Summary, summary
-from clext.training.result import FILE_NAME as RESULT_NAME
-from clext.training.result import PICTURE_NAME, Result
-from clext.training.storage import read_json, writable_folder, write_json
+from clext.training.result import Result
+from clext.training.storage import (
+    PICTURE_NAME,
+    RESULT_NAME,
+    SWEEP_NAME,
+    read_json,
+    writable_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-
-FILE_NAME = "sweep.json"
 
 _KIND = "sweep"
 _METRICS: dict[str, Callable[[Result], float]] = {
@@ -215,12 +219,12 @@ class Sweep:
     def save_plan(self, folder: Path) -> None:
         """Write `sweep.json` alone: which runs there are, and what failed."""
         failed = {str(run): problem for run, problem in self.failed.items()}
-        write_json(folder / FILE_NAME, _KIND, {"runs": self.runs, "failed": failed})
+        write_json(folder / SWEEP_NAME, _KIND, {"runs": self.runs, "failed": failed})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a sweep, also one that is not finished, from its folder or its `sweep.json`."""
-        file, content = read_json(path, _KIND, FILE_NAME)
+        file, content = read_json(path, _KIND, SWEEP_NAME)
         try:
             loaded = cls([Run(*entry) for entry in content["runs"]], {}, {})
             problems = dict(content["failed"])

@@ -39,7 +39,7 @@ def quick_sweeps(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory):
-    """A local Ray; its processes import from the folder where it is started, so not a checkout's."""
+    """A local Ray, whose processes import from the folder where it is started: no checkout."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -41,14 +41,14 @@ def done(tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """The method, strength and seed of each run that is made from here on, in this process."""
-    made, run = [], clext.training.loop.run
+    made, run = [], clext.training.train.run
 
     def recording(method, scenario, settings, *arguments, **options):
         strength = method.strength if method.has_strength else None
         made.append((method.name, strength, settings.seed))
         return run(method, scenario, settings, *arguments, **options)
 
-    monkeypatch.setattr("clext.training.loop.run", recording)
+    monkeypatch.setattr("clext.training.train.run", recording)
     return made
 
 
@@ -146,10 +146,10 @@ class TestContinuation:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"lr": 0.02}, r"baseline/seed-3 holds a run with lr 0.01, but this sweep has 0.02;"),
-            ({"epochs": 2}, "with epochs 1, but this sweep has 2; choose another out"),
+            ({"lr": 0.02}, r"baseline/seed-3 holds a run with lr 0.01, not 0.02;"),
+            ({"epochs": 2}, "with epochs 1, not 2; choose another folder"),
             ({"options": {"ewc": {"gamma": 0.5}}}, r"ewc-1/seed-3 .* method_options .*gamma': 0.5"),
-            ({"model": torch.nn.Linear(64, 10)}, "with model 'MLP 64-32-10', .* has 'Linear'"),
+            ({"model": torch.nn.Linear(64, 10)}, "with model 'MLP 64-32-10', not 'Linear'"),
         ],
     )
     def test_other_settings_are_refused(self, folder, changes, message, trained):
@@ -189,7 +189,7 @@ class TestFailures:
         def broken(*_args, **_kwargs):
             raise RuntimeError("no\nidea")
 
-        monkeypatch.setattr("clext.training.loop.run", broken)
+        monkeypatch.setattr("clext.training.train.run", broken)
         with pytest.warns(UserWarning, match="failed: no$"):
             there = sweep(tmp_path)
         assert set(there.failed.values()) == {"no"}
@@ -224,7 +224,7 @@ class TestFailures:
     )
     def test_bad_input_before_any_work(self, tmp_path, changes, message, monkeypatch):
         monkeypatch.setattr(
-            "clext.training.loop.load_scenario", lambda *_args, **_kwargs: pytest.fail("work")
+            "clext.training.train.load_scenario", lambda *_args, **_kwargs: pytest.fail("work")
         )
         with pytest.raises(ValueError, match=message):
             sweep(**{"folder": tmp_path / "out", **changes})

@@ -13,13 +13,13 @@ from torch import nn
 
 import clext
 from clext.training import evaluate as evaluation
-from clext.training import loop as training
+from clext.training import train as training
 
 BAD_INPUT = [
     ({"method": "ewx"}, "unknown method 'ewx'.*'ewc'"),
     ({"method": "ewc", "gama": 0.5}, "unknown option.*'gama'.*'gamma'"),
     ({"method": "baseline", "gamma": 0.5}, "unknown option.*'gamma'"),
-    ({"verbose": False}, "neither of train nor of si: 'verbose' .*'progress', 'xi'"),
+    ({"verbose": False}, "neither of train nor of si: 'verbose'.*'progress', 'xi'"),
     ({"epoch": 1}, "neither of train nor of si: 'epoch'; did you mean 'epochs'"),
     ({"method": clext.SI(small()), "epoch": 1}, "neither of train nor of si: 'epoch'; .*'epochs'"),
     ({"out": 5}, "^train: out must be a path, such as 'runs/ewc', got 5$"),
@@ -183,7 +183,8 @@ class TestEarlyEnd:
         clext.train(Spy(small()), out=tmp_path, **QUICK)
         assert len(seen[0]["summary"]["average_accuracy"]) == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == [
-            *("accuracy.png", "matrix.png", "result.json")
+            *("accuracy.png", "matrix.png", "method.safetensors", "model.safetensors"),
+            "result.json",
         ]
 
     def test_a_disk_that_fills_up_does_not_cost_the_run(self, tmp_path, monkeypatch):

@@ -201,9 +201,23 @@ class Heads(Supervision):
             each = reduction == "none"
             return self.losses(inputs, labels) if each else self.loss(inputs, labels)
         logits = self.logits(inputs)
+        if self._criterion is not None:
+            losses = self._of_each_task(logits, labels)
+            return losses if reduction == "none" else losses.mean()
         rivals = self.competing(logits.shape[1], logits.device).index_select(0, labels)
         rivalling = logits.masked_fill(~rivals, -torch.inf)
         return F.cross_entropy(rivalling, labels, reduction=reduction)
+
+    def _of_each_task(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss [N] that is trained on, task by task: each has outputs of its own."""
+        losses = torch.full_like(logits[:, 0], torch.nan)
+        # The active ones last: they count where they overlap with others.
+        for block in dict.fromkeys([*self.blocks, self.active or range(logits.shape[1])]):
+            rows = ((labels >= block.start) & (labels < block.stop)).nonzero().flatten()
+            if len(rows) > 0:
+                own = logits[rows, block.start : block.stop]
+                losses = losses.index_copy(0, rows, self._losses(own, labels[rows] - block.start))
+        return losses
 
     def competing(self, outputs: int, device: torch.device) -> Tensor:
         """Row l: with which of the model's `outputs` the class l competes; bool, square."""

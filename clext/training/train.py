@@ -1,0 +1,238 @@
+"""`clext.train`: a method, a model and a scenario are made of names, and the loop is run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clext.core.checks import count_or_all
+from clext.core.modes import module_mode
+from clext.core.seeding import Seeds, isolated_rng
+from clext.data.datasets import DIGITS_LR, load_dataset
+from clext.data.scenario import Scenario, make_scenario
+from clext.methods import Method
+from clext.training.advice import warn_of_slow_precision
+from clext.training.callbacks import Callback, StopTraining, check_callbacks
+from clext.training.checkpoint import Checkpoint
+from clext.training.loop import Training
+from clext.training.machine import describe_machine, resolve_device
+from clext.training.result import Result
+from clext.training.settings import Settings, check_same_run, shows_settings
+from clext.training.spec import MethodSpec, check_forward, describe, input_dtype
+from clext.training.storage import RESULT_NAME, check_free, claimed_folder, clear, keep
+
+Save = Callable[[Result], Path | None]
+
+
+@shows_settings
+def train(
+    method: str | Sequence[str] | Method,
+    *,
+    strength: float | None = None,
+    model: nn.Module | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: object,
+) -> Result:
+    """Learn a sequence of tasks with one method; by default five permutations of MNIST.
+
+    Every task gets a new optimizer, unless it is kept. After every epoch the accuracy on all tasks
+    seen is taken. The same seed gives the same bits on the same machine, and the global random
+    state is left as it was; also in several threads at once, but for models that draw from it
+    (dropout).
+
+    Args:
+        method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
+            combine a penalty with a method that rehearses; or an instance (then its model is
+            trained).
+        dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
+            "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
+            "cifar100", "svhn" or "digits".
+        scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
+            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
+        incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
+            known when tested) or "class" (one head that grows; all classes seen compete); see
+            `clext.Scenario`.
+        tasks: number of tasks, 5 unless a given scenario has its own.
+        epochs: passes over the data of each task.
+        iterations: steps of each task, in place of epochs: pass after pass, and one look at the
+            accuracies at the end.
+        batch_size: examples in a step; the last, smaller batch of an epoch is used too.
+        lr: learning rate.
+        optimizer: "adam", "adamw" or "sgd", of `clext.optim`; or a function (parameters, method) ->
+            optimizer, any of torch's kind, with the method in its pass or without.
+        momentum: of "sgd".
+        weight_decay: of an optimizer by name.
+        max_grad_norm: the task's gradient is scaled to at most this norm; see `clext.optim`.
+        scheduler: of the learning rate over the steps of each task: "cosine" (down to zero), "step"
+            (a tenth at half and at three quarters) or "one-cycle"; or a function (optimizer,
+            steps) -> scheduler, which is stepped after each step.
+        keep_optimizer: go on with the averages of the tasks before; the learning rate starts anew.
+        loss: a function (logits [N, C], labels [N]) -> a loss for each example [N], to train on in
+            place of the cross entropy, such as `nn.CrossEntropyLoss(reduction="none")`; C are the
+            outputs that compete, and what a method measures stays that of the likelihood.
+        label_smoothing: of the cross entropy, as in torch's.
+        precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
+            parameters, optimizer and method state in float32 as before.
+        evaluate_every: also take the accuracy on all tasks seen every so many steps, for
+            `Result.worst_accuracy`; by default only after each epoch.
+        strength: weight of the method's penalty; by default the method's own.
+        model: any module from examples ([N, features], of CIFAR and SVHN [N, 3, 32, 32], or shaped
+            as those of your own `Scenario`) to logits [N, outputs], trained in place and moved to
+            `device`; or the name of one, made for the examples: "mlp" (the default: the course's
+            784-1024-512-256-10 perceptron with the outputs that the scenario needs; "mlp-400-400"
+            with other hidden widths), "cnn", "resnet18" (for images of 32x32) or "vit_tiny".
+        seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
+        device: by default CUDA if there is one, else the CPU.
+        data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
+        out: folder for `result.json`, the weights (`model.safetensors`) and the method's state
+            (`method.safetensors`), all written after each task; the pictures; and until the run is
+            complete a checkpoint, written after each epoch. Ctrl-C and SIGTERM write it as well.
+        checkpoint_every: also write the checkpoint every so many steps of a task.
+        resume: go on from the checkpoint in `out`, to the same bits on the same machine; start
+            where there is none, and return the result that is complete.
+        overwrite: remove what another run has left in `out`, which is refused else.
+        callbacks: `clext.Callback` objects, called as the run goes; what they are called for counts
+            as training.
+        progress: show a progress bar, or a line per epoch where stderr is no terminal.
+        **options: options of the method, such as `xi` of "si"; in a combination
+            `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
+
+    Returns:
+        The accuracies, timings and settings, and the trained model, see `Result`.
+
+    Raises:
+        ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
+            data of a task: the model has learned the tasks before, and `out` holds their results.
+        DataError: the data set cannot be had, or its files are damaged.
+        OSError: `out` cannot be written, or holds another run; nothing was done.
+        NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
+    """
+    settings = Settings.taken_from(options)
+    spec, seeds = MethodSpec(method, model, strength, options), Seeds.derive(settings.seed)
+    resolve_device(settings.device)
+    check_callbacks(callbacks)
+    every = count_or_all("train", "checkpoint_every", checkpoint_every)
+    if out is None and (resume or every is not None):
+        raise ValueError("train: resume and checkpoint_every need out, the folder of the run")
+    made = spec.build(seeds, settings.own_scenario)
+    with claimed_folder(out, "train: out") as folder:
+        if folder is not None:
+            check_free(folder, "train: out", overwrite=overwrite or resume)
+        scenario = load_scenario(settings)
+        if not spec.fits(made, scenario):
+            made = spec.build(seeds, scenario)
+        made.check_classes([task.classes for task in scenario.tasks])
+
+    checkpoint = None if folder is None else Checkpoint(folder, every)
+    if folder is not None and overwrite and not resume:
+        clear(folder)
+
+    def save(result: Result) -> Path | None:
+        return None if folder is None else result.save(folder, picture=result.complete)
+
+    draws = not spec.makes_model
+    result = run(
+        *(made, scenario, settings, save),
+        draws=draws,
+        checkpoint=checkpoint,
+        resume=resume,
+        callbacks=callbacks,
+    )
+    result.model = made.model
+    return result
+
+
+def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
+    """The scenario that was given, or is made of the data set, which is loaded."""
+    name = settings.scenario
+    if not isinstance(name, str):
+        return name
+    where, show, few = settings.data_dir, settings.progress, settings.lr < DIGITS_LR
+    data = load_dataset(settings.dataset, where, show=show, announce=announce, advise=show and few)
+    seed = Seeds.derive(settings.seed).scenario
+    return make_scenario(name, data, settings.tasks, seed, settings.incremental)
+
+
+def run(
+    method: Method,
+    scenario: Scenario,
+    settings: Settings,
+    save: Save,
+    *,
+    draws: bool = True,
+    checkpoint: Checkpoint | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """`train` with a method that was built and data that was loaded.
+
+    `save` is called with the result after each task, and when the run ends early. `draws`: the
+    model may draw from the global random state, which is then seeded, and restored.
+    """
+    seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
+    with isolated_rng(seeds.model, device) if draws else nullcontext():
+        method.model.to(device)
+        warn_of_slow_precision(settings.precision, device)
+        check_forward(method.model, scenario, device)
+        planned = {**describe(method), **settings.describe(), "data": scenario.data}
+        config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
+        result, state = Result.empty(settings.tasks, config), None
+        if checkpoint is not None and resume:
+            result, state = left_by(checkpoint, planned) or (result, None)
+            if result.complete:
+                checkpoint.read_weights(method)
+                return result
+        training = Training(
+            *(method, scenario.to(device, input_dtype(method.model)), settings, result, device),
+            checkpoint=checkpoint,
+            draws=draws,
+            callbacks=callbacks,
+        )
+        if state is not None:
+            training.load_state_dict(state)
+        try:
+            with (
+                module_mode(method.model, training=True),
+                method.heads.trained_on(settings.criterion),
+            ):
+                training.learn(lambda: keep(lambda: save(result)))
+        except StopTraining as stop:
+            result.stopped = str(stop) or "stopped by a callback"
+            keep(lambda: save(result))
+        except BaseException as error:
+            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
+            interrupted = isinstance(error, KeyboardInterrupt)
+            result.stopped = "interrupted" if interrupted else str(error) or type(error).__name__
+            place = keep(lambda: save(result))
+            if place is not None:
+                error.add_note(f"What was done so far is saved in {place}.")
+            raise
+    return result
+
+
+def left_by(
+    checkpoint: Checkpoint, planned: dict[str, Any]
+) -> tuple[Result, dict[str, Any] | None] | None:
+    """The result of the run in the folder so far, and its state, unless it is complete.
+
+    None where there is nothing to go on from; ValueError if it is another run than was planned.
+    """
+    state = checkpoint.read()
+    if state is not None:
+        result = Result.from_json(state["result"], str(checkpoint.file))
+    elif (checkpoint.folder / RESULT_NAME).exists():
+        result = Result.load(checkpoint.folder)
+    else:
+        return None
+    check_same_run("train: out", checkpoint.folder, result.config, planned)
+    return (result, state) if result.complete or state is not None else None
