@@ -28,7 +28,7 @@ from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import Batches, Dataset, Split, load_dataset
 from clext.data.scenario import make_scenario
 from clext.importance import fisher_information, output_sensitivity, sliced_cramer_importance
-from clext.training.evaluate import evaluate
+from clext.training.evaluate import evaluate, test_batches
 from clext.training.machine import resolve_device
 from clext.training.models import mlp
 
@@ -144,7 +144,8 @@ def train_task(
 
 
 def evaluated(model: nn.Module, tasks: Any) -> list[float]:
-    return [evaluate(clext.Baseline(model), task.test()) for task in tasks]
+    method = clext.Baseline(model)
+    return [evaluate(method, test_batches(task, method)) for task in tasks]
 
 
 def learn_as_in_the_paper(run: Run, epochs: int, seed: int) -> list[list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,10 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
     """The tasks with labels that are outputs of one model."""
     own = [train.labels.unique().tolist() for train, _ in pairs]
     everywhere = {label for classes in own for label in classes}
-    places: dict[int, int] = {}  # the output of each label
-    used, tasks = 0, []
-    for number, ((train, test), classes) in enumerate(zip(pairs, own, strict=True), start=1):
+    tasks = []
+    for number, ((train, test), classes, (block, outputs)) in enumerate(
+        zip(pairs, own, numbered(_OWNER, own, incremental), strict=True), start=1
+    ):
         # Domains share the classes.
         known, whose = (everywhere, "the") if incremental == "domain" else (set(classes), "its")
         strangers = set(test.labels.unique().tolist()) - known
@@ -57,24 +58,38 @@ def _numbered(pairs: list[tuple[Split, Split]], incremental: str) -> list[Task]:
                 f"{_OWNER}: task {number}, test data: class {min(strangers)} is not among the "
                 f"{len(known)} classes of {whose} training data"
             )
-        if incremental == "domain":
-            if classes[0] < 0:
+        if incremental != "domain":
+            train, test = (_placed(split, classes, outputs) for split in (train, test))
+        tasks.append(Task(f"task {number}", block, train, test))
+    return tasks
+
+
+def numbered(
+    owner: str, classes: Sequence[list[int]], incremental: str
+) -> list[tuple[range, list[int]]]:
+    """For each task the model's outputs that are its own, and which are its classes.
+
+    `classes` are the labels of each task, sorted. ValueError for negative ones of domains.
+    """
+    if incremental == "domain":
+        for number, own in enumerate(classes, start=1):
+            if own[0] < 0:
                 raise ValueError(
-                    f"{_OWNER}: task {number}: label {classes[0]}, expected numbers from 0 "
+                    f"{owner}: task {number}: label {own[0]}, expected numbers from 0 "
                     'where incremental="domain"'
                 )
-            tasks.append(Task(f"task {number}", range(max(everywhere) + 1), train, test))
-            continue
+        return [(range(max(map(max, classes)) + 1), own) for own in classes]
+    places: dict[int, int] = {}  # the output of each label
+    used, found = 0, []
+    for own in classes:
         if incremental == "task":
             places = {}
-        for label in classes:
+        for label in own:
             if label not in places:
                 places[label], used = used, used + 1
-        outputs = [places[label] for label in classes]
-        placed = [_placed(split, classes, outputs) for split in (train, test)]
-        block = range(min(outputs), max(outputs) + 1)
-        tasks.append(Task(f"task {number}", block, placed[0], placed[1]))
-    return tasks
+        outputs = [places[label] for label in own]
+        found.append((range(min(outputs), max(outputs) + 1), outputs))
+    return found
 
 
 def _placed(split: Split, classes: list[int], outputs: list[int]) -> Split:

@@ -13,6 +13,7 @@ from clext.core.checks import choice, integer, unknown_name
 from clext.core.names import INCREMENTAL
 from clext.core.seeding import Seeds
 from clext.data.datasets import Dataset, Split, load_dataset
+from clext.data.loaders import LoaderTask, loader_tasks
 from clext.data.own import own_tasks
 from clext.data.scenarios import MAKERS
 from clext.data.task import Task
@@ -39,7 +40,7 @@ class Scenario:
 
     name: str
     incremental: str
-    tasks: Sequence[Task]
+    tasks: Sequence[Task | LoaderTask]
     data: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -60,7 +61,7 @@ class Scenario:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
-        return tuple(self.tasks[0].stored_train.inputs.shape[1:])
+        return self.tasks[0].input_shape
 
     def active(self, task: int, seen: int) -> range | None:
         """The outputs that compete in `task` once tasks 0..seen were begun; None for all."""
@@ -73,23 +74,7 @@ class Scenario:
     def to(self, device: torch.device, dtype: torch.dtype) -> Scenario:
         """The same scenario with its tensors on `device`, its tasks' inputs as `dtype`."""
         moved: dict[int, Split] = {}
-
-        def move(stored: Split) -> Split:
-            if id(stored) not in moved:
-                kept = dtype if stored.inputs.is_floating_point() else stored.inputs.dtype
-                moved[id(stored)] = stored.to(device, kept)
-            return moved[id(stored)]
-
-        tasks = [
-            replace(
-                task,
-                stored_train=move(task.stored_train),
-                stored_test=move(task.stored_test),
-                dtype=dtype,
-            )
-            for task in self.tasks
-        ]
-        return replace(self, tasks=tasks)
+        return replace(self, tasks=[task.to(device, dtype, moved) for task in self.tasks])
 
     @classmethod
     def permuted(
@@ -166,6 +151,35 @@ class Scenario:
             "test": sum(len(task.stored_test.labels) for task in tasks),
         }
         return cls(name, incremental, tasks, {"name": "tasks", **counts})
+
+    @classmethod
+    def from_loaders(
+        cls,
+        loaders: Iterable[Any],
+        classes: Iterable[Iterable[int]],
+        incremental: str = "domain",
+        *,
+        name: str = "own",
+    ) -> Scenario:
+        """A scenario of your own data loaders, for `clext.train`: nothing is read into memory.
+
+        Args:
+            loaders: for each task a pair (training loader, test loader), such as torch's
+                `DataLoader`, of iterable data sets too. Their batches are (x, y, ...), or mappings
+                with the labels in "labels"; of others the method's `forward` and `labels` tell,
+                where `incremental` is "domain". Each is iterated anew in each epoch, or look at a
+                task; `train` needs `iterations` where one that trains has no length.
+            classes: for each task the labels that occur in its batches, such as
+                `[range(10), range(10)]`, because the batches are not looked at beforehand.
+            incremental: see `Scenario`. What labels mean is said in `from_datasets`.
+            name: as in titles and results.
+
+        Raises:
+            ValueError: these are no pairs of iterables, or classes that do not fit.
+        """
+        choice("Scenario.from_loaders", "incremental", incremental, INCREMENTAL)
+        tasks = loader_tasks(loaders, classes, incremental)
+        return cls(name, incremental, tasks, {"name": "loaders"})
 
 
 def make_scenario(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,26 @@ class Task:
             found: list[int] = self.stored_train.labels.unique().tolist()
             return found
         return self.outputs
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.stored_train.inputs.shape[1:])
+
+    def to(self, device: torch.device, dtype: torch.dtype, moved: dict[int, Split]) -> Task:
+        """The same task on `device`, its inputs as `dtype`.
+
+        `moved`: the splits that are there already, by the identity of what they were.
+        """
+
+        def move(stored: Split) -> Split:
+            if id(stored) not in moved:
+                kept = dtype if stored.inputs.is_floating_point() else stored.inputs.dtype
+                moved[id(stored)] = stored.to(device, kept)
+            return moved[id(stored)]
+
+        train, test = move(self.stored_train), move(self.stored_test)
+        return replace(self, stored_train=train, stored_test=test, dtype=dtype)
 
     def train(self) -> Split:
         """Training examples: inputs [N, ...] and global labels [N] int64."""

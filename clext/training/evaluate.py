@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clext.core.inputs import described
 from clext.core.modes import module_mode
-from clext.data.datasets import Batches, Split
+from clext.core.parameters import device_of
+from clext.data.datasets import Batches
+from clext.data.loaders import LoaderTask
 
 if TYPE_CHECKING:
     from clext.data.scenario import Scenario
+    from clext.data.task import Task
     from clext.methods import Method
 
 # Large enough that a batch keeps every core busy, small enough for any model's activations.
@@ -25,19 +30,33 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def evaluate(
-    method: Method, split: Split, precision: str = "fp32", active: range | None = None
+    method: Method, batches: Iterable[Any], precision: str = "fp32", active: range | None = None
 ) -> float:
-    """The share of `split` that the method classifies correctly among the outputs `active`.
+    """The share of the examples that the method classifies correctly among the outputs `active`.
 
-    Labels count from the model's first output. The model is in eval mode meanwhile.
+    Labels [N] count from the model's first output. The model is in eval mode meanwhile.
     """
-    device, start = split.labels.device, 0 if active is None else active.start
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    device, start = device_of(method.model), 0 if active is None else active.start
+    correct, count = torch.zeros((), dtype=torch.int64, device=device), 0
     with module_mode(method.model, training=False), autocast(device, precision):
-        for inputs, labels in Batches(split, EVALUATION_BATCH):
+        for batch in batches:
+            inputs, labels = method.heads.inputs_and_labels(batch)
+            if labels is None or labels.dim() != 1:
+                raise ValueError(
+                    f"test data: labels of a batch are {described(labels)}, expected a class for "
+                    "each example, [N]"
+                )
             predicted = method.predict(inputs, active=active).argmax(dim=1) + start
             correct += (predicted == labels).sum()
-    return int(correct) / len(split.labels)
+            count += len(labels)
+    return int(correct) / count
+
+
+def test_batches(task: Task | LoaderTask, method: Method) -> Iterable[Any]:
+    """What a task is tested on: batches with global labels, as large as the loaders' or our own."""
+    if isinstance(task, LoaderTask):
+        return task.test_batches(method.heads.inputs_and_labels)
+    return Batches(task.test(), EVALUATION_BATCH)
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,12 @@ class Evaluator:
 
     def accuracy(self, task: int, seen: int) -> float:
         """On the test data of `task`, with tasks 0..seen begun."""
-        test, active = self.scenario.tasks[task].test(), self.scenario.active(task, seen)
-        return evaluate(self.method, test, self.precision, active)
+        return evaluate(
+            self.method,
+            test_batches(self.scenario.tasks[task], self.method),
+            self.precision,
+            self.scenario.active(task, seen),
+        )
 
     def accuracies(self, seen: int) -> list[float]:
         """On each of the tasks 0..seen."""

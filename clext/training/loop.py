@@ -19,6 +19,7 @@ from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, random_states, set_random_states
 from clext.data.datasets import Batches, Split
 from clext.data.scenario import Scenario
+from clext.data.task import Task
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.training.advice import warn_if_near_chance
@@ -301,6 +302,7 @@ class Training:
 def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:
     """Begin task k: its own examples with local labels, and what the method trains on."""
     task, active = scenario.tasks[k], scenario.active(k, k)
+    assert isinstance(task, Task)
     own = task.train()
     if active is not None:
         own = Split(own.inputs, own.labels - active.start)

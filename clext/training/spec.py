@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from clext.core.inputs import described
+from clext.core.inputs import described, one_tensor, taken
 from clext.core.modes import module_mode
 from clext.core.names import METHOD_OPTIONS, MODELS, part_names
 from clext.core.seeding import Seeds, generator
 from clext.data.datasets import as_numbers
+from clext.data.loaders import LoaderTask
 from clext.methods import Method, make_method
 from clext.methods.parts.options import option_names
 from clext.training.models import ImageModel, hidden_widths, mlp, named_model
 from clext.training.settings import check_option_names
 
 if TYPE_CHECKING:
+    from clext.core.inputs import Inputs
     from clext.data.scenario import Scenario
+    from clext.data.task import Task
     from clext.training.augmentation import Transform
 
 
@@ -79,40 +83,52 @@ class MethodSpec:
 
 
 def check_forward(
-    model: nn.Module, scenario: Scenario, device: torch.device, transform: Transform | None = None
+    method: Method, scenario: Scenario, device: torch.device, transform: Transform | None = None
 ) -> None:
     """Try them on two examples: an error in the first step would name no argument."""
-    outputs = scenario.num_outputs
-    stored = as_numbers(scenario.tasks[0].stored_train.inputs[:1], input_dtype(model))
-    probe = torch.zeros(2, *scenario.input_shape, device=device, dtype=stored.dtype)
-    shape = ", ".join(["N", *map(str, scenario.input_shape)])
-    expected = f"inputs [{shape}] into logits [N, {outputs}]"
+    outputs, shape = scenario.num_outputs, ""
+    inputs, remedy = _probe(method, scenario.tasks[0], device)
+    if isinstance(inputs, Tensor):
+        shape = f" [{', '.join(['N', *map(str, inputs.shape[1:])])}]"
+    expected = f"inputs{shape} into logits [N, {outputs}]"
+    if transform is not None:
+        inputs = _transformed(inputs, transform)
+    try:
+        with torch.no_grad(), module_mode(method.model, training=False):
+            logits = method.heads.outputs(inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"train: model must turn {expected}, but failed on such inputs ({error}); {remedy}"
+        ) from error
+    if logits.dim() != 2 or logits.shape[1] < outputs:
+        raise ValueError(f"train: model must turn {expected}, got {list(logits.shape)} for N = 2")
+
+
+def _probe(method: Method, task: Task | LoaderTask, device: torch.device) -> tuple[Inputs, str]:
+    """Two examples as the model is given them, and what to do if it does not take them."""
+    read = method.heads.inputs_and_labels
+    if isinstance(task, LoaderTask):
+        with closing(task.to(device).test_batches(read)) as batches:
+            inputs, _ = read(next(batches))
+        return taken(inputs, slice(2)), "forward= of the method says how to call it"
+    stored = as_numbers(task.stored_train.inputs[:1], input_dtype(method.model))
+    probe = torch.zeros(2, *task.input_shape, device=device, dtype=stored.dtype)
     remedy = "begin it with nn.Unflatten if it takes images"
     if not stored.is_floating_point():
         remedy = (
             f"the inputs are {stored.dtype}: pass inputs.float() if they are numbers, begin the "
             "model with nn.EmbeddingBag if they are tokens"
         )
-    if transform is not None:
-        probe = _transformed(probe, transform)
-    try:
-        with torch.no_grad(), module_mode(model, training=False):
-            logits = model(probe)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"train: model must turn {expected}, but failed on such inputs ({error}); {remedy}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < outputs:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"train: model must turn {expected}, got {got} for N = 2")
+    inputs, _ = read((probe, torch.zeros(2, dtype=torch.int64, device=device)))
+    return inputs, remedy
 
 
-def _transformed(probe: Tensor, transform: Transform) -> Tensor:
+def _transformed(probe: Inputs, transform: Transform) -> Tensor:
     """Both examples transformed; ValueError if they are not like the plain ones any more."""
     expected = f"train: transform must keep shape and type of two examples {described(probe)}"
     remedy = "evaluation shows the model plain ones; for others change the data"
     try:
-        found = transform(probe)
+        found = transform(one_tensor("train: transform", probe))
     except Exception as error:  # whatever a user's function raises
         raise ValueError(f"{expected}, but failed ({error}); {remedy}") from error
     if described(found) != described(probe):

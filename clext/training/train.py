@@ -183,7 +183,7 @@ def run(
     with isolated_rng(seeds.model, device) if draws else nullcontext():
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)
-        check_forward(method.model, scenario, device)
+        check_forward(method, scenario, device)
         planned = {**describe(method), **settings.describe(), "data": scenario.data}
         config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
         result, state = Result.empty(settings.tasks, config), None

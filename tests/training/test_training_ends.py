@@ -78,7 +78,10 @@ class TestBadInput:
         [
             (nn.Linear(784, 10), r"inputs \[N, 64\] into logits \[N, 10\], but failed"),
             (nn.Linear(64, 3), r"logits \[N, 10\], got \[2, 3\]"),
-            (nn.Sequential(nn.Linear(64, 10), nn.Flatten(0)), r"got \[20\]"),
+            (
+                nn.Sequential(nn.Linear(64, 10), nn.Flatten(0)),
+                r"returned torch.float32 \[20\] for 2 samples",
+            ),
         ],
     )
     def test_a_model_that_does_not_fit_the_data(self, model, message):
