@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clext.core.parameters import device_of
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.training.evaluate import autocast
@@ -15,8 +17,43 @@ from clext.training.optimizers import TaskOptimizer
 Function = Callable[[], object]
 
 
-class TaskSteps:
-    """One step after the other, each launched by the host.
+class Steps:
+    """The step on one batch.
+
+    Args:
+        method: its model is trained.
+        optimizer: of this task, with the method.
+        precision: "fp32", or "bf16" for a forward pass in bfloat16.
+    """
+
+    losses: Tensor | list[Tensor]  # of the steps of the epoch
+
+    def __init__(self, method: Method, optimizer: TaskOptimizer, precision: str) -> None:
+        self.method, self.optimizer, self.precision = method, optimizer, precision
+        self.device = device_of(method.model)
+
+    def take(self, batch: Any) -> Tensor:  # noqa: ANN401  (as `arguments` takes it)
+        """One step on a batch; returns its loss, penalty included."""
+        loss = self.backward(batch)
+        with autocast(self.device, self.precision if self.method.runs_model else "fp32"):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss + self.optimizer.penalty
+
+    def backward(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Loss and gradients of a batch."""
+        with autocast(self.device, self.precision):
+            loss = self.method.loss(*self.arguments(batch))
+        loss.backward()
+        return loss.detach()
+
+    def arguments(self, batch: Any) -> Sequence[Any]:  # noqa: ANN401
+        """What the loss takes of a batch: here all of it."""
+        return (batch,)
+
+
+class TaskSteps(Steps):
+    """One step after the other on rows of a task's examples, each launched by the host.
 
     Args:
         method: its model is trained.
@@ -26,6 +63,8 @@ class TaskSteps:
         precision: "fp32", or "bf16" for a forward pass in bfloat16.
     """
 
+    losses: Tensor
+
     def __init__(
         self,
         method: Method,
@@ -34,10 +73,9 @@ class TaskSteps:
         batch_size: int,
         precision: str,
     ) -> None:
-        self.method, self.optimizer, self.examples = method, optimizer, examples
-        self.batch_size, self.precision = batch_size, precision
-        self.device = examples[0].device
-        self.losses = torch.empty(0)  # of the steps of the epoch
+        super().__init__(method, optimizer, precision)
+        self.examples, self.batch_size = examples, batch_size
+        self.losses = torch.empty(0)
 
     def run_epoch(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
         """Train on the examples `order` (int64 [N]), from step `first` on; the loss of each step,
@@ -64,18 +102,6 @@ class TaskSteps:
         dtype = torch.promote_types(self.examples[0].dtype, torch.float32)
         return torch.empty(-(-examples // self.batch_size), device=self.device, dtype=dtype)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """One step on the examples `rows`; returns its loss, penalty included."""
-        loss = self.backward(rows)
-        with autocast(self.device, self.precision if self.method.runs_model else "fp32"):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss + self.optimizer.penalty
-
-    def backward(self, rows: Tensor) -> Tensor:
-        """Loss and gradients of the examples `rows`."""
-        batch = [entry.index_select(0, rows) for entry in self.examples]
-        with autocast(self.device, self.precision):
-            loss = self.method.loss(*batch)
-        loss.backward()
-        return loss.detach()
+    def arguments(self, batch: Tensor) -> Sequence[Tensor]:
+        """The examples at these rows."""
+        return [entry.index_select(0, batch) for entry in self.examples]
