@@ -28,6 +28,7 @@ from clext.core.names import (
     PRECISIONS,
     SCENARIOS,
     SCHEDULERS,
+    TRANSFORMS,
     part_names,
 )
 from clext.training.arguments import (
@@ -64,6 +65,7 @@ _SETTINGS = {
     "scheduler": f"Of the learning rate in each task: {' | '.join(SCHEDULERS)}",
     "keep_optimizer": "Go on with the optimizer of the task before.",
     "label_smoothing": "Of the cross entropy.",
+    "transform": f"Random, of each example in training: {' | '.join(TRANSFORMS)}",
     "precision": " | ".join(PRECISIONS),
     "evaluate_every": "Also take accuracies within tasks.",
     "seed": "Seed of everything random.",

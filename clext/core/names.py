@@ -29,6 +29,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULERS = ("cosine", "step", "one-cycle")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 PRECISIONS = ("fp32", "bf16")
+TRANSFORMS = ("crop-flip",)
 MODELS = ("mlp", "cnn", "resnet18", "vit_tiny")
 
 # The options of each method, as its class has them (a test compares).

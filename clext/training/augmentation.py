@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,17 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def augmentation(
-    transform: str | Transform | None, batch_transform: Transform | None, shape: Sequence[int]
+    transform: str | Transform | None, batch_transform: Transform | None
 ) -> Transform | None:
-    """What makes of a batch [N, *shape] another one; None where nothing is to be done.
+    """What makes of a batch [N, ...] another one; None where nothing is to be done.
 
     Args:
         transform: of one example, and then of the next: those of torchvision.transforms.v2 draw
             once for all that they are given. Or the name "crop-flip".
         batch_transform: of the batch after that; it draws for each example, as those of
             kornia.augmentation do.
-        shape: of one example.
-
-    Raises:
-        ValueError: "crop-flip" for what is no image.
     """
-    each = crop_flip(shape) if isinstance(transform, str) else transform
+    each = crop_flip if isinstance(transform, str) else transform
     if each is None and batch_transform is None:
         return None
 
@@ -39,21 +36,21 @@ def augmentation(
     return transformed_batch
 
 
-def crop_flip(shape: Sequence[int]) -> Transform:
+def crop_flip(image: Tensor) -> Tensor:
     """The field's augmentation of CIFAR: a crop of the image padded by 4, mirrored or not.
 
     For images [C, H, W] (He et al. 2015, arXiv:1512.03385, section 4.2).
     """
-    if len(shape) != 3:
-        raise ValueError(
-            f'train: transform="crop-flip" takes images [C, H, W], got examples of shape '
-            f"{list(shape)}; pass a function of one example"
-        )
+    if image.dim() != 3:
+        raise ValueError(f'"crop-flip" takes images [C, H, W], got {list(image.shape)}')
+    return _crop_flip(tuple(image.shape[1:]))(image)
+
+
+@cache
+def _crop_flip(size: tuple[int, ...]) -> Transform:
     from torchvision.transforms import v2
 
-    made: Transform = v2.Compose(
-        [v2.RandomCrop(tuple(shape[1:]), padding=4), v2.RandomHorizontalFlip()]
-    )
+    made: Transform = v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
     return made
 
 

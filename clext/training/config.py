@@ -42,7 +42,7 @@ def read_config(file: str, known: Iterable[str]) -> dict[str, Any]:
 def _of_result(config: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The settings that a result records; what follows from them is left out."""
     # Functions are known by name alone: what has one is refused as an unknown name.
-    known = known | ({"loss"} if config.get("loss") else set())
+    known = known | {name for name in ("loss", "batch_transform") if config.get(name)}
     settings = {name: value for name, value in config.items() if name in known}
     parts = str(config.get("method")).split("+")
     options: dict[str, Any] = {}

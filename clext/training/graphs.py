@@ -130,8 +130,10 @@ def make_steps(
     examples: Examples,
     batch_size: int,
     precision: str,
+    *,
+    recorded: bool = True,
 ) -> TaskSteps:
-    """Graphed steps where CUDA and the method allow it."""
+    """Graphed steps where CUDA and the method allow it, and `recorded` does not forbid it."""
     capturable = method.fused is not None and method.capturable and optimizer.capturable
-    kind = GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
+    kind = GraphedSteps if examples[0].is_cuda and capturable and recorded else TaskSteps
     return kind(method, optimizer, examples, batch_size, precision)

@@ -23,6 +23,7 @@ from clext.data.task import Task
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.training.advice import warn_if_near_chance
+from clext.training.augmentation import Transform, transformed
 from clext.training.callbacks import Callback
 from clext.training.checkpoint import Checkpoint
 from clext.training.evaluate import Evaluator
@@ -88,6 +89,7 @@ class Training:
         device: of all of it.
         checkpoint: where the state is kept after each epoch, if anywhere.
         draws: the model may draw from the global random state, which is then part of the state.
+        transform: of a batch that the model trains on.
         callbacks: called as it goes.
     """
 
@@ -101,6 +103,7 @@ class Training:
         *,
         checkpoint: Checkpoint | None = None,
         draws: bool = True,
+        transform: Transform | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
@@ -110,7 +113,7 @@ class Training:
         self.optimizer: TaskOptimizer | None = None
         self._steps: TaskSteps | None = None
         self._saved: dict[str, Any] | None = None  # what is left to be taken over in the task
-        self._draws = draws
+        self._draws, self._transform = draws, transform
         self._shuffle = generator(Seeds.derive(settings.seed).shuffle)
         self._shuffle_state = self._shuffle.get_state()  # before the epoch was shuffled
         self._interruptions = Interruptions()
@@ -169,7 +172,8 @@ class Training:
             per_epoch = settings.iterations or math.ceil(count / settings.batch_size)
             optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
             self._steps = make_steps(
-                method, optimizer, examples, settings.batch_size, settings.precision
+                *(method, optimizer, examples, settings.batch_size, settings.precision),
+                recorded=self._transform is None,
             )
         if is_new:
             self._call("on_task_begin")
@@ -210,7 +214,10 @@ class Training:
                 for _ in range(math.ceil(wanted / examples))
             ]
             order = torch.cat(passes)[:wanted].to(steps.device)
-            with explained(examples, start.task, settings.batch_size):
+            with (
+                explained(examples, start.task, settings.batch_size),
+                transformed(self.method.model, self._transform),
+            ):
                 losses = steps.run_epoch(order, partial(self.step_done, before), start.step)
         step = first_non_finite(losses, self.method.model)
         if step is not None:

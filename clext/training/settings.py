@@ -17,6 +17,7 @@ from clext.core.names import (
     PRECISIONS,
     SCENARIOS,
     SCHEDULERS,
+    TRANSFORMS,
 )
 from clext.training.storage import as_read
 
@@ -52,6 +53,8 @@ class Settings:
     keep_optimizer: bool = False
     loss: Callable[..., Any] | None = None
     label_smoothing: float = 0.0
+    transform: str | Callable[..., Any] | None = None
+    batch_transform: Callable[..., Any] | None = None
     precision: str = "fp32"
     evaluate_every: int | None = None
     seed: int = 0
@@ -93,6 +96,7 @@ class Settings:
             checked["epochs"] = 1  # of so many steps
         flag(_OWNER, "keep_optimizer", self.keep_optimizer)
         self._check_loss()
+        self._check_transforms()
         self._check_optimizer()
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # plain numbers, whatever kind was given
@@ -107,6 +111,16 @@ class Settings:
         if self.loss is not None and self.label_smoothing:
             raise ValueError(
                 f"{_OWNER}: label_smoothing is of the cross entropy; leave it to your loss"
+            )
+
+    def _check_transforms(self) -> None:
+        """ValueError for what is neither a function nor a name."""
+        if self.transform is not None and not callable(self.transform):
+            choice(_OWNER, "transform", self.transform, TRANSFORMS)
+        if self.batch_transform is not None and not callable(self.batch_transform):
+            raise ValueError(
+                f"{_OWNER}: batch_transform must be a function of a batch, got "
+                f"{self.batch_transform!r}"
             )
 
     def _check_optimizer(self) -> None:
@@ -151,7 +165,7 @@ class Settings:
         """The settings as JSON values; the device is described as the one found."""
         values = {name: getattr(self, name) for name in NAMES}
         del values["device"], values["progress"]
-        for name in ("optimizer", "scheduler", "loss"):
+        for name in ("optimizer", "scheduler", "loss", "transform", "batch_transform"):
             if callable(values[name]):  # of a function the name
                 values[name] = getattr(values[name], "__name__", type(values[name]).__name__)
         values["scenario"] = getattr(self.scenario, "name", self.scenario)

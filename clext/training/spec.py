@@ -92,7 +92,7 @@ def check_forward(
         shape = f" [{', '.join(['N', *map(str, inputs.shape[1:])])}]"
     expected = f"inputs{shape} into logits [N, {outputs}]"
     if transform is not None:
-        inputs = _transformed(inputs, transform)
+        _check_transform(inputs, transform)
     try:
         with torch.no_grad(), module_mode(method.model, training=False):
             logits = method.heads.outputs(inputs)
@@ -123,8 +123,8 @@ def _probe(method: Method, task: Task | LoaderTask, device: torch.device) -> tup
     return inputs, remedy
 
 
-def _transformed(probe: Inputs, transform: Transform) -> Tensor:
-    """Both examples transformed; ValueError if they are not like the plain ones any more."""
+def _check_transform(probe: Inputs, transform: Transform) -> None:
+    """ValueError if two examples are not alike any more."""
     expected = f"train: transform must keep shape and type of two examples {described(probe)}"
     remedy = "evaluation shows the model plain ones; for others change the data"
     try:
@@ -133,7 +133,6 @@ def _transformed(probe: Inputs, transform: Transform) -> Tensor:
         raise ValueError(f"{expected}, but failed ({error}); {remedy}") from error
     if described(found) != described(probe):
         raise ValueError(f"{expected}, got {described(found)}; {remedy}")
-    return found
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

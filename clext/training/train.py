@@ -18,6 +18,7 @@ from clext.data.datasets import DIGITS_LR, load_dataset
 from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.training.advice import warn_of_slow_precision
+from clext.training.augmentation import augmentation
 from clext.training.callbacks import Callback, StopTraining, check_callbacks
 from clext.training.checkpoint import Checkpoint
 from clext.training.loop import Training
@@ -47,8 +48,8 @@ def train(
 
     Every task gets a new optimizer, unless it is kept. After every epoch the accuracy on all tasks
     seen is taken. The same seed gives the same bits on the same machine, and the global random
-    state is left as it was; also in several threads at once, but for models that draw from it
-    (dropout).
+    state is left as it was; also in several threads at once, but for what draws from it
+    (dropout, transforms, loaders).
 
     Args:
         method: a name in `clext.METHODS`; two names, such as ["ewc", "replay"] or "ewc+replay", to
@@ -56,7 +57,7 @@ def train(
             trained).
         dataset: "auto" (MNIST, or scikit-learn's digits where MNIST cannot be had), or strictly
             "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
-            "cifar100", "svhn" or "digits".
+            "cifar100", "svhn", "tiny_imagenet", "omniglot" or "digits".
         scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
             below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
         incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
@@ -81,6 +82,11 @@ def train(
             place of the cross entropy, such as `nn.CrossEntropyLoss(reduction="none")`; C are the
             outputs that compete, and what a method measures stays that of the likelihood.
         label_smoothing: of the cross entropy, as in torch's.
+        transform: random, of each example that the model trains on, replayed ones too: a function
+            of one example, such as those of torchvision.transforms.v2, or "crop-flip": a crop of
+            the image padded by 4, mirrored or not.
+        batch_transform: of a batch on the device, drawing for each example by itself, such as those
+            of kornia.augmentation.
         precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
             parameters, optimizer and method state in float32 as before.
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
@@ -180,10 +186,12 @@ def run(
     model may draw from the global random state, which is then seeded, and restored.
     """
     seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
+    transform = augmentation(settings.transform, settings.batch_transform)
+    draws = draws or transform is not None
     with isolated_rng(seeds.model, device) if draws else nullcontext():
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)
-        check_forward(method, scenario, device)
+        check_forward(method, scenario, device, transform)
         planned = {**describe(method), **settings.describe(), "data": scenario.data}
         config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
         result, state = Result.empty(settings.tasks, config), None
@@ -196,6 +204,7 @@ def run(
             *(method, scenario.to(device, input_dtype(method.model)), settings, result, device),
             checkpoint=checkpoint,
             draws=draws,
+            transform=transform,
             callbacks=callbacks,
         )
         if state is not None:
