@@ -63,6 +63,16 @@ class Scenario:
         """Shape of one example."""
         return self.tasks[0].input_shape
 
+    @property
+    def batch_size(self) -> int | None:
+        """That of the first task's loader; None where there is none, or it does not say."""
+        first = self.tasks[0]
+        return (
+            getattr(first.train_loader, "batch_size", None)
+            if isinstance(first, LoaderTask)
+            else None
+        )
+
     def active(self, task: int, seen: int) -> range | None:
         """The outputs that compete in `task` once tasks 0..seen were begun; None for all."""
         if self.incremental == "domain":

@@ -67,6 +67,7 @@ class Method:
     has_own_loss: ClassVar[bool] = False  # loss keeps the past
     needs_first_task: ClassVar[bool] = False  # so do the steps of the first task
     needs_classes: ClassVar[bool] = False  # logits [N, outputs], and one class for each example
+    needs_examples: ClassVar[bool] = False  # begin_task with all of the task's
     needs_whole: ClassVar[bool] = False  # parameters: it copies the model, or keeps gradients
     runs_model: ClassVar[bool] = False  # add_penalty_grad_ does, in the precision of the loss
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # of options in words, the default first

@@ -39,6 +39,7 @@ class Joint(Method):
 
     name: ClassVar[str] = "joint"
     has_own_loss: ClassVar[bool] = True
+    needs_examples: ClassVar[bool] = True
 
     def __init__(
         self,

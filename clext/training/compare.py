@@ -18,6 +18,7 @@ from clext.core.checks import unknown_name
 from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.training import tables
+from clext.training.loader_steps import check_tasks
 from clext.training.loop import NonFiniteLossError
 from clext.training.machine import resolve_device
 from clext.training.result import Result
@@ -192,7 +193,7 @@ def compare(
             check_free(folder, "compare: out", overwrite=overwrite)
         scenario = load_scenario(taken)
         for spec in specs.values():
-            spec.build(seeds, scenario).check_classes([task.classes for task in scenario.tasks])
+            check_tasks(spec.build(seeds, scenario), scenario, taken)
     if folder is not None and overwrite:
         clear(folder)
     comparison = Comparison({})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,23 @@ from torch import Tensor, nn
 from clext.core.console import say
 from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, random_states, set_random_states
-from clext.data.datasets import Batches, Split
+from clext.data.datasets import Batches
 from clext.data.scenario import Scenario
-from clext.data.task import Task
 from clext.methods import Method
-from clext.methods.base import Examples
 from clext.training.advice import warn_if_near_chance
 from clext.training.augmentation import Transform, transformed
 from clext.training.callbacks import Callback
 from clext.training.checkpoint import Checkpoint
 from clext.training.evaluate import Evaluator
-from clext.training.graphs import make_steps
 from clext.training.interruptions import Interruptions
+from clext.training.loader_steps import LoaderSteps
 from clext.training.optimizers import TaskOptimizer
 from clext.training.progress import Progress
 from clext.training.result import Result
 from clext.training.settings import Settings
 from clext.training.steps import TaskSteps
 from clext.training.storage import as_read, keep
+from clext.training.task import begin_task, explained, shuffled, steps_of_task
 from clext.training.timer import Timer
 
 
@@ -111,9 +110,10 @@ class Training:
         self.place, self.total_steps = Place(), 0
         self.accuracies: list[float] = []
         self.optimizer: TaskOptimizer | None = None
-        self._steps: TaskSteps | None = None
+        self._steps: TaskSteps | LoaderSteps | None = None
         self._saved: dict[str, Any] | None = None  # what is left to be taken over in the task
         self._draws, self._transform = draws, transform
+        self._random: list[Tensor] = []  # the global random state to go on with
         self._shuffle = generator(Seeds.derive(settings.seed).shuffle)
         self._shuffle_state = self._shuffle.get_state()  # before the epoch was shuffled
         self._interruptions = Interruptions()
@@ -167,26 +167,24 @@ class Training:
             with timer.measure("evaluation"):
                 result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
-            own, examples = begin_task(method, self.scenario, k)
-            count = len(examples[0])
-            per_epoch = settings.iterations or math.ceil(count / settings.batch_size)
-            optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
-            self._steps = make_steps(
-                *(method, optimizer, examples, settings.batch_size, settings.precision),
-                recorded=self._transform is None,
+            own, examples = begin_task(method, self.scenario, k, settings.batch_size)
+            per_epoch = settings.iterations or (
+                len(own) if examples is None else math.ceil(len(examples[0]) / settings.batch_size)
             )
+            optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
+            recorded = self._transform is None
+            self._steps = steps_of_task(method, optimizer, settings, own, examples, recorded)
         if is_new:
             self._call("on_task_begin")
         self.bar.task_start(k, per_epoch, done=self.place.epoch * per_epoch + self.place.step)
         for epoch in range(self.place.epoch, settings.epochs):
             self.bar.epoch_start(k, epoch)
-            losses = self.train_epoch(count, epoch * per_epoch)
+            losses = self.train_epoch(epoch * per_epoch)
             if epoch == settings.epochs - 1:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
                 with timer.measure("consolidation"):
-                    data = Batches(own, settings.batch_size)
-                    method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
+                    method.consolidate(optimizer.optimizer if method.takes_optimizer else own)
             with timer.measure("evaluation"):
                 self.accuracies = self.evaluator.accuracies(k)
             result.curve.append(fmean(self.accuracies))
@@ -196,29 +194,28 @@ class Training:
             if epoch < settings.epochs - 1:
                 self.keep_state()
         result.accuracy[k, : k + 1] = self.accuracies
-        warn_if_near_chance(method, settings, k, self.accuracies[k], own.labels)
+        if isinstance(own, Batches):
+            warn_if_near_chance(method, settings, k, self.accuracies[k], own.labels)
         self._call("on_task_end")
         self.place = Place(k + 1)
 
-    def train_epoch(self, examples: int, before: int) -> Tensor:
+    def train_epoch(self, before: int) -> Tensor:
         """The steps that are left of an epoch, `before` which the task had so many; their losses.
 
         With `iterations` these are one epoch, of as many passes as it takes.
         """
-        settings, steps, start = self.settings, self._steps, self.place
-        assert steps is not None
-        wanted = (settings.iterations or 0) * settings.batch_size or examples
-        with self.timer.measure("training"):
-            passes = [
-                torch.randperm(examples, generator=self._shuffle)
-                for _ in range(math.ceil(wanted / examples))
-            ]
-            order = torch.cat(passes)[:wanted].to(steps.device)
-            with (
-                explained(examples, start.task, settings.batch_size),
-                transformed(self.method.model, self._transform),
-            ):
-                losses = steps.run_epoch(order, partial(self.step_done, before), start.step)
+        steps, start, step_done = self._steps, self.place, partial(self.step_done, before)
+        with (
+            self.timer.measure("training"),
+            transformed(self.method.model, self._transform),
+        ):
+            if isinstance(steps, LoaderSteps):
+                losses = steps.run_epoch(self._shuffle, step_done, start.step, self._restore_draws)
+            else:
+                assert steps is not None
+                order = shuffled(len(steps.examples[0]), self.settings, self._shuffle)
+                with explained(len(steps.examples[0]), start.task, steps.batch_size):
+                    losses = steps.run_epoch(order.to(self.device), step_done, start.step)
         step = first_non_finite(losses, self.method.model)
         if step is not None:
             at = (start.task, start.epoch, start.step + step)
@@ -302,35 +299,13 @@ class Training:
         self._saved = state["optimizer"]
         self._shuffle_state = state["shuffle"]
         self._shuffle.set_state(self._shuffle_state)
-        if self._draws:
-            set_random_states(self.device, state["random"])
+        self._random = state["random"]
+        self._restore_draws()
 
-
-def begin_task(method: Method, scenario: Scenario, k: int) -> tuple[Split, Examples]:
-    """Begin task k: its own examples with local labels, and what the method trains on."""
-    task, active = scenario.tasks[k], scenario.active(k, k)
-    assert isinstance(task, Task)
-    own = task.train()
-    if active is not None:
-        own = Split(own.inputs, own.labels - active.start)
-    examples = method.begin_task(tuple(own), block=task.outputs, active=active)
-    return own, tuple(own) if examples is None else examples
-
-
-@contextmanager
-def explained(examples: int, task: int, batch_size: int) -> Iterator[None]:
-    """Say of an error inside, raised by the model, if it may be due to a last batch of one."""
-    try:
-        yield
-    except ValueError as error:
-        one = examples % batch_size == 1 and batch_size > 1
-        if one and "more than 1 value per channel" in str(error):
-            error.add_note(
-                f"The last batch of task {task + 1} has one example ({examples} in batches of "
-                f"{batch_size}), of which a batch norm can make no statistics; choose another "
-                "batch_size."
-            )
-        raise
+    def _restore_draws(self) -> None:
+        """Go on with the global random state that was kept."""
+        if self._random:
+            set_random_states(self.device, self._random)
 
 
 def first_non_finite(losses: Tensor, model: nn.Module) -> int | None:

@@ -193,6 +193,8 @@ def _of_own_scenario(given: dict[str, Any]) -> dict[str, Any]:
             "clext.Scenario.from_datasets([(train, test), ...]) makes one"
         )
     own = {"incremental": scenario.incremental, "tasks": len(scenario.tasks)}
+    if scenario.batch_size is not None:
+        own["batch_size"] = scenario.batch_size
     if given.get("dataset", "auto") != "auto" or "data_dir" in given:
         raise ValueError(
             f"{_OWNER}: the given scenario {scenario.name!r} has its own data; leave out dataset "

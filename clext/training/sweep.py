@@ -24,6 +24,7 @@ from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
 from clext.training import train as training
 from clext.training.compare import method_specs
+from clext.training.loader_steps import check_tasks
 from clext.training.machine import resolve_device
 from clext.training.result import Result
 from clext.training.settings import NAMES, Settings, check_same_run, shows_settings
@@ -236,7 +237,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
         scenario = training.load_scenario(settings, announce=False)
         own = replace(spec, model=copy.deepcopy(spec.model), options=copy.deepcopy(spec.options))
         method = own.build(Seeds.derive(run.seed), scenario)
-        method.check_classes([task.classes for task in scenario.tasks])
+        check_tasks(method, scenario, settings)
 
         def save(result: Result) -> Path:
             return result.save(folder, picture=False)

@@ -15,12 +15,14 @@ from clext.core.checks import count_or_all
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, isolated_rng
 from clext.data.datasets import DIGITS_LR, load_dataset
+from clext.data.loaders import LoaderTask
 from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.training.advice import warn_of_slow_precision
 from clext.training.augmentation import augmentation
 from clext.training.callbacks import Callback, StopTraining, check_callbacks
 from clext.training.checkpoint import Checkpoint
+from clext.training.loader_steps import check_tasks
 from clext.training.loop import Training
 from clext.training.machine import describe_machine, resolve_device
 from clext.training.result import Result
@@ -59,7 +61,8 @@ def train(
             "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
             "cifar100", "svhn", "tiny_imagenet", "omniglot" or "digits".
         scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
-            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own.
+            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own, in
+            memory or in data loaders.
         incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
             known when tested) or "class" (one head that grows; all classes seen compete); see
             `clext.Scenario`.
@@ -137,7 +140,7 @@ def train(
         scenario = load_scenario(settings)
         if not spec.fits(made, scenario):
             made = spec.build(seeds, scenario)
-        made.check_classes([task.classes for task in scenario.tasks])
+        check_tasks(made, scenario, settings)
 
     checkpoint = None if folder is None else Checkpoint(folder, every)
     if folder is not None and overwrite and not resume:
@@ -187,7 +190,7 @@ def run(
     """
     seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
     transform = augmentation(settings.transform, settings.batch_transform)
-    draws = draws or transform is not None
+    draws = draws or transform is not None or isinstance(scenario.tasks[0], LoaderTask)
     with isolated_rng(seeds.model, device) if draws else nullcontext():
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)

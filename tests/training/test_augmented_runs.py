@@ -74,6 +74,18 @@ class TestSeeds:
         clext.train("baseline", transform=moved, **{**QUICK, "tasks": 1, "epochs": 1})
         assert torch.get_rng_state().equal(before)
 
+    def test_a_run_goes_on_to_the_same_bits(self, tmp_path):
+        class Crash(clext.Callback):
+            def on_step(self, training: Any) -> None:
+                if training.total_steps == 8:
+                    raise KeyboardInterrupt
+
+        options = {"transform": moved, "epochs": 1, "checkpoint_every": 5, "out": tmp_path}
+        with pytest.raises(KeyboardInterrupt):
+            trained("ewc", callbacks=[Crash()], **options)
+        resumed, _ = trained("ewc", resume=True, **options)
+        assert same(weights(resumed), weights(trained("ewc", transform=moved, epochs=1)[0]))
+
     def test_a_sweep_in_processes_draws_what_one_run_does(self, tmp_path):
         options = {**QUICK, "tasks": 1, "epochs": 1, "transform": nn.Dropout(0.2)}
         sweep = clext.sweep("baseline", seeds=[0, 1], n_jobs=2, out=tmp_path / "out", **options)

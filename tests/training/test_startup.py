@@ -104,7 +104,7 @@ class TestNames:
         assert set(names.DEFAULT_METHODS) < clext.METHODS.keys()
 
     def test_settings_are_in_the_command_line_and_the_signatures(self):
-        assert {*cli._SETTINGS, "progress", "loss"} == set(settings.NAMES)
+        assert {*cli._SETTINGS, "progress", "loss", "batch_transform"} == set(settings.NAMES)
         for function in (clext.train, clext.compare):
             parameters = inspect.signature(function).parameters
             assert parameters["batch_size"].default == 128
