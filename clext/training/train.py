@@ -61,8 +61,8 @@ def train(
             "mnist", "fashion_mnist", "kmnist", "emnist" (its balanced split), "cifar10",
             "cifar100", "svhn", "tiny_imagenet", "omniglot" or "digits".
         scenario: how the data set becomes tasks: "permuted" (pixels), "rotated" (from 0 to
-            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own, in
-            memory or in data loaders.
+            below 180 degrees) or "split" (classes); or a `clext.Scenario` with tasks of your own,
+            in memory or in data loaders.
         incremental: "domain" (one head for all tasks, the default), "task" (a head for each task,
             known when tested) or "class" (one head that grows; all classes seen compete); see
             `clext.Scenario`.
