@@ -203,7 +203,7 @@ def check_same_run(
         return {**config, "data_dir": None, "data": {**config.get("data", {}), "source": None}}
 
     there = compared(there)
-    for name, value in sorted(as_read(compared(planned)).items()):
+    for name, value in as_read(compared(planned)).items():
         if there.get(name) != value:
             raise ValueError(
                 f"{owner}: {folder} holds a run with {name} {there.get(name)!r}, not {value!r}; "

@@ -175,8 +175,8 @@ def _finished(
     if not result.complete:
         return None
     planned = {
-        **describe(spec.build(Seeds.derive(run.seed), scenario)),
         **replace(settings, seed=run.seed).describe(),
+        **describe(spec.build(Seeds.derive(run.seed), scenario)),
         "data": scenario.data,
     }
     check_same_run("sweep: out", folder / str(run), result.config, planned)

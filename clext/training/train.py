@@ -184,8 +184,9 @@ def run(
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)
         check_forward(method.model, scenario, device)
-        planned = {**describe(method), **settings.describe(), "data": scenario.data}
-        config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
+        own = describe(method)
+        planned = {**settings.describe(), **own, "data": scenario.data}
+        config = {**own, **planned, "seeds": asdict(seeds), **describe_machine(device)}
         result, state = Result.empty(settings.tasks, config), None
         if checkpoint is not None and resume:
             result, state = left_by(checkpoint, planned) or (result, None)
