@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from clext.methods import Replay as Replay
     from clext.methods import RWalk as RWalk
     from clext.ops._extension import build_info as build_info
-    from clext.training.compare import Comparison as Comparison
     from clext.training.compare import compare as compare
+    from clext.training.comparison import Comparison as Comparison
     from clext.training.loop import NonFiniteLossError as NonFiniteLossError
     from clext.training.loop import train as train
     from clext.training.result import Result as Result
@@ -58,7 +58,8 @@ _NAMES = {
     "data.idx": "DataError",
     "data.scenario": "Scenario",
     "ops._extension": "build_info",
-    "training.compare": "Comparison compare",
+    "training.compare": "compare",
+    "training.comparison": "Comparison",
     "training.loop": "NonFiniteLossError train",
     "training.result": "Result",
     "training.sweep": "sweep",

@@ -22,6 +22,7 @@ from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.methods.base import Examples
 from clext.training.advice import warn_if_near_chance, warn_of_slow_precision
+from clext.training.chance import chance_levels
 from clext.training.evaluate import Evaluator
 from clext.training.graphs import make_steps
 from clext.training.machine import describe_machine, resolve_device
@@ -116,8 +117,9 @@ def train(
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
-        out: folder for `result.json` (also written after each task) and the picture.
-        progress: show a progress bar, or a line per epoch where stderr is no terminal.
+        out: folder for `result.json` (also written after each task) and the pictures.
+        progress: show a progress bar, or a line per task where stderr is neither a terminal nor a
+            notebook's.
         **options: options of the method, such as `xi` of "si"; in a combination
             `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
@@ -217,6 +219,7 @@ class Training:
         """Learn all tasks."""
         tasks = range(len(self.scenario.tasks))
         with self.timer.measure("evaluation"):
+            self.result.chance[:] = chance_levels(self.scenario)
             self.result.untrained[:] = [self.evaluator.accuracy(k, k) for k in tasks]
         with self.bar:
             for k in tasks:
@@ -254,6 +257,7 @@ class Training:
                     method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
                 accuracies = self.evaluator.accuracies(k)
+            result.task_curve.append(accuracies)
             result.curve.append(fmean(accuracies))
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
         result.accuracy[k, : k + 1] = accuracies

@@ -77,10 +77,15 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(document), indent=2, allow_nan=False)
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text; the old one stays until the new one is whole."""
     # A process that a killed sweep has left behind may be writing the same result.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
