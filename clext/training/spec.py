@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from clext.core.checks import unknown_name
 from clext.core.modes import module_mode
-from clext.core.names import METHOD_OPTIONS, MODELS, part_names
+from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, MODELS, part_names
 from clext.core.seeding import Seeds, generator
 from clext.data.datasets import as_numbers
 from clext.methods import Method, make_method
@@ -74,6 +75,58 @@ class MethodSpec:
             return isinstance(method.model, ImageModel)
         widths = _widths(method.model)
         return widths[:1] + widths[-1:] == [math.prod(scenario.input_shape), scenario.num_outputs]
+
+
+def method_specs(
+    owner: str,
+    methods: str | Sequence[str | Sequence[str]] | None,
+    model: nn.Module | str | None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, MethodSpec]:
+    """Each method by its label; ValueError by `owner` for what is none, or options of none."""
+    parts = _parts_by_label(owner, methods)
+    options = {str(label).lower(): given for label, given in options.items()}
+    for label, given in options.items():
+        if label not in parts:
+            raise unknown_name("method in options", label, parts)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"{owner}: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
+                f"{given!r}"
+            )
+    specs = {}
+    for label, names in parts.items():
+        own = dict(options.get(label, {}))
+        specs[label] = MethodSpec(names, model, own.pop("strength", None), own)
+    return specs
+
+
+def _parts_by_label(
+    owner: str,
+    methods: str | Sequence[str | Sequence[str]] | None,
+) -> dict[str, list[str]]:
+    """The names in each entry of `methods`; ValueError for what has none."""
+    if isinstance(methods, str):
+        methods = methods.split(",")
+    elif not isinstance(methods, Iterable):
+        methods = DEFAULT_METHODS if methods is None else [methods]
+    parts: dict[str, list[str]] = {}
+    for entry in methods:
+        if not isinstance(entry, str | Sequence):
+            raise ValueError(
+                f"{owner}: methods must be a list of names, such as ['ewc', 'si'], got {entry!r}; "
+                "pass the settings of a method in options"
+            )
+        names = part_names(entry)
+        label = entry.strip().lower() if isinstance(entry, str) else "+".join(names)
+        if label in parts:
+            raise ValueError(f"{owner}: method {label!r} is given twice; name each method once")
+        parts[label] = names
+    if not parts:
+        raise ValueError(
+            f"{owner}: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
+        )
+    return parts
 
 
 def check_forward(model: nn.Module, scenario: Scenario, device: torch.device) -> None:
