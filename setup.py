@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OLDEST_TORCH = "2.11"
 RUNTIME_REQUIREMENTS = [
     "click",
+    "jinja2",
     "joblib>=1.4",
     "matplotlib",
     "numpy",

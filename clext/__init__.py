@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from clext.ops._extension import build_info as build_info
     from clext.training.callbacks import Callback as Callback
     from clext.training.callbacks import StopTraining as StopTraining
-    from clext.training.compare import Comparison as Comparison
     from clext.training.compare import compare as compare
+    from clext.training.comparison import Comparison as Comparison
     from clext.training.loop import NonFiniteLossError as NonFiniteLossError
     from clext.training.result import Result as Result
     from clext.training.sweep import sweep as sweep
@@ -61,7 +61,8 @@ _NAMES = {
     "data.scenario": "Scenario",
     "ops._extension": "build_info",
     "training.callbacks": "Callback StopTraining",
-    "training.compare": "Comparison compare",
+    "training.compare": "compare",
+    "training.comparison": "Comparison",
     "training.loop": "NonFiniteLossError",
     "training.result": "Result",
     "training.sweep": "sweep",

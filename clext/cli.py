@@ -1,15 +1,12 @@
-"""The `clext` command: `clext train`, `clext compare`, `clext sweep`, `clext info`.
+"""The `clext` command: `clext train`, `compare`, `sweep`, `report` and `info`.
 
 Help and wrong options do not wait for torch: it is imported where work begins.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,13 +35,9 @@ from clext.training.arguments import (
     parse_seeds,
     parse_strengths,
 )
+from clext.training.exits import FAILED, one_line_errors
 from clext.training.settings import NAMES, OF_TRAIN, Settings, check_option_names
-from clext.training.storage import PICTURE_NAME, new_folder
-
-_WRONG_INPUT = 2
-_FAILED = 1
-_INTERRUPTED = 130
-_LONGEST_LINE = 1000
+from clext.training.storage import new_folder
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -105,7 +98,9 @@ _MAIN_HELP = """Continual learning: train a method on a sequence of tasks, compa
 Examples:
   clext train --method rwalk    Permuted MNIST, 5 tasks of 10 epochs
   clext compare                 six methods on it, or those of --methods, and the picture
-  clext sweep --seeds 0-4       the same for several seeds: mean and confidence interval
+  clext compare --seeds 0-4     the same for several seeds: mean and confidence interval
+  clext sweep --strengths 1,10  for several strengths and seeds, continued when interrupted
+  clext report runs             a page of all results in a folder
   clext info                    versions, build, data, methods and options
   clext info --method gem       what a method is, its options and its memory
 """
@@ -131,6 +126,7 @@ Examples:
   clext compare
   clext compare --methods baseline,ewc,si --epochs 2 --option ewc.strength=100
   clext compare --methods ewc,ewc+replay --option ewc+replay.replay.strength=3
+  clext compare --methods ewc,si --seeds 0,1,2
 """
 
 _SWEEP_HELP = """Run methods with several strengths and seeds; print means and their spread.
@@ -151,7 +147,7 @@ def _take_config(context: click.Context, _option: click.Parameter, file: str | N
     if file is not None:
         from clext.training.config import read_config
 
-        with _one_line_errors():
+        with one_line_errors():
             names = [str(option.name) for option in context.command.params]
             context.default_map = read_config(file, names)
 
@@ -213,7 +209,7 @@ def train(
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext train`."""
-    with _one_line_errors():
+    with one_line_errors():
         given = parse_options(options)
         for name in given:
             if name in {"method", *OF_TRAIN}:
@@ -237,7 +233,7 @@ def train(
         click.echo(result)
         # Saved by train already; if that failed, it was a warning then and is an error now.
         result.save(folder)
-        click.echo(f"\nSaved in {folder}: {', '.join(['result.json', *result.pictures])}")
+        click.echo(f"\nSaved in {folder}: {', '.join(result.files)}")
 
 
 # What compare and sweep take alike.
@@ -254,39 +250,53 @@ _OPTIONS = click.option(
     help="Option of one method, such as ewc.gamma=0.9; repeatable. The method, as in --methods, "
     "ends at the first dot: ewc+replay.replay.strength=3.",
 )
+_TABLE = click.option(
+    "--table",
+    "form",
+    type=click.Choice(["text", "markdown", "latex", "csv"]),
+    default="text",
+    show_default=True,
+    help="How to print the table.",
+)
 
 
 @main.command(help=_COMPARE_HELP, short_help="Run several methods on the same tasks.")
 @_METHODS
+@click.option("--seeds", help="Such as 0-4 or 0,1,7, in the place of --seed.")
 @_OPTIONS
 @_MODEL
 @click.option("--out", metavar="FOLDER", help="For results.  [default: runs/compare, a new one]")
 @_OVERWRITE
+@_TABLE
 @_takes_settings
 def compare(
     methods: str | None,
+    seeds: str | None,
     options: tuple[str, ...],
     model: str | None,
     out: str | None,
     overwrite: bool,
+    form: str,
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """`clext compare`."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen, per_method = method_labels(methods), options_by_method(options)
         Settings(**settings)
+        several = {} if seeds is None else {"seeds": parse_seeds(seeds)}
+        if several and settings.pop("seed") != Settings.seed:
+            raise ValueError("--seeds: expected no --seed beside it; leave one of them out")
 
         import clext
 
         folder = out or new_folder("compare")
-        comparison = clext.compare(
-            chosen, options=per_method, model=model, out=folder, overwrite=overwrite, **settings
-        )
-        click.echo(comparison)
-        comparison.save(folder)  # as for train
-        click.echo(f"\nSaved in {folder}: comparison.json, {PICTURE_NAME}")
-    if not all(result.complete for result in comparison.results.values()):
-        sys.exit(_FAILED)
+        chosen_options: Any = {"options": per_method, "model": model, **several, **settings}
+        done = clext.compare(chosen, out=folder, overwrite=overwrite, **chosen_options)
+        click.echo(done.table(form))
+        done.save(folder)  # as for train
+        say(f"Saved in {folder}: {', '.join(done.files)}")
+    if not done.complete:
+        sys.exit(FAILED)
 
 
 @main.command(help=_SWEEP_HELP, short_help="Run methods with several strengths and seeds.")
@@ -304,14 +314,7 @@ def compare(
 @click.option("--out", metavar="FOLDER", default="runs/sweep", show_default=True, help="For runs.")
 @click.option("--n-jobs", type=int, help="Runs at once; -1: one on each core.  [default: 1]")
 @click.option("--threads", type=int, help="Of each run.  [default: the machine's, shared out]")
-@click.option(
-    "--table",
-    "form",
-    type=click.Choice(["text", "markdown", "latex", "csv"]),
-    default="text",
-    show_default=True,
-    help="How to print the table.",
-)
+@_TABLE
 @partial(_takes_settings, without="seed")
 def sweep(
     methods: str | None,
@@ -322,7 +325,7 @@ def sweep(
     **given: Any,  # noqa: ANN401
 ) -> None:
     """`clext sweep`."""
-    with _one_line_errors():
+    with one_line_errors():
         chosen, per_method = method_labels(methods), options_by_method(options)
         plan: Any = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
         Settings(**{name: value for name, value in given.items() if name in NAMES})
@@ -332,9 +335,23 @@ def sweep(
         done = clext.sweep(chosen, options=per_method, **plan, **given)
         click.echo(done.table(form))
         folder = done.save(given["out"])  # as for train
-        say(f"Saved in {folder}: sweep.json, {PICTURE_NAME}, result.json in a folder for each run")
-    if done.failed:
-        sys.exit(_FAILED)
+        say(f"Saved in {folder}: {', '.join(done.files)}, result.json in a folder for each run")
+    if not done.complete:
+        sys.exit(FAILED)
+
+
+@main.command(short_help="Write a page of all results in a folder.")
+@click.argument("folder")
+@click.option("--out", metavar="FILE", help="The page.  [default: report.html in FOLDER]")
+def report(folder: str, out: str | None) -> None:
+    """Write one page of the sweeps, comparisons and runs in FOLDER and below: tables and pictures.
+
+    It needs no other file and no network.
+    """
+    with one_line_errors():
+        from clext.training.report import write_report
+
+        click.echo(f"Written: {write_report(folder, out)}")
 
 
 @main.command(short_help="Print versions, build, data, methods and options.")
@@ -342,48 +359,10 @@ def sweep(
 @click.option("--method", help="Say what this method is, its options and what it keeps in memory.")
 def info(data_dir: str | None, method: str | None) -> None:
     """Print versions, how clext was built, where data comes from, methods and options."""
-    with _one_line_errors():
+    with one_line_errors():
         if method is not None:
             part_names(method)
 
         from clext.training.describe import describe_everything, describe_method
 
         click.echo(describe_everything(data_dir) if method is None else describe_method(method))
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What went wrong in one line and an exit code, instead of a stack trace."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_args, **_kwargs: say(f"Warning: {message}")
-        try:
-            yield
-        except BrokenPipeError:
-            # Whoever read the results, such as `head`, has seen enough; they are saved by now. What
-            # is flushed at the end goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except KeyboardInterrupt as error:
-            _stop("Interrupted.", error, _INTERRUPTED)
-        except (ValueError, OSError, ImportError) as error:
-            _stop(f"Error: {error}", error, _WRONG_INPUT)
-        except (RuntimeError, MemoryError) as error:
-            from torch import OutOfMemoryError
-
-            from clext import DataError, NonFiniteLossError
-
-            known = DataError | NonFiniteLossError | OutOfMemoryError | MemoryError
-            # Of the CPU's memory torch says it without a class.
-            if not isinstance(error, known) and "can't allocate memory" not in str(error):
-                raise
-            code = _WRONG_INPUT if isinstance(error, DataError) else _FAILED
-            _stop(f"Error: {error}", error, code)
-
-
-def _stop(message: str, error: BaseException, code: int) -> None:
-    notes = getattr(error, "__notes__", [])
-    line = next(iter(message.splitlines()), "")
-    if len(line) > _LONGEST_LINE:  # it quotes what was given
-        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-    click.echo(" ".join([line, *notes]), err=True)
-    sys.exit(code)

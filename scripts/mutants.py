@@ -107,6 +107,9 @@ training/metrics.py
 training/loop.py
     step % every => (step + 1) % every
     result.curve.append(fmean(accuracies)) => result.curve.append(accuracies[-1])
+training/chance.py
+    shares.amax(1).cumsum(0) => shares.cumsum(0).amax(1)
+    shares.cumsum(0).amax(1) => shares.amax(1).cumsum(0)
 [scenarios] data training bench
 data/scenarios.py
     random = generator(seed) => random = generator(0)

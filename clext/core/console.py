@@ -20,6 +20,11 @@ def has_terminal() -> bool:
         return True
 
 
+def shows_bars() -> bool:
+    """Whether stderr is a terminal, or the output of a notebook's cell."""
+    return has_terminal() or type(sys.stderr).__module__.startswith("ipykernel.")
+
+
 def say(line: str) -> None:
     """Write one line to stderr without tearing a progress bar that is being drawn there.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clext.training.chance import class_shares
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -35,7 +37,7 @@ def warn_if_near_chance(
     method: Method, settings: Settings, task: int, accuracy: float, labels: Tensor
 ) -> None:
     """Say so if a task, counted from 0, ended hardly better than its most frequent class alone."""
-    chance = int(labels.unique(return_counts=True)[1].max()) / len(labels)
+    chance = float(class_shares(labels).max())
     if accuracy >= chance + _NEAR * (1 - chance):
         return
     remedy = f"try a larger lr (now {settings.lr:g}) or more epochs (now {settings.epochs})"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from itertools import islice
 from typing import Any
 
 from clext.core.names import DEFAULT_METHODS, part_names
 
+_MOST_SEEDS = 100_000
 _LONGEST_OPTION = 1000  # signs; what is nested deeper than Python can read is longer
 
 
@@ -51,12 +53,12 @@ def parse_strengths(given: tuple[str, ...]) -> list[float] | dict[str, list[floa
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds in "0-4", "3" or "0-2,7"."""
+    """The seeds in "0-4", "3" or "0-2,7"; of a long range only more than a sweep takes."""
     seeds: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            seeds += range(int(first), int(last or first) + 1)
+            seeds += islice(range(int(first), int(last or first) + 1), _MOST_SEEDS)
         except ValueError:
             raise ValueError(f"--seeds {text}: expected seeds such as 0-4 or 0,1,7") from None
     return seeds

@@ -28,6 +28,10 @@ class Checkpoint:
     def __init__(self, folder: Path, every: int | None = None) -> None:
         self.folder, self.file, self.every = folder, folder / CHECKPOINT_NAME, every
 
+    def is_due(self, step: int) -> bool:
+        """Whether it is to be written after this step of a task, counted from 1."""
+        return self.every is not None and step % self.every == 0
+
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace what is there."""
         _write(self.file, flattened({"kind": _KIND, **state}))

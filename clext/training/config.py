@@ -54,7 +54,8 @@ def _of_result(config: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
         options |= {f"{start}{name}": value for name, value in own.items() if name != "seed"}
     if len(parts) > 1:  # among the options of the parts
         settings.pop("strength", None)
-    if str(model := settings.get("model")).startswith("MLP "):
+    model = str(settings.get("model"))
+    if model.startswith("MLP "):
         settings["model"] = "-".join(["mlp", *model.removeprefix("MLP ").split("-")[1:-1]])
     settings.pop("device", None)  # it is described as the one that was found
     return {**settings, "options": options}

@@ -23,6 +23,7 @@ from clext.methods import Method
 from clext.training.advice import warn_if_near_chance
 from clext.training.augmentation import Transform, transformed
 from clext.training.callbacks import Callback
+from clext.training.chance import chance_levels
 from clext.training.checkpoint import Checkpoint
 from clext.training.evaluate import Evaluator
 from clext.training.interruptions import Interruptions
@@ -143,6 +144,7 @@ class Training:
             try:
                 if self.place == Place():
                     with self.timer.measure("evaluation"):
+                        self.result.chance[:] = chance_levels(self.scenario)
                         untrained = [self.evaluator.accuracy(k, k) for k in range(tasks)]
                     self.result.untrained[:] = untrained
                 for k in range(self.place.task, tasks):
@@ -187,6 +189,7 @@ class Training:
                     method.consolidate(optimizer.optimizer if method.takes_optimizer else own)
             with timer.measure("evaluation"):
                 self.accuracies = self.evaluator.accuracies(k)
+            result.task_curve.append(self.accuracies)
             result.curve.append(fmean(self.accuracies))
             self.place, self._shuffle_state = Place(k, epoch + 1), self._shuffle.get_state()
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
@@ -228,7 +231,7 @@ class Training:
         self.place = replace(self.place, step=self.place.step + 1)
         self.total_steps += 1
         step = before + self.place.step
-        every, keep_every = self.settings.evaluate_every, self.checkpoint and self.checkpoint.every
+        every = self.settings.evaluate_every
         if every is not None and step % every == 0:
             with self.timer.measure("evaluation"):
                 accuracies = self.evaluator.accuracies(self.place.task)
@@ -236,7 +239,7 @@ class Training:
                 {"task": self.place.task, "step": step, "accuracy": accuracies}
             )
         self._call("on_step")
-        if self._interruptions.noted or (keep_every is not None and step % keep_every == 0):
+        if self._interruptions.noted or (self.checkpoint and self.checkpoint.is_due(step)):
             self.keep_state()
 
     def optimizer_of_task(self, steps: int) -> TaskOptimizer:

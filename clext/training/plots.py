@@ -1,4 +1,4 @@
-"""The pictures: average accuracy against the epoch, line by line, and the accuracy matrix.
+"""The pictures of accuracy against the epoch: of several runs their averages, of one its tasks.
 
 The figures are made without pyplot, so that no display is needed and no global state of matplotlib
 is touched.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from clext.core.checks import as_path
@@ -23,26 +25,22 @@ from clext.core.checks import as_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from clext.training.metrics import Matrix
-
 _SIZE = (7.2, 4.3)
 _AXES_HEIGHT = 3.4  # inches of the height that the frame takes, roughly
 _LABEL_POINTS = 9.0
 _TEXT = "#222222"
-_AS_IT_STANDS: dict[str, Any] = {"parse_math": False}  # a name may have a $
 # A scenario of one's own may have a name longer than the picture is wide.
-_TITLE_STYLE: dict[str, Any] = {
+TITLE_STYLE: dict[str, Any] = {
     "loc": "left",
     "fontsize": 12,
     "fontweight": "bold",
     "wrap": True,
-    **_AS_IT_STANDS,
 }
 _MOST_TASK_NAMES = 12
-# Of the matrix. Light to dark in even steps, also for the colour-blind and in grey.
-_COLOURS = "cividis"
-_MOST_NUMBERS = 10
-_MOST_TICKS = 10
+# Two strokes across an axis that does not begin at zero.
+_CUT = Path([(-1, -1), (1, 0), (-1, 0), (1, 1)], [Path.MOVETO, Path.LINETO] * 2)
+_TASK_COLOURS = "viridis"  # dark to light, but for what would vanish on white paper
+_LIGHTEST = 0.85
 
 
 class _Style(NamedTuple):
@@ -79,7 +77,18 @@ _OTHER_STYLES = (
 )
 
 
-_Line = tuple[str, Sequence[float], _Style]
+class _Line(NamedTuple):
+    """A curve and its name; entry i was taken after epoch `first` + i * `every`."""
+
+    label: str
+    accuracies: Sequence[float]
+    style: _Style
+    first: int = 1
+    every: int = 1
+
+    @property
+    def epochs(self) -> range:
+        return range(self.first, self.first + self.every * len(self.accuracies), self.every)
 
 
 def plot_curves(
@@ -89,56 +98,76 @@ def plot_curves(
     title: str,
     path: str | os.PathLike[str] | None = None,
     *,
+    chance: Sequence[float] = (),
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
     """Draw a line for each curve, an entry per epoch, labelled with its key; save it at `path`.
 
-    A label is a method's name, which more may follow after a space. `bands` are the lower and the
-    upper edge of what is shaded about a curve.
+    A label is a method's name, which more may follow after a space. `chance` has an entry per task.
+    `bands` are the lower and the upper edge of what is shaded about a curve.
     """
-    figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
-    axes = figure.add_subplot()
     styles = _styles(curves)
-    lines = [(label, curve, styles[label]) for label, curve in curves.items() if curve]
-    for rank, (_, curve, style) in enumerate(lines):
+    lines = [_Line(label, curve, styles[label]) for label, curve in curves.items() if curve]
+    figure, axes = _begin(title, "Average accuracy over the tasks seen")
+    for rank, line in enumerate(lines):
         # One marker a task, each line at another epoch of it, or they would cover each other.
-        offset = int((rank + 0.5) / len(lines) * epochs)
-        _draw_line(axes, curve, style, markers=(offset, epochs))
+        _draw_line(axes, line, (int((rank + 0.5) / len(lines) * epochs), epochs))
     for label, (low, high) in (bands or {}).items():
         epoch = range(1, len(low) + 1)
         inside = np.clip([low, high], 0, 1)  # as accuracies are
         axes.fill_between(epoch, *inside, color=styles[label].color, alpha=0.2, linewidth=0)
     _draw_frame(axes, tasks, epochs)
-    axes.set_title(title, pad=20, **_TITLE_STYLE)
+    _draw_levels(axes, lines, chance, epochs)
     _label_ends(axes, lines, tasks, epochs)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
-def plot_matrix(accuracy: Matrix, title: str, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw what is known of each task after each task, counted from 1; save it at `path`.
+def plot_tasks(
+    rows: Mapping[int, Sequence[float]],
+    tasks: int,
+    epochs: int,
+    title: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    chance: Sequence[float] = (),
+) -> Figure:
+    """Draw a line for each task, labelled with its number from 1; save it at `path`.
 
-    Entries without an accuracy (tasks not seen yet) stay blank.
+    `rows` has the accuracies on tasks 0, 1, ... by the epoch, counted from 1, after which they were
+    taken. `chance` has an entry per task.
     """
-    tasks = len(accuracy)
-    side = 2.6 + 0.42 * min(max(tasks, 3), _MOST_NUMBERS)
-    figure = Figure(figsize=(side + 0.4, side), dpi=200, layout="compressed")
+    figure, axes = _begin(title, "Accuracy on each task")
+    shades = colormaps[_TASK_COLOURS](np.linspace(0, _LIGHTEST, tasks))
+    every, markers = min(rows, default=1), cycle(style.marker for style in _STYLES.values())
+    lines = []
+    for j, (shade, marker) in enumerate(zip(shades.tolist(), markers, strict=False)):
+        taken = {epoch: row[j] for epoch, row in rows.items() if j < len(row)}
+        style, first = _Style(to_hex(shade), "-", marker), min(taken, default=1)
+        lines.append(_Line(f"task {j + 1}", [*taken.values()], style, first, every))
+    lines = [line for line in lines if line.accuracies]
+    for line in lines:
+        _draw_line(axes, line, ((epochs - 1) // every, max(1, epochs // every)))
+    _draw_frame(axes, tasks, epochs)
+    _draw_levels(axes, lines, chance, epochs)
+    _label_ends(axes, lines[:: -(-tasks // _MOST_TASK_NAMES)], tasks, epochs)
+    return saved(figure, path)
+
+
+def _begin(title: str, what: str) -> tuple[Figure, Axes]:
+    """A figure, and its axes."""
+    figure = Figure(figsize=_SIZE, dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    shown = np.ma.masked_invalid(accuracy)
-    image = axes.imshow(shown, cmap=_COLOURS, vmin=0, vmax=1, aspect="equal")
-    axes.set_title(title, **_TITLE_STYLE)
-    axes.set_xlabel("Accuracy on task")
-    axes.set_ylabel("After learning task")
-    _label_tasks(axes, tasks)
-    axes.spines[:].set_visible(False)
-    if tasks <= _MOST_NUMBERS:
-        _write_numbers(axes, accuracy)
-    bar = figure.colorbar(image, ax=axes, aspect=24)
-    bar.outline.set_visible(False)
-    bar.set_label("Accuracy")
-    return _saved(figure, path)
+    axes.set_ylabel(what)
+    axes.set_title(as_it_stands(title), pad=20, **TITLE_STYLE)
+    return figure, axes
 
 
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+def as_it_stands(name: str) -> str:
+    """A name that is not read as mathematics, whatever its dollars enclose."""
+    return name.replace("$", r"\$")
+
+
+def saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
     """The figure, which is saved at `path` if that is given; its folder is made if need be."""
     if path is not None:
         file = as_path(path, "plot: path")
@@ -150,21 +179,26 @@ def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
 def _styles(labels: Iterable[str]) -> dict[str, _Style]:
     """The style of each label, no two alike while there are enough.
 
-    A method's comes first, then a combination takes that of its second method if it is free.
+    A method's comes first, then a combination takes that of its second method if it is free; what
+    is left takes other ones, and then those of methods that are not there.
     """
     styles: dict[str, _Style] = {}
-    others = cycle(_OTHER_STYLES)
     names = {label: label.partition(" ")[0] for label in labels}
     for label, name in sorted(names.items(), key=lambda entry: "+" in entry[1]):
         own = _STYLES.get(name.rpartition("+")[2])
-        styles[label] = own if own and own not in styles.values() else next(others)
-    return styles
+        if own and own not in styles.values():
+            styles[label] = own
+    known = [*_OTHER_STYLES, *_STYLES.values()]
+    free = [style for style in known if style not in styles.values()]
+    rest = [label for label in names if label not in styles]
+    return styles | dict(zip(rest, chain(free, cycle(known)), strict=False))
 
 
-def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple[int, int]) -> None:
+def _draw_line(axes: Axes, line: _Line, markers: tuple[int, int]) -> None:
+    style = line.style
     axes.plot(
-        range(1, len(curve) + 1),
-        curve,
+        line.epochs,
+        line.accuracies,
         color=style.color,
         linestyle=style.dashes,
         linewidth=1.6,
@@ -177,9 +211,31 @@ def _draw_line(axes: Axes, curve: Sequence[float], style: _Style, markers: tuple
     )
 
 
+def _draw_levels(axes: Axes, lines: Sequence[_Line], chance: Sequence[float], epochs: int) -> None:
+    """Let the axis begin at zero, or show chance, if at most half of it stays empty; mark a cut."""
+    drawn = np.array([value for line in lines for value in line.accuracies], dtype=float)
+    low = float(np.nanmin(drawn)) if np.isfinite(drawn).any() else 0.0
+    floors = [floor for floor in (0.0, *sorted(chance)[:1]) if low - floor <= (1 - floor) / 2]
+    values = {f"{height:.2f}" for height in chance}
+    level = f"chance {values.pop()}" if len(values) == 1 else "chance"
+    if floors:
+        for k, height in enumerate(chance):
+            ends = k * epochs, (k + 1) * epochs
+            axes.hlines(height, *ends, _TEXT, linestyle=(0, (1, 1.5)), linewidth=1)
+        if chance:
+            _write(axes, level, (0, chance[0]), xytext=(4, 4))
+    if 0.0 in floors:
+        axes.set_ylim(bottom=0, top=axes.get_ylim()[1])
+        return
+    axes.plot(
+        0, 0.03, marker=_CUT, markersize=9, color=_TEXT, clip_on=False, transform=axes.transAxes
+    )
+    hidden = f"; {level} is below" if chance and not floors else ""
+    axes.set_ylabel(f"{axes.get_ylabel()}\n(axis does not begin at 0{hidden})")
+
+
 def _draw_frame(axes: Axes, tasks: int, epochs: int) -> None:
     axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
-    axes.set_ylabel("Average accuracy over the tasks seen")
     axes.set_xlim(0, tasks * epochs)
     every = -(-tasks // _MOST_TASK_NAMES)
     borders = range(every * epochs, tasks * epochs + 1, every * epochs)
@@ -192,16 +248,15 @@ def _draw_frame(axes: Axes, tasks: int, epochs: int) -> None:
         if k > 0:
             axes.axvline(k * epochs, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
         if k % every == 0:
-            axes.annotate(
-                f"task {k + 1}" if k == 0 or tasks <= 8 else f"{k + 1}",
-                ((k + 0.5) * epochs, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="center",
-                fontsize=_LABEL_POINTS,
-                color=_TEXT,
-            )
+            name = f"task {k + 1}" if k == 0 or tasks <= 8 else f"{k + 1}"
+            place = (k + 0.5) * epochs, 1
+            _write(axes, name, place, ha="center", xycoords=("data", "axes fraction"))
+
+
+def _write(axes: Axes, text: str, place: tuple[float, float], **options: Any) -> None:  # noqa: ANN401
+    """Small words a little above a place."""
+    shift: dict[str, Any] = {"xytext": (0, 4), "textcoords": "offset points"}
+    axes.annotate(text, place, fontsize=_LABEL_POINTS, color=_TEXT, **{**shift, **options})
 
 
 def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> None:
@@ -213,32 +268,26 @@ def _label_ends(axes: Axes, lines: Sequence[_Line], tasks: int, epochs: int) -> 
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     points = _AXES_HEIGHT * 72 / (high - low)
-    heights = [curve[-1] * points for _, curve, _ in lines]
-    for (label, curve, style), height, place in zip(
-        lines,
-        heights,
-        spread(heights, _LABEL_POINTS * 1.35, (low * points, high * points)),
-        strict=True,
-    ):
-        text = f"{label} {curve[-1]:.3f}"
-        if len(curve) < last:
-            text += f" ({len(curve) // epochs} of {tasks})"
-            axes.hlines(
-                curve[-1], len(curve), last, style.color, linestyle=(0, (1, 4)), linewidth=0.9
-            )
+    heights = [line.accuracies[-1] * points for line in lines]
+    places = spread(heights, _LABEL_POINTS * 1.35, (low * points, high * points))
+    for line, height, place in zip(lines, heights, places, strict=True):
+        value, end, color = line.accuracies[-1], line.epochs[-1], line.style.color
+        text = f"{as_it_stands(line.label)} {value:.3f}"
+        if end < last:
+            text += f" ({end // epochs} of {tasks})"
+            axes.hlines(value, end, last, color, linestyle=(0, (1, 4)), linewidth=0.9)
         axes.annotate(
             text,
-            (last, curve[-1]),
+            (last, value),
             xytext=(18, place - height),
             textcoords="offset points",
             va="center",
             fontsize=_LABEL_POINTS,
             color=_TEXT,
             annotation_clip=False,
-            **_AS_IT_STANDS,
             arrowprops={
                 "arrowstyle": "-",
-                "color": style.color,
+                "color": color,
                 "linewidth": 1.2,
                 "relpos": (0, 0.5),
                 "shrinkA": 1,
@@ -270,31 +319,3 @@ def spread(
     spread_out = np.empty(len(places))
     spread_out[order] = moved + gaps
     return list(spread_out.tolist())
-
-
-def _label_tasks(axes: Axes, tasks: int) -> None:
-    if tasks <= _MOST_TICKS:
-        places = list(range(tasks))
-    else:
-        counted = MaxNLocator(_MOST_TICKS, integer=True).tick_values(1, tasks)
-        places = [int(task) - 1 for task in counted if 1 <= task <= tasks]
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(places, [str(place + 1) for place in places])
-        axis.set_tick_params(length=0)
-
-
-def _write_numbers(axes: Axes, accuracy: Matrix) -> None:
-    colours = colormaps[_COLOURS]
-    for (k, j), value in np.ndenumerate(accuracy):
-        if np.isfinite(value):
-            red, green, blue, _ = colours(float(value))
-            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-            axes.text(
-                j,
-                k,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="black" if light else "white",
-            )

@@ -1,4 +1,4 @@
-"""What a run says while it works, on stderr: a bar on a terminal, a line per epoch in a log."""
+"""What a run says while it works, on stderr: a bar for a person, a line per task in a log."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from clext.core.console import has_terminal, say
+from clext.core.console import say, shows_bars
 
+_LONGEST_SILENCE = 60.0  # seconds of a log
 _TASK_AND_EPOCH = "task {task}/{tasks} epoch {epoch}/{epochs}"
 
 
 class Progress:
     """Progress of one run: `step()` in the loop, `epoch_start` and `epoch_end` around it.
 
-    A terminal gets one bar for the whole run, redrawn at most ten times a second, so that a step
-    pays well under a microsecond. Anything else (a log, CI, a notebook) gets a line per epoch.
+    A terminal or a notebook gets one bar for the whole run, redrawn at most ten times a second, so
+    that a step pays well under a microsecond. Anything else (a log, CI) gets a line when a task
+    ends, and in a long task one after an epoch once a minute.
 
     Args:
         label: what runs.
@@ -29,8 +31,8 @@ class Progress:
     def __init__(self, label: str, tasks: int, epochs: int, *, show: bool) -> None:
         self._label, self._tasks, self._epochs = label, tasks, epochs
         self._steps = [0] * tasks  # of an epoch of each
-        self._lines = show and not has_terminal()
-        self._start = time.perf_counter()
+        self._lines = show and not shows_bars()
+        self._start = self._said = time.perf_counter()
         self._last = ""
         self._bar = tqdm(
             total=0,
@@ -74,16 +76,16 @@ class Progress:
         """Show the mean loss of the epoch and the average accuracy over the tasks seen."""
         self._last = f", loss {loss:.4f}, accuracy {accuracy:.4f}"
         self._bar.set_postfix_str(f"{self._place(task, epoch)}{self._last}", refresh=True)
-        if self._lines:
-            seconds = time.perf_counter() - self._start
-            say(f"{self._label}: {self._place(task, epoch)}{self._last}, after {seconds:.1f} s")
+        now = time.perf_counter()
+        due = epoch == self._epochs - 1 or now - self._said > _LONGEST_SILENCE
+        if self._lines and due:
+            self._said, after = now, f"after {now - self._start:.1f} s"
+            say(f"{self._label}: {self._place(task, epoch)}{self._last}, {after}")
 
     def task_end(self, task: int) -> None:
         """Show that the task is being consolidated, which can take as long as an epoch."""
         place = f"{self._place(task, self._epochs - 1)} trained, consolidating"
         self._bar.set_postfix_str(place, refresh=True)
-        if self._lines:
-            say(f"{self._label}: {place}")
 
     def _place(self, task: int, epoch: int) -> str:
         return _TASK_AND_EPOCH.format(

@@ -1,9 +1,10 @@
-"""What a run leaves behind: numbers, settings, a table, a picture and a file."""
+"""What a run leaves behind: numbers, settings, a table, pictures and a file."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,11 +14,14 @@ from numpy.typing import ArrayLike
 
 from clext.core.names import TITLES
 from clext.training import metrics
+from clext.training.outcome import Outcome, Section, settings_of
+from clext.training.result_text import accuracy_rows, footer, headline, result_text
 from clext.training.shape import check_result
 from clext.training.storage import (
     MATRIX_NAME,
     PICTURE_NAME,
     RESULT_NAME,
+    TASKS_NAME,
     read_json,
     writable_folder,
     write_json,
@@ -27,12 +31,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+
 _KIND = "result"
-_WIDEST_TABLE = 10
 
 
 @dataclass(eq=False, repr=False)
-class Result:
+class Result(Outcome):
     """The outcome of `clext.train`. Accuracies are fractions between 0 and 1.
 
     Attributes:
@@ -46,6 +50,10 @@ class Result:
         config: every setting, the data set really used, seeds, device, threads and versions.
         timings: the seconds spent on "training", "evaluation" and "consolidation", where known.
         stopped: why the run ended early, or None.
+        task_curve: accuracies on each of the tasks seen so far, a list per epoch; `curve` has their
+            means. Empty in results of older versions.
+        chance: entry k is what always giving the most frequent class would give on average over
+            tasks 0..k; empty where that is not known.
         model: what was trained, by `clext.train`; it is not part of the file.
     """
 
@@ -57,6 +65,8 @@ class Result:
     steps: list[metrics.Step] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    task_curve: list[list[float]] = field(default_factory=list)
+    chance: list[float] = field(default_factory=list)
     model: nn.Module | None = None
 
     @classmethod
@@ -201,37 +211,68 @@ class Result:
         """
         from clext.training.plots import plot_curves
 
+        curves, title = {self.label: self.curve}, f"{self.label}: {self.title}"
         tasks, epochs = len(self.accuracy), self.config["epochs"]
+        return plot_curves(curves, tasks, epochs, title, path, chance=self.chance)
+
+    def plot_tasks(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """Draw the accuracy on each task against the epoch, a line per task; save it at `path`.
+
+        Of results that lack `task_curve` only the ends of the tasks are drawn.
+        """
+        from clext.training.plots import plot_tasks
+
+        tasks, epochs = len(self.accuracy), self.config["epochs"]
+        ends = [self.accuracy[k, : k + 1].tolist() for k in range(len(self.average_accuracy))]
+        every = 1 if self.task_curve else epochs
+        taken = {every * count: row for count, row in enumerate(self.task_curve or ends, 1)}
         title = f"{self.label}: {self.title}"
-        return plot_curves({self.label: self.curve}, tasks, epochs, title, path)
+        return plot_tasks(taken, tasks, epochs, title, path, chance=self.chance)
 
     def plot_matrix(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the accuracy on each task after each task as a heat map; save it at `path`.
 
         Up to ten tasks the accuracies are written into the cells.
         """
-        from clext.training.plots import plot_matrix
+        from clext.training.heat_map import plot_matrix
 
         return plot_matrix(self.accuracy, f"{self.label}\n{self.title}", path)
 
+    def _pictures(self) -> dict[str, Callable[..., Figure]]:
+        """What draws each picture, by its name; of a single task one alone says all."""
+        drawn: dict[str, Callable[..., Figure]] = {PICTURE_NAME: self.plot}
+        if len(self.accuracy) > 1:
+            drawn |= {TASKS_NAME: self.plot_tasks, MATRIX_NAME: self.plot_matrix}
+        return drawn
+
     @property
-    def pictures(self) -> list[str]:
-        """The names of the pictures that `save` draws."""
-        return [PICTURE_NAME, MATRIX_NAME] if len(self.accuracy) > 1 else [PICTURE_NAME]
+    def files(self) -> list[str]:
+        """The names of the files that `save` writes."""
+        return [RESULT_NAME, *self._pictures()]
+
+    def section(self) -> Section:
+        """Of a page: the table, the pictures and all settings."""
+        stopped = [f"stopped early: {self.stopped}"] if self.stopped else []
+        return Section(
+            f"{self.label}: {self.title}",
+            notes=[headline(self), *footer(self), *stopped],
+            tables=[accuracy_rows(self)] if self.average_accuracy else [],
+            pictures=[*self._pictures().values()],
+            settings=settings_of([self.config]),
+        )
 
     def save(self, folder: str | os.PathLike[str], *, picture: bool = True) -> Path:
         """Write `result.json` to `folder` and the pictures, in the place of older ones.
 
-        They are `accuracy.png`, and for more than one task `matrix.png`.
+        They are `accuracy.png`, and for more than one task `tasks.png` and `matrix.png`.
         """
         target = writable_folder(folder, "save")
         write_json(target / RESULT_NAME, _KIND, self.to_json())
         if picture:
-            self.plot(target / PICTURE_NAME)
-            if MATRIX_NAME in self.pictures:
-                self.plot_matrix(target / MATRIX_NAME)
-            else:  # that of an older result would not be this one's
-                (target / MATRIX_NAME).unlink(missing_ok=True)
+            for name in (TASKS_NAME, MATRIX_NAME):  # those of an older result are not this one's
+                (target / name).unlink(missing_ok=True)
+            for name, draw in self._pictures().items():
+                draw(target / name)
         return target
 
     @classmethod
@@ -254,6 +295,8 @@ class Result:
             "before": self.before.tolist(),
             "untrained": self.untrained.tolist(),
             "curve": self.curve,
+            "task_curve": self.task_curve,
+            "chance": self.chance,
             "steps": self.steps,
             "config": self.config,
         }
@@ -262,7 +305,7 @@ class Result:
     def from_json(cls, content: dict[str, Any], origin: str) -> Self:
         """The result that `to_json` described; `origin` is named in errors.
 
-        What older versions did not record is NaN, and there are no steps.
+        What older versions did not record is NaN, or an empty list.
         """
         try:
             check_result(content)
@@ -277,65 +320,17 @@ class Result:
                 content.get("steps", []),
                 content["timings"],
                 content["stopped"],
+                content.get("task_curve", []),
+                content.get("chance", []),
             )
         except KeyError as error:
             raise ValueError(f"{origin}: not a complete result: {error} is missing") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{origin}: not a valid result: {error}") from error
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def __str__(self) -> str:
         """A headline, the table and the metrics; it fits a terminal, also with many tasks."""
-        lines = [self._headline()]
-        if self.average_accuracy:
-            lines += ["", *self._table(), "", *self._footer()]
-        if self.stopped:
-            lines += [f"stopped early: {self.stopped}"]
-        return "\n".join(lines)
-
-    def _headline(self) -> str:
-        config, average = self.config, self.average_accuracy
-        what = f"{self.label} on {config.get('scenario', '')} {self.data_name}".rstrip()
-        what += self.setting
-        if config.get("precision", "fp32") != "fp32":
-            what += f" in {config['precision']}"
-        epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
-        done = f"after {len(average)} of {config['tasks']} tasks"
-        done += f", {epochs}" if self.timings else ""
-        value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
-        return f"{what}: {value}"
-
-    def _table(self) -> list[str]:
-        tasks = len(self.average_accuracy)
-        columns = tasks if tasks <= _WIDEST_TABLE else 0
-        names = [f"task {j + 1}" for j in range(columns)]
-        rows = [f"{'accuracy on':<14}" + "".join(f"{name:>9}" for name in [*names, "average"])]
-        for k, average in enumerate(self.average_accuracy):
-            cells = [f"{a:9.4f}" if j <= k else " " * 9 for j, a in enumerate(self.accuracy[k])]
-            rows.append(f"{f'after task {k + 1}':<14}{''.join(cells[:columns])}{average:9.4f}")
-        return rows
-
-    def _footer(self) -> list[str]:
-        changes = [
-            f"{name} {value:{form}}"
-            for name, value, form in (
-                ("forgetting", self.forgetting, ".4f"),
-                ("backward transfer", self.backward_transfer, "+.4f"),
-                ("forward transfer", self.forward_transfer, "+.4f"),
-            )
-            if not math.isnan(value)
-        ]
-        levels = [f"learning accuracy {self.learning_accuracy:.4f}"]
-        if not math.isnan(self.worst_accuracy):
-            levels.append(
-                f"minimum accuracy {self.worst_accuracy:.4f} "
-                "(lowest since learned, mean of earlier tasks)"
-            )
-        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.timings.items())
-        time = [f"{self.seconds:.1f} s ({spent})"] if self.timings else []
-        return [", ".join(parts) for parts in (changes, levels) if parts] + time
+        return result_text(self)
 
     @property
     def data_name(self) -> str:

@@ -219,7 +219,7 @@ def check_same_run(
         return {**config, "data_dir": None, "data": {**config.get("data", {}), "source": None}}
 
     there = compared(there)
-    for name, value in sorted(as_read(compared(planned)).items()):
+    for name, value in as_read(compared(planned)).items():
         if there.get(name) != value:
             raise ValueError(
                 f"{owner}: {folder} holds a run with {name} {there.get(name)!r}, not {value!r}; "
@@ -239,15 +239,16 @@ def check_option_names(label: str, options: Iterable[str], of_method: Iterable[s
 def shows_settings(function: Function) -> Function:
     """Lists the settings, which `function` takes as **options, in its signature.
 
-    Without the seed where it has `seeds`.
+    Without the seed where there are always `seeds`.
     """
     signature = inspect.signature(function)
     *own, rest = signature.parameters.values()
+    given = [parameter.name for parameter in own if parameter.default is not None]
     keyword = inspect.Parameter.KEYWORD_ONLY
     settings = [
         inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
         for field in fields(Settings)
-        if f"{field.name}s" not in signature.parameters
+        if f"{field.name}s" not in given
     ]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*own, *settings, rest]

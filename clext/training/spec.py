@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clext.core.inputs import described, one_tensor, taken
-from clext.core.modes import module_mode
-from clext.core.names import METHOD_OPTIONS, MODELS, part_names
+from clext.core.checks import unknown_name
+from clext.core.names import DEFAULT_METHODS, METHOD_OPTIONS, MODELS, part_names
 from clext.core.seeding import Seeds, generator
-from clext.data.datasets import as_numbers
-from clext.data.loaders import LoaderTask
 from clext.methods import Method, make_method
 from clext.methods.parts.options import option_names
 from clext.training.models import ImageModel, hidden_widths, mlp, named_model
 from clext.training.settings import check_option_names
 
 if TYPE_CHECKING:
-    from clext.core.inputs import Inputs
     from clext.data.scenario import Scenario
-    from clext.data.task import Task
-    from clext.training.augmentation import Transform
 
 
 @dataclass(frozen=True)
@@ -82,57 +75,56 @@ class MethodSpec:
         return widths[:1] + widths[-1:] == [math.prod(scenario.input_shape), scenario.num_outputs]
 
 
-def check_forward(
-    method: Method, scenario: Scenario, device: torch.device, transform: Transform | None = None
-) -> None:
-    """Try them on two examples: an error in the first step would name no argument."""
-    outputs, shape = scenario.num_outputs, ""
-    inputs, remedy = _probe(method, scenario.tasks[0], device)
-    if isinstance(inputs, Tensor):
-        shape = f" [{', '.join(['N', *map(str, inputs.shape[1:])])}]"
-    expected = f"inputs{shape} into logits [N, {outputs}]"
-    if transform is not None:
-        _check_transform(inputs, transform)
-    try:
-        with torch.no_grad(), module_mode(method.model, training=False):
-            logits = method.heads.outputs(inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+def method_specs(
+    owner: str,
+    methods: str | Sequence[str | Sequence[str]] | None,
+    model: nn.Module | str | None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, MethodSpec]:
+    """Each method by its label; ValueError by `owner` for what is none, or options of none."""
+    parts = _parts_by_label(owner, methods)
+    options = {str(label).lower(): given for label, given in options.items()}
+    for label, given in options.items():
+        if label not in parts:
+            raise unknown_name("method in options", label, parts)
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"{owner}: options of {label!r} must be a dict, such as {{'strength': 100.0}}, got "
+                f"{given!r}"
+            )
+    specs = {}
+    for label, names in parts.items():
+        own = dict(options.get(label, {}))
+        specs[label] = MethodSpec(names, model, own.pop("strength", None), own)
+    return specs
+
+
+def _parts_by_label(
+    owner: str,
+    methods: str | Sequence[str | Sequence[str]] | None,
+) -> dict[str, list[str]]:
+    """The names in each entry of `methods`; ValueError for what has none."""
+    if isinstance(methods, str):
+        methods = methods.split(",")
+    elif not isinstance(methods, Iterable):
+        methods = DEFAULT_METHODS if methods is None else [methods]
+    parts: dict[str, list[str]] = {}
+    for entry in methods:
+        if not isinstance(entry, str | Sequence):
+            raise ValueError(
+                f"{owner}: methods must be a list of names, such as ['ewc', 'si'], got {entry!r}; "
+                "pass the settings of a method in options"
+            )
+        names = part_names(entry)
+        label = entry.strip().lower() if isinstance(entry, str) else "+".join(names)
+        if label in parts:
+            raise ValueError(f"{owner}: method {label!r} is given twice; name each method once")
+        parts[label] = names
+    if not parts:
         raise ValueError(
-            f"train: model must turn {expected}, but failed on such inputs ({error}); {remedy}"
-        ) from error
-    if logits.dim() != 2 or logits.shape[1] < outputs:
-        raise ValueError(f"train: model must turn {expected}, got {list(logits.shape)} for N = 2")
-
-
-def _probe(method: Method, task: Task | LoaderTask, device: torch.device) -> tuple[Inputs, str]:
-    """Two examples as the model is given them, and what to do if it does not take them."""
-    read = method.heads.inputs_and_labels
-    if isinstance(task, LoaderTask):
-        with closing(task.to(device).test_batches(read)) as batches:
-            inputs, _ = read(next(batches))
-        return taken(inputs, slice(2)), "forward= of the method says how to call it"
-    stored = as_numbers(task.stored_train.inputs[:1], input_dtype(method.model))
-    probe = torch.zeros(2, *task.input_shape, device=device, dtype=stored.dtype)
-    remedy = "begin it with nn.Unflatten if it takes images"
-    if not stored.is_floating_point():
-        remedy = (
-            f"the inputs are {stored.dtype}: pass inputs.float() if they are numbers, begin the "
-            "model with nn.EmbeddingBag if they are tokens"
+            f"{owner}: expected at least one method, got none; choose from {[*METHOD_OPTIONS]}"
         )
-    inputs, _ = read((probe, torch.zeros(2, dtype=torch.int64, device=device)))
-    return inputs, remedy
-
-
-def _check_transform(probe: Inputs, transform: Transform) -> None:
-    """ValueError if two examples are not alike any more."""
-    expected = f"train: transform must keep shape and type of two examples {described(probe)}"
-    remedy = "evaluation shows the model plain ones; for others change the data"
-    try:
-        found = transform(one_tensor("train: transform", probe))
-    except Exception as error:  # whatever a user's function raises
-        raise ValueError(f"{expected}, but failed ({error}); {remedy}") from error
-    if described(found) != described(probe):
-        raise ValueError(f"{expected}, got {described(found)}; {remedy}")
+    return parts
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:

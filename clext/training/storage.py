@@ -19,12 +19,12 @@ FORMAT = 1
 
 # What a run leaves in its folder, of whatever kind it is.
 RESULT_NAME, COMPARISON_NAME, SWEEP_NAME = "result.json", "comparison.json", "sweep.json"
-PICTURE_NAME, MATRIX_NAME = "accuracy.png", "matrix.png"
+PICTURE_NAME, TASKS_NAME, MATRIX_NAME = "accuracy.png", "tasks.png", "matrix.png"
 MODEL_NAME, METHOD_NAME = "model.safetensors", "method.safetensors"
-CHECKPOINT_NAME = "checkpoint.safetensors"
+CHECKPOINT_NAME, REPORT_NAME = "checkpoint.safetensors", "report.html"
 _NAMES = (
-    *(RESULT_NAME, COMPARISON_NAME, SWEEP_NAME, PICTURE_NAME, MATRIX_NAME),
-    *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME),
+    *(RESULT_NAME, COMPARISON_NAME, SWEEP_NAME, PICTURE_NAME, TASKS_NAME, MATRIX_NAME),
+    *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME, REPORT_NAME),
 )
 
 
@@ -116,8 +116,13 @@ def write_json(path: Path, kind: str, content: dict[str, Any]) -> None:
     text = json.dumps(_plain(document), indent=2, allow_nan=False)
     # A matrix is read row by row, so what holds only numbers or words goes on one line.
     text = re.sub(r"\[\n[^\[\]{}]*\]", _on_one_line, text)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text; the old one stays until the new one is whole."""
     with replacing(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str], kind: str, file_name: str) -> tuple[Path, Any]:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,23 @@ import joblib
 import torch
 from joblib.parallel import get_active_backend
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from clext.core.checks import as_path, integer, number, unknown_name
-from clext.core.console import has_terminal, say
+from clext.core.console import say, shows_bars
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
 from clext.training import train as training
-from clext.training.compare import method_specs
 from clext.training.loader_steps import check_tasks
 from clext.training.machine import resolve_device
 from clext.training.result import Result
 from clext.training.settings import NAMES, Settings, check_same_run, shows_settings
-from clext.training.spec import MethodSpec, describe
+from clext.training.spec import MethodSpec, describe, method_specs
 from clext.training.storage import claimed_folder, keep
 from clext.training.sweep_result import Cell, Run, Sweep
+
+MOST_RUNS = 10_000
 
 Strengths = Iterable[float] | Mapping[str, Iterable[float]]
 # A run, and its result or why it failed.
@@ -74,7 +76,7 @@ def sweep(
         threads: of each run, on which the last bits of its matrix products may depend; by default
             the threads of this process are shared out.
         **settings: all other settings of `clext.train`, from `scenario` to `progress` (a bar over
-            the runs, or a line for each where stderr is no terminal).
+            the runs, or a line for each where no bar can be shown).
 
     Returns:
         The results, a table and a picture, see `Sweep`.
@@ -93,6 +95,11 @@ def sweep(
     resolve_device(taken.device)
     specs = _cells(method_specs("sweep", methods, model, options or {}), strengths)
     chosen = [integer("sweep", "seeds", seed, minimum=0) for seed in _listed("seeds", seeds)]
+    if len(specs) * len(chosen) > MOST_RUNS:
+        raise ValueError(
+            f"sweep: expected at most {MOST_RUNS:,} runs, got more, of {len(specs):,} methods and "
+            f"strengths and {len(chosen):,} seeds or more; choose fewer"
+        )
     if n_jobs == 0:
         raise ValueError("sweep: n_jobs must be how many runs at once, or -1 for all cores, got 0")
     if threads is None:
@@ -158,8 +165,9 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
 
 
 def _listed(argument: str, values: Any) -> list[Any]:  # noqa: ANN401
-    """What is given, each once; ValueError if it is no list, or an empty one."""
-    listed = [*dict.fromkeys(values)] if isinstance(values, Iterable) else []
+    """What is given, each once, as far as it can be run; ValueError if it is no list, or empty."""
+    some = islice(values, MOST_RUNS + 1) if isinstance(values, Iterable) else ()
+    listed = [*dict.fromkeys(some)]
     if not listed or isinstance(values, str):
         raise ValueError(f"sweep: expected {argument} as a list of numbers, got {values!r}")
     return listed
@@ -176,8 +184,8 @@ def _finished(
     if not result.complete:
         return None
     planned = {
-        **describe(spec.build(Seeds.derive(run.seed), scenario)),
         **replace(settings, seed=run.seed).describe(),
+        **describe(spec.build(Seeds.derive(run.seed), scenario)),
         "data": scenario.data,
     }
     check_same_run("sweep: out", folder / str(run), result.config, planned)
@@ -209,7 +217,7 @@ def _train_all(
 
 def _shown(ended: Iterator[Ended], before: int, total: int, *, show: bool) -> Iterator[Ended]:
     """The runs that end, with a bar on a terminal or a line for each in a log."""
-    lines = show and not has_terminal()
+    lines = show and not shows_bars()
     if lines and before:
         say(f"sweep: {before} of {total} runs are there already")
     with tqdm(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import ItemsView
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,8 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from clext.core.checks import choice, unknown_name
 from clext.training import tables
+from clext.training.chance import shared_chance
 from clext.training.metrics import Summary, summary
+from clext.training.outcome import Outcome, Section, settings_of
 from clext.training.result import Result
+from clext.training.shape import check_sweep
 from clext.training.storage import (
     PICTURE_NAME,
     RESULT_NAME,
@@ -24,21 +25,13 @@ from clext.training.storage import (
     writable_folder,
     write_json,
 )
+from clext.training.tables import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 _KIND = "sweep"
-_METRICS: dict[str, Callable[[Result], float]] = {
-    "accuracy": lambda result: result.average_accuracy[-1],
-    "forgetting": lambda result: result.forgetting,
-    "backward_transfer": lambda result: result.backward_transfer,
-    "forward_transfer": lambda result: result.forward_transfer,
-    "learning_accuracy": lambda result: result.learning_accuracy,
-    "worst_accuracy": lambda result: result.worst_accuracy,
-}
-_FORMATS = {"text": tables.text, "markdown": tables.markdown, "latex": tables.latex}
 _LEFT = ("method", "accuracy", "forgetting")
 _LEGEND = (
     "accuracy       mean over the tasks, after the last of them",
@@ -79,7 +72,7 @@ class Run(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class Sweep:
+class Sweep(Outcome):
     """The outcome of `clext.sweep`.
 
     Attributes:
@@ -92,6 +85,20 @@ class Sweep:
     runs: list[Run]
     results: dict[Run, Result]
     failed: dict[Run, str]
+
+    def __getitem__(self, run: tuple[str, float | None, int]) -> Result:
+        if run not in self.results:
+            raise unknown_name("result", run, [str(run) for run in self.results])
+        return self.results[Run(*run)]
+
+    def items(self) -> ItemsView[Run, Result]:
+        """(method, strength, seed) and the result of each run that is complete."""
+        return self.results.items()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every run of the plan is."""
+        return not self.failed
 
     @property
     def cells(self) -> list[Cell]:
@@ -108,9 +115,9 @@ class Sweep:
         Metrics are "accuracy" (average, after the last task) and the other summaries of `Result`,
         "forgetting" to "worst_accuracy".
         """
-        if metric not in _METRICS:
-            raise unknown_name("metric", metric, _METRICS)
-        return summary(_METRICS[metric](result) for result in self.of(method, strength))
+        if metric not in METRICS:
+            raise unknown_name("metric", metric, METRICS)
+        return summary(METRICS[metric](result) for result in self.of(method, strength))
 
     def best(self, method: str) -> float | None:
         """The strength of the method's highest mean accuracy, which is that on the test data."""
@@ -130,14 +137,16 @@ class Sweep:
         for papers; "csv" has all metrics in full precision and no times, so that it is the same
         for the same results.
         """
-        choice("Sweep.table", "format", format, [*_FORMATS, "csv"])
+        choice("Sweep.table", "format", format, [*tables.FORMATS, "csv"])
         if format == "csv":
-            return self._csv()
-        lines = _FORMATS[format]([self._row(cell) for cell in self.cells], _LEFT)
+            return tables.comma_separated([self._record(cell) for cell in self.cells])
+        lines = tables.FORMATS[format]([self._row(cell) for cell in self.cells], _LEFT)
         if format == "text":
-            lines += ["", *_LEGEND]
-            lines += [f"{run}: {problem}" for run, problem in self.failed.items()]
+            lines += ["", *self._notes()]
         return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        return [*_LEGEND, *(f"{run}: {problem}" for run, problem in self.failed.items())]
 
     def _row(self, cell: Cell) -> dict[str, str]:
         results = self.of(*cell)
@@ -155,17 +164,14 @@ class Sweep:
             "time": f"{fmean(r.seconds for r in results):.1f} s" if results else "-",
         }
 
-    def _csv(self) -> str:
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        columns = [f"{metric}_{part}" for metric in _METRICS for part in Summary._fields]
-        writer.writerow(["method", "strength", "seeds", "failed", *columns])
-        for cell in self.cells:
-            values = [value for metric in _METRICS for value in self.summary(metric, *cell)]
-            failed = sum(run.cell == cell for run in self.failed)
-            known = ["" if math.isnan(value) else value for value in values]
-            writer.writerow([*cell, len(self.of(*cell)), failed, *known])
-        return file.getvalue().removesuffix("\n")
+    def _record(self, cell: Cell) -> dict[str, Any]:
+        failed = sum(run.cell == cell for run in self.failed)
+        values = {
+            f"{metric}_{part}": value
+            for metric in METRICS
+            for part, value in self.summary(metric, *cell)._asdict().items()
+        }
+        return {**cell._asdict(), "seeds": len(self.of(*cell)), "failed": failed, **values}
 
     def to_dataframe(self) -> DataFrame:
         """A row for each run: its cell and seed, its metrics, its seconds and why it failed.
@@ -178,10 +184,10 @@ class Sweep:
         for run in self.runs:
             row = {**run._asdict(), "failed": self.failed.get(run)}
             if (result := self.results.get(run)) is not None:
-                row |= {name: metric(result) for name, metric in _METRICS.items()}
+                row |= {name: metric(result) for name, metric in METRICS.items()}
                 row["seconds"] = result.seconds
             rows.append(row)
-        names = [*Run._fields, *_METRICS, "seconds", "failed"]
+        names = [*Run._fields, *METRICS, "seconds", "failed"]
         return DataFrame(rows, columns=names)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -204,7 +210,30 @@ class Sweep:
                 bands[cell.label] = [e.low for e in drawn], [e.high for e in drawn]
         first = next(iter(self.results.values()))
         tasks, epochs_each = len(first.accuracy), first.config["epochs"]
-        return plot_curves(curves, tasks, epochs_each, first.title, path, bands=bands)
+        chance = shared_chance(self.results.values())
+        return plot_curves(
+            curves, tasks, epochs_each, first.title, path, chance=chance, bands=bands
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        return super()._repr_png_() if self.results else None
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that `save` writes beside those of the runs."""
+        return [SWEEP_NAME, PICTURE_NAME] if self.results else [SWEEP_NAME]
+
+    def section(self) -> Section:
+        """Of a page: the table, the picture, and what all runs have in common."""
+        results = [*self.results.values()]
+        title = results[0].title if results else "no run has finished"
+        return Section(
+            f"{title}: {len(self.cells)} methods and strengths, {len(self.runs)} runs",
+            notes=self._notes(),
+            tables=[[self._row(cell) for cell in self.cells]],
+            pictures=[self.plot] if results else [],
+            settings=settings_of([result.config for result in results]) if results else {},
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `sweep.json`, `result.json` of each run and the picture `accuracy.png`."""
@@ -226,10 +255,15 @@ class Sweep:
         """Read a sweep, also one that is not finished, from its folder or its `sweep.json`."""
         file, content = read_json(path, _KIND, SWEEP_NAME)
         try:
-            loaded = cls([Run(*entry) for entry in content["runs"]], {}, {})
-            problems = dict(content["failed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: not a valid sweep: {error!r}") from error
+            check_sweep(content)
+        except KeyError as error:
+            raise ValueError(f"{file}: not a complete sweep: {error} is missing") from error
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{file}: not a valid sweep: {error}") from error
+        loaded, problems = (
+            cls([Run(*entry) for entry in content["runs"]], {}, {}),
+            content["failed"],
+        )
         for run in loaded.runs:
             place = file.parent / str(run) / RESULT_NAME
             result = Result.load(place) if place.exists() else None
@@ -237,10 +271,12 @@ class Sweep:
                 loaded.results[run] = result
             else:
                 loaded.failed[run] = problems.get(str(run), "not finished")
+        sizes = {
+            (len(r.accuracy), r.config["epochs"], len(r.curve)) for r in loaded.results.values()
+        }
+        if len(sizes) > 1:
+            raise ValueError(f"{file}: not a valid sweep: its runs differ in tasks or epochs")
         return loaded
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def __str__(self) -> str:
         return self.table()

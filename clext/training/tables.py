@@ -1,13 +1,30 @@
-"""Tables of words, as people read and paste them: aligned text, Markdown, LaTeX."""
+"""Tables of results, as people read and paste them: aligned text, Markdown, LaTeX, CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clext.training.result import Result
 
 Row = Mapping[str, str]
 
-_ESCAPES = str.maketrans({"±": r"$\pm$", "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#"})
+METRICS: dict[str, Callable[[Result], float]] = {
+    "accuracy": lambda result: [math.nan, *result.average_accuracy][-1],
+    "forgetting": lambda result: result.forgetting,
+    "backward_transfer": lambda result: result.backward_transfer,
+    "forward_transfer": lambda result: result.forward_transfer,
+    "learning_accuracy": lambda result: result.learning_accuracy,
+    "worst_accuracy": lambda result: result.worst_accuracy,
+}
+_ESCAPES = str.maketrans(
+    {sign: rf"\{sign}" for sign in "%_&#${}"}
+    | {"±": r"$\pm$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+)
 
 
 def number(value: float, form: str) -> str:
@@ -29,7 +46,8 @@ def markdown(rows: Sequence[Row], left: Collection[str]) -> list[str]:
     """The same as a table of Markdown."""
     titles = [*rows[0]]
     rules = ["---" if title in left else "---:" for title in titles]
-    lines = [titles, rules, *([row[title] for title in titles] for row in rows)]
+    cells = [[row[title].replace("|", r"\|") for title in titles] for row in rows]
+    lines = [titles, rules, *cells]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -43,3 +61,17 @@ def latex(rows: Sequence[Row], left: Collection[str]) -> list[str]:
     columns = "".join("l" if title in left else "r" for title in titles)
     top = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule"]
     return [*top, *lines[1:], r"\bottomrule", r"\end{tabular}"]
+
+
+def comma_separated(records: Sequence[Mapping[str, object]]) -> str:
+    """The titles and a line for each record, in full precision; what is not known stays empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*records[0]] if records else [], lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        unknown = {name for name, value in record.items() if value != value}  # NaN
+        writer.writerow({name: "" if name in unknown else v for name, v in record.items()})
+    return file.getvalue().removesuffix("\n")
+
+
+FORMATS = {"text": text, "markdown": markdown, "latex": latex}

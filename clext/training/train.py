@@ -27,8 +27,9 @@ from clext.training.loop import Training
 from clext.training.machine import describe_machine, resolve_device
 from clext.training.result import Result
 from clext.training.settings import Settings, check_same_run, shows_settings
-from clext.training.spec import MethodSpec, check_forward, describe, input_dtype
+from clext.training.spec import MethodSpec, describe, input_dtype
 from clext.training.storage import RESULT_NAME, check_free, claimed_folder, clear, keep
+from clext.training.trial import check_forward
 
 Save = Callable[[Result], Path | None]
 
@@ -195,8 +196,9 @@ def run(
         method.model.to(device)
         warn_of_slow_precision(settings.precision, device)
         check_forward(method, scenario, device, transform)
-        planned = {**describe(method), **settings.describe(), "data": scenario.data}
-        config = {**planned, "seeds": asdict(seeds), **describe_machine(device)}
+        own = describe(method)
+        planned = {**settings.describe(), **own, "data": scenario.data}
+        config = {**own, **planned, "seeds": asdict(seeds), **describe_machine(device)}
         result, state = Result.empty(settings.tasks, config), None
         if checkpoint is not None and resume:
             result, state = left_by(checkpoint, planned) or (result, None)

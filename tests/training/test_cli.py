@@ -32,7 +32,9 @@ class TestTrain:
         assert outcome.exit_code == 0, outcome.output
         assert "si on permuted digits: average accuracy 0." in outcome.stdout
         assert "after task 2" in outcome.stdout
-        assert "Saved in runs/si: result.json, accuracy.png, matrix.png" in outcome.stdout
+        assert (
+            "Saved in runs/si: result.json, accuracy.png, tasks.png, matrix.png" in outcome.stdout
+        )
         assert clext.Result.load(tmp_path / "runs" / "si").complete
 
     def test_never_replaces_an_earlier_result_unasked(self, tmp_path):
@@ -145,10 +147,23 @@ class TestCompare:
             *("compare", "--methods", "baseline, si", "--option", "si.strength=3", *ONE_TASK)
         )
         assert outcome.exit_code == 0, outcome.output
-        assert "Saved in runs/compare: comparison.json, accuracy.png" in outcome.stdout
+        assert "Saved in runs/compare: comparison.json, accuracy.png" in outcome.stderr
         comparison = clext.Comparison.load(tmp_path / "runs" / "compare")
         assert comparison["si"].config["strength"] == 3
-        assert str(comparison) in outcome.stdout
+        assert outcome.stdout == f"{comparison}\n"
+
+    def test_with_seeds_it_prints_means_and_leaves_the_runs(self, tmp_path):
+        plan = ("--methods", "baseline,si", "--seeds", "0,1", "--table", "markdown")
+        outcome = run("compare", *plan, *ONE_TASK)
+        assert outcome.exit_code == 0, outcome.output
+        sweep = clext.Sweep.load(tmp_path / "runs" / "compare")
+        assert outcome.stdout == f"{sweep.table('markdown')}\n"
+        assert [run[::2] for run in sweep.results] == [
+            (method, seed) for method in ("baseline", "si") for seed in (0, 1)
+        ]
+        refused = run("compare", "--seed", "3", *plan, *ONE_TASK)
+        assert refused.exit_code == 2
+        assert "--seeds: expected no --seed beside it" in refused.stderr
 
     @pytest.mark.parametrize("command", [("compare",), ("train", "--method", "si")])
     def test_a_refused_run_leaves_no_folder(self, command, tmp_path):
@@ -227,6 +242,7 @@ class TestSweep:
             (["--seeds", "0..3"], "--seeds 0..3: expected seeds such as 0-4 or 0,1,7"),
             (["--seeds", "3-1"], "expected seeds as a list of numbers, got []"),
             (["--option", "ewc.gama=1"], "'gama'; did you mean 'gamma'"),
+            (["--seeds", f"0-{10**30}"], "sweep: expected at most 10,000 runs, got more"),
             (["--seed", "1"], "No such option"),
             (["--epochs", "0"], "epochs must be an integer >= 1"),
         ],
@@ -266,7 +282,9 @@ def test_info_on_a_method_is_its_docstring_its_options_and_what_it_keeps():
     assert kept["memory"] == "3.0 MiB"  # 1,000 images of 784 floats
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("compare",), ("sweep",), ("info",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("compare",), ("sweep",), ("report",), ("info",)]
+)
 def test_help_shows_examples_and_every_choice(command):
     outcome = run(*command, "--help")
     assert outcome.exit_code == 0

@@ -86,6 +86,19 @@ class TestCompare:
         assert [r.complete for r in comparison.results.values()] == [True, False, True]
         assert "stopped early: dgr: inputs are" in str(clext.Comparison.load(tmp_path))
 
+    def test_with_seeds_it_is_the_sweep_over_them(self, tmp_path):
+        options = {"model": small(), "epochs": 1, "threads": 1}
+        given = {**QUICK, **options, "options": {"ewc": {"strength": 3.0}}}
+        swept = clext.sweep("baseline, ewc", seeds=(1, 2), out=tmp_path / "swept", **given)
+        compared = clext.compare("baseline, ewc", seeds=range(1, 3), out=tmp_path / "both", **given)
+        assert compared.table("csv") == swept.table("csv")
+        assert compared["ewc", None, 2].strengths == [3.0]
+        assert clext.Sweep.load(tmp_path / "both").table() == compared.table()
+        nowhere = clext.compare("baseline", seeds=[1], **{**QUICK, **options})
+        assert nowhere["baseline", None, 1].curve == swept["baseline", None, 1].curve
+        with pytest.raises(ValueError, match="expected seeds, got seed"):
+            clext.compare("ewc", seeds=[1], seed=1, **QUICK)
+
     def test_a_model_that_does_not_fit_stops_all(self, tmp_path):
         with pytest.raises(ValueError, match="model must turn inputs"):
             clext.compare(["si", "ewc"], model=nn.Linear(3, 10), out=tmp_path, **QUICK)

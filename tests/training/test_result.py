@@ -1,40 +1,16 @@
-"""Results: what is kept, how it reads, files and pictures."""
+"""Results: what is kept, how it reads, and files."""
 
+import io
 import json
 import math
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
-from matplotlib.text import Text
+from made_results import result
 
 from clext import Comparison, Result
-from clext.training.plots import _STYLES, spread
 
 NAN = math.nan
-
-
-def result(method: str = "ewc", tasks: int = 3, epochs: int = 2, done: int | None = None) -> Result:
-    done = tasks if done is None else done
-    accuracy = np.full((tasks, tasks), NAN)
-    for k in range(done):
-        accuracy[k, : k + 1] = 0.9 - 0.1 * (k - np.arange(k + 1)) - 0.01 * len(method)
-    curve = [0.8 - 0.01 * e for e in range(done * epochs)]
-    config = {
-        "method": method,
-        "strength": 2.5,
-        "tasks": tasks,
-        "epochs": epochs,
-        "scenario": "permuted",
-        "data": {"name": "digits"},
-    }
-    result = Result.empty(len(accuracy), config)
-    result.accuracy[:], result.curve = accuracy, curve
-    result.untrained[:] = 0.1
-    result.before[: done + 1] = 0.15
-    result.timings |= {"training": 2.0, "evaluation": 0.5}
-    return result
 
 
 CONFIG = {"method": "ewc", "tasks": 3, "epochs": 2}
@@ -173,12 +149,14 @@ class TestFiles:
     def test_what_is_saved_is_loaded(self, tmp_path, done):
         ours = result(done=done)
         ours.stopped = "why" if done < 3 else None
+        ours.task_curve, ours.chance = [[0.5], [0.6], [0.7, 0.1]][: 3 * done], [0.1] * 3
         ours.save(tmp_path / "new" / "folder")
         for path in (tmp_path / "new/folder", tmp_path / "new/folder/result.json"):
             theirs = Result.load(path)
             np.testing.assert_array_equal(theirs.accuracy, ours.accuracy)
             assert theirs.accuracy.dtype == np.float64
             assert (theirs.curve, theirs.config) == (ours.curve, ours.config)
+            assert (theirs.task_curve, theirs.chance) == (ours.task_curve, ours.chance)
             assert (theirs.timings, theirs.stopped) == (ours.timings, ours.stopped)
 
     def test_the_file_is_strict_json_with_a_row_on_a_line(self, tmp_path):
@@ -258,6 +236,11 @@ class TestFiles:
             ("steps", [{"task": "1"}], r"steps\[0\].task is '1', expected int"),
             ("accuracy", [[10**400] * 3] * 3, "not a valid result"),
             ("curve", "abc", "curve is 'abc', expected list"),
+            ("curve", [None], r"curve\[0\] is None, expected int | float"),
+            ("curve", [0.5, 1e999], "an accuracy is inf, expected a fraction"),
+            ("chance", [2], "an accuracy is 2, expected a fraction"),
+            ("task_curve", [[0.5], [0.5, 0.6]], r"task_curve\[1\] has 2 entries, for each task"),
+            ("task_curve", [[-1]], "an accuracy is -1"),
             ("config", {"method": "x"}, "'tasks' is missing"),
         ],
     )
@@ -272,13 +255,13 @@ class TestFiles:
         result().save(tmp_path, picture=False)
         file = tmp_path / "result.json"
         content = json.loads(file.read_text())
-        for key in ("before", "untrained", "steps"):
+        for key in ("before", "untrained", "steps", "task_curve", "chance"):
             del content[key]
         file.write_text(json.dumps(content))
         theirs = Result.load(file)
         assert np.isnan(theirs.before).all()
         assert np.isnan(theirs.untrained).all()
-        assert theirs.steps == []
+        assert theirs.steps == theirs.task_curve == theirs.chance == []
         assert math.isnan(theirs.forward_transfer)
         assert "forward transfer" not in str(theirs)
 
@@ -305,183 +288,46 @@ class TestComparison:
         with pytest.raises(ValueError, match=r"a: 3 tasks of 2 epochs, b: 3 tasks of 5 epochs"):
             Comparison({"a": result(), "b": result(epochs=5)})
 
+    def test_its_items_are_labels_and_results(self):
+        runs = {"ewc": result(), "si": result("si")}
+        assert [*Comparison(runs).items()] == [*runs.items()]
+
+    def test_tables_for_papers(self):
+        runs = {"ewc": result(), r"50%_a|$b\{": result("si", done=1)}
+        table = Comparison(runs).table
+        titles = ["method", "strength", "accuracy", "forgetting", "BWT", "FWT", "LA", "min-ACC"]
+        cells = ["ewc", "2.5", "0.7700", "0.1500", "-0.1500", "+0.0500", "0.8700", "0.7200"]
+        lines = table("markdown").splitlines()
+        assert lines[0] == f"| {' | '.join([*titles, 'time'])} |"
+        assert lines[2] == f"| {' | '.join([*cells, '2.5 s'])} |"
+        assert lines[3].startswith(r"| 50%_a\|$b\{ | 2.5 | 0.8800 (1 of 3) | - |")
+        lines = table("latex").splitlines()
+        assert lines[0] == r"\begin{tabular}{lrlrrrrrr}"
+        assert lines[4] == " & ".join([*cells, "2.5 s"]) + r" \\"
+        assert lines[5].startswith(r"50\%\_a|\$b\textbackslash{}\{ & 2.5 & 0.8800 (1 of 3)")
+        with pytest.raises(ValueError, match=r"'format' of Comparison.table: 'html' \(valid"):
+            table("html")
+
+    def test_csv_and_data_frame_have_all_metrics_in_full(self):
+        pandas = pytest.importorskip("pandas")
+        joint = result("joint")
+        joint.config["strength"] = None
+        ours = Comparison({"ewc": result(), "joint": joint, "si": result("si", done=1)})
+        read = pandas.read_csv(io.StringIO(ours.table("csv")))
+        frame = ours.to_dataframe()
+        assert [*frame.columns] == [*read.columns, "seconds"]
+        assert [*read["method"]] == [*frame["method"]] == ["ewc", "joint", "si"]
+        for each in (read, frame):
+            assert each["accuracy"].tolist() == [r.average_accuracy[-1] for _, r in ours._ranked()]
+            assert each["worst_accuracy"][0] == ours["ewc"].worst_accuracy
+            assert each["tasks"].tolist() == [3, 3, 1]
+            assert each["forgetting"].isna().tolist() == [False, False, True]
+            assert each["intransigence"][0] == pytest.approx(-0.02)
+            assert math.isnan(each["strength"][1])
+
     def test_an_unknown_label_suggests_the_nearest(self):
         with pytest.raises(ValueError, match=r"unknown result 'ewk'.*'ewc'"):
             Comparison({"ewc": result()})["ewk"]
-
-
-class TestPicture:
-    def test_a_line_per_method_and_a_border_per_task(self):
-        comparison = Comparison({name: result(name) for name in ("ewc", "si", "mine")})
-        axes = comparison.plot().axes[0]
-        curves = [line for line in axes.lines if len(line.get_xdata()) == 6]
-        borders = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
-        assert borders == [2, 4]
-        assert [list(line.get_ydata()) for line in curves] == [result().curve] * 3
-        looks = {(line.get_color(), line.get_marker()) for line in curves}
-        assert len(looks) == 3
-        texts = {text.get_text() for text in axes.texts}
-        assert texts >= {"task 1", "task 2", "task 3", "ewc 0.750", "si 0.750", "mine 0.750"}
-
-    def test_names_at_the_ends_do_not_overlap(self):
-        figure = Comparison({name: result(name) for name in ("ewc", "si", "mas", "scp")}).plot()
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        labels = [text for text in figure.axes[0].texts if "0." in text.get_text()]
-        for label in labels:
-            label.update_positions(canvas.get_renderer())
-        # Text's own method: an annotation's would include its leader line.
-        boxes = [Text.get_window_extent(label) for label in labels]
-        assert len(boxes) == 4
-        for i, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
-            assert figure.bbox.x1 >= box.x1
-
-    def test_many_names_at_the_top_leave_the_lines_their_room(self):
-        one, many = (
-            Comparison({f"run {i}": result(f"run {i}") for i in range(count)}).plot()
-            for count in (1, 14)
-        )
-        for figure in (one, many):
-            FigureCanvasAgg(figure).draw()
-        heights = [figure.axes[0].get_window_extent().height for figure in (one, many)]
-        assert heights[1] > 0.95 * heights[0]
-
-    def test_a_long_title_is_broken_and_not_cut(self):
-        ours = result(tasks=2)
-        ours.config["scenario"] = "permuted and then some more of it " * 4
-        for figure in (ours.plot(), ours.plot_matrix()):
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            title = figure.axes[0]._left_title.get_window_extent(canvas.get_renderer())
-            assert title.x1 <= figure.bbox.x1
-            assert title.y1 <= figure.bbox.y1
-
-    @pytest.mark.parametrize("done", [0, 1])
-    def test_unfinished_runs_can_be_drawn(self, done, tmp_path):
-        result(done=done).plot(tmp_path / "new" / "picture.pdf")
-        assert (tmp_path / "new" / "picture.pdf").exists()
-
-    def test_a_run_that_ended_early_is_named_at_the_margin_and_says_how_far_it_came(self):
-        axes = Comparison({"ewc": result(), "si": result("si", done=1)}).plot().axes[0]
-        names = {text.get_text(): text for text in axes.texts if "0." in text.get_text()}
-        assert set(names) == {"ewc 0.750", "si 0.790 (1 of 3)"}
-        assert {text.xy[0] for text in names.values()} == {6}
-
-    @pytest.mark.parametrize(
-        ("tasks", "epochs", "ticks"),
-        [(5, 10, [10, 20, 30, 40, 50]), (3, 1, [1, 2, 3]), (1, 4, [1, 2, 3, 4]), (1, 1, [1])],
-    )
-    def test_epochs_are_counted_at_the_borders_of_tasks(self, tasks, epochs, ticks):
-        axes = result(tasks=tasks, epochs=epochs).plot().axes[0]
-        assert list(axes.get_xticks()) == ticks
-        assert len(result(tasks=50, epochs=epochs).plot().axes[0].get_xticks()) <= 12
-
-    def test_a_style_for_every_line_of_a_large_comparison(self):
-        axes = Comparison({f"run {i}": result() for i in range(12)}).plot().axes[0]
-        assert sum(len(line.get_xdata()) == 6 for line in axes.lines) == 12
-
-    def test_a_method_keeps_its_style_and_a_combination_takes_its_seconds_if_free(self):
-        def looks(*names: str) -> dict[str, tuple]:
-            lines = Comparison({name: result(name) for name in names}).plot().axes[0].lines
-            curves = [line for line in lines if len(line.get_xdata()) == 6]
-            return {
-                name: (line.get_color(), line.get_marker(), line._dash_pattern)
-                for name, line in zip(names, curves, strict=True)
-            }
-
-        known = tuple(_STYLES)
-        alone = {name: looks(name)[name] for name in known}
-        assert looks(*known) == alone
-        assert len({color for color, _, _ in alone.values()}) == len(known)
-        assert len({marker for _, marker, _ in alone.values()}) == len(known)
-        assert looks("ewc+replay")["ewc+replay"] == alone["replay"]
-        both = looks("ewc+replay", "replay", "si+replay")
-        assert both["replay"] == alone["replay"]
-        assert len({style[:2] for style in both.values()}) == 3
-
-    @pytest.mark.parametrize("name", [r"$\frac{", "costs in $ and $"])
-    def test_names_are_written_as_they_stand(self, tmp_path, name):
-        ours = result()
-        ours.config["scenario"] = name
-        Comparison({name: ours, "si": result("si")}).save(tmp_path)
-        ours.save(tmp_path)
-        assert {"accuracy.png", "matrix.png"} <= {path.name for path in tmp_path.iterdir()}
-
-
-class TestHeatMap:
-    def test_shows_each_accuracy_where_it_was_taken(self, tmp_path):
-        ours = result(done=2)
-        axes = ours.plot_matrix(tmp_path / "new" / "m.png").axes[0]
-        assert (tmp_path / "new" / "m.png").stat().st_size > 5_000
-        shown = axes.images[0].get_array()
-        np.testing.assert_array_equal(shown.filled(NAN), ours.accuracy)
-        canvas = FigureCanvasAgg(axes.figure)
-        canvas.draw()
-        boxes = [each.get_window_extent() for each in axes.figure.axes]
-        assert boxes[1].height == pytest.approx(boxes[0].height, abs=1)  # the colour bar
-        assert axes.get_tightbbox().x0 < 0.05 * axes.figure.bbox.width
-        texts = {(*text.get_position(), text.get_text()) for text in axes.texts}
-        assert texts == {(0, 0, "0.87"), (0, 1, "0.77"), (1, 1, "0.87")}
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3"]
-        assert (axes.get_xlabel(), axes.get_ylabel()) == ("Accuracy on task", "After learning task")
-
-    def test_numbers_can_be_read_on_their_cells(self):
-        ours = result(tasks=10)
-        ours.accuracy[9] = np.linspace(0, 1, 10)
-        axes = ours.plot_matrix().axes[0]
-        image = axes.images[0]
-        for text in axes.texts:
-            j, k = map(int, text.get_position())
-            cell = luminance(image.cmap(image.norm(ours.accuracy[k, j])))
-            ink = luminance(to_rgba(text.get_color()))
-            assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) > 4.5  # WCAG AA
-
-    def test_many_tasks_have_no_numbers(self):
-        axes = result(tasks=30).plot_matrix().axes[0]
-        assert not axes.texts
-        assert len(axes.get_xticks()) <= 11
-
-    def test_is_saved_where_there_is_more_than_one_task(self, tmp_path):
-        result().save(tmp_path / "many")
-        for tasks in (3, 1):  # the second in the place of the first
-            result(tasks=tasks).save(tmp_path / "one")
-        names = ["accuracy.png", "matrix.png", "result.json"]
-        assert sorted(file.name for file in (tmp_path / "many").iterdir()) == names
-        names.remove("matrix.png")
-        assert sorted(file.name for file in (tmp_path / "one").iterdir()) == names
-
-
-def luminance(color: tuple[float, ...]) -> float:
-    """Relative luminance of a colour, as the guidelines for readable text define it."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3]]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-class TestSpread:
-    @pytest.mark.parametrize(
-        ("places", "gap", "within", "expected"),
-        [
-            ([10.0, 0.0, 20.0], 5, None, [10.0, 0.0, 20.0]),  # far apart
-            ([1.0, 0.0, 100.0], 10, None, [5.5, -4.5, 100.0]),  # around their mean
-            ([0.0, 1.0, 12.0, 13.0, 14.0], 10, None, [-12, -2, 8, 18, 28]),  # groups that meet
-            ([8.0, 9.0, 2.0], 2, (0, 9), [7.0, 9.0, 2.0]),
-            ([0.0, 0.0, 9.0], 4, (0, 9), [0, 4, 9]),
-            ([8.0, 8.0, 8.0], 4, (0, 9), [1, 5, 9]),
-            ([8.0, 8.0, 8.0], 5, (0, 9), [3, 8, 13]),  # bounds with too little room do not count
-        ],
-    )
-    def test_neighbours_move_just_far_enough(self, places, gap, within, expected):
-        bounds = {} if within is None else {"within": within}
-        assert spread(places, gap=gap, **bounds) == pytest.approx(expected)
-
-    def test_order_is_kept(self):
-        rng = np.random.default_rng(0)
-        for _ in range(50):
-            wanted = rng.uniform(0, 100, 8)
-            moved = np.array(spread(list(wanted), gap=9))
-            assert (moved.argsort() == wanted.argsort()).all()
-            assert np.diff(np.sort(moved)).min() > 9 - 1e-9
 
 
 class TestFromAccuracy:

@@ -37,7 +37,7 @@ def clext(command, code):
         main(command.split())
     except SystemExit as end:
         assert end.code == code, command
-for command in ("", "train", "compare", "sweep", "info"):
+for command in ("", "train", "compare", "sweep", "report", "info"):
     clext(f"{command} --help", 0)
 clext("--version", 0)
 for wrong in (

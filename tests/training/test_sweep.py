@@ -3,6 +3,8 @@
 import copy
 import csv
 import io
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -214,6 +216,8 @@ class TestFailures:
             ({"options": {"ewc": {"gama": 1}}}, "'gama'; did you mean 'gamma'"),
             ({"seeds": 5}, "sweep: expected seeds as a list of numbers, got 5"),
             ({"seeds": [0.5]}, "sweep: seeds must be an integer >= 0, got 0.5"),
+            ({"seeds": itertools.count()}, "at most 10,000 runs, got more, of 3 methods and str"),
+            ({"seeds": range(4000)}, "of 3 methods and strengths and 4,000 seeds or more; choose"),
             ({"seed": 5}, "sweep: expected seeds, got seed"),
             ({"n_job": 2}, "unknown option of sweep 'n_job'; did you mean 'n_jobs'"),
             ({"n_jobs": 0}, "sweep: n_jobs must be how many runs at once, or -1 for all cores"),
@@ -269,6 +273,10 @@ class TestWhatTheySayTogether:
         assert done[0].best("baseline") is None
         with pytest.raises(ValueError, match="unknown method of the sweep 'si'"):
             done[0].best("si")
+        assert done[0]["ewc", 1, 3] is done[0].results["ewc", 1, 3]
+        assert [run for run, _ in done[0].items()] == RUNS
+        with pytest.raises(ValueError, match=r"unknown result \('ewc', 2, 3\)"):
+            done[0]["ewc", 2, 3]
         with pytest.raises(ValueError, match="unknown metric 'acuracy'; did you mean 'accuracy'"):
             done[0].summary("acuracy", "ewc", 1)
 
@@ -294,12 +302,38 @@ class TestWhatTheySayTogether:
         assert [text.split()[1] for text in shown] == ["(1)", "(1000)"]
         assert len({line.get_color() for line in axes.lines[:2]}) == 2
 
-    def test_what_is_no_sweep_is_refused(self, done, tmp_path):
+    def test_what_is_no_sweep_is_refused(self, done):
         with pytest.raises(
             ValueError, match="expected a sweep saved by clext, found kind 'result'"
         ):
             clext.Sweep.load(done[1] / "ewc-1" / "seed-3" / "result.json")
-        text = (done[1] / "sweep.json").read_text()
-        (tmp_path / "sweep.json").write_text(text.replace('"runs"', '"ran"'))
-        with pytest.raises(ValueError, match="not a valid sweep: KeyError\\('runs'\\)"):
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"runs": ...}, "not a complete sweep: 'runs' is missing"),
+            ({"failed": ...}, "not a complete sweep: 'failed' is missing"),
+            ({"runs": 3}, "not a valid sweep: runs is 3, expected list"),
+            ({"runs": [3]}, r"runs\[0\] is 3, expected list"),
+            ({"runs": [["ewc", 1]]}, "not a valid sweep: zip"),
+            ({"runs": [["ewc", 1, "3"]]}, r"runs\[0\].seed is '3', expected int"),
+            ({"runs": [["ewc", 10**400, 3]]}, "not a valid sweep: int too large"),
+            ({"runs": [["../ewc", 1, 3]]}, r"runs\[0\].method is '../ewc', expected a name"),
+            ({"failed": {"ewc": 3}}, "failed.ewc is 3, expected str"),
+        ],
+    )
+    def test_damaged_sweeps_are_refused(self, done, tmp_path, changes, message):
+        content = json.loads((done[1] / "sweep.json").read_text()) | changes
+        content = {name: value for name, value in content.items() if value is not ...}
+        (tmp_path / "sweep.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message) as caught:
+            clext.Sweep.load(tmp_path)
+        assert "sweep.json: not a " in str(caught.value)
+
+    def test_runs_that_differ_in_size_are_refused(self, done, tmp_path):
+        done[0].save(tmp_path)
+        other = copy.deepcopy(done[0].results["ewc", 1, 3])
+        other.config["epochs"], other.task_curve = 2, []
+        other.save(tmp_path / "ewc-1" / "seed-3", picture=False)
+        with pytest.raises(ValueError, match="its runs differ in tasks or epochs"):
             clext.Sweep.load(tmp_path)

@@ -1,5 +1,6 @@
 """What ends a run early, or before it begins, and what a run says while it works."""
 
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from torch import nn
 import clext
 from clext.training import evaluate as evaluation
 from clext.training import train as training
+from clext.training.progress import Progress
 
 BAD_INPUT = [
     ({"method": "ewx"}, "unknown method 'ewx'.*'ewc'"),
@@ -187,7 +189,7 @@ class TestEarlyEnd:
         assert len(seen[0]["summary"]["average_accuracy"]) == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == [
             *("accuracy.png", "matrix.png", "method.safetensors", "model.safetensors"),
-            "result.json",
+            *("result.json", "tasks.png"),
         ]
 
     def test_a_disk_that_fills_up_does_not_cost_the_run(self, tmp_path, monkeypatch):
@@ -201,17 +203,32 @@ class TestEarlyEnd:
 
 
 class TestProgress:
-    def test_a_log_gets_a_line_per_epoch_and_one_for_the_end_of_a_task(self, capsys):
+    def test_a_log_gets_a_line_per_task(self, capsys):
         clext.train("si", model=small(), **{**QUICK, "progress": True})
         out, err = capsys.readouterr()
-        lines = err.splitlines()
         assert out == ""
-        assert len(lines) == 7
-        assert lines[1].startswith("si: task 1/2 epoch 1/2, loss ")
-        assert "accuracy" in lines[6]
-        last = [f"si: task {k}/2 epoch 2/2" for k in (1, 2)]
-        assert [lines[2], lines[5]] == [f"{place} trained, consolidating" for place in last]
-        assert [line.partition(",")[0] for line in (lines[3], lines[6])] == last
+        lines = err.splitlines()[1:]  # the first is about the data
+        places = [line.partition(", loss ")[0] for line in lines]
+        assert places == ["si: task 1/2 epoch 2/2", "si: task 2/2 epoch 2/2"]
+        assert re.search(r", accuracy 0\.\d{4}, after \d+\.\d s$", lines[1])
+
+    def test_a_log_of_long_tasks_is_not_silent_for_minutes(self, capsys, monkeypatch):
+        clock = itertools.count(step=25.0)  # seconds, each time it is looked at
+        monkeypatch.setattr("clext.training.progress.time.perf_counter", lambda: next(clock))
+        with Progress("si", tasks=1, epochs=8, show=True) as progress:
+            for epoch in range(8):
+                progress.epoch_end(0, epoch, 0.5, 0.5)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line[: len("si: task 1/1 epoch 3/8")] for line in lines] == [
+            f"si: task 1/1 epoch {epoch}/8" for epoch in (3, 6, 8)
+        ]
+
+    def test_a_notebook_gets_a_bar(self, monkeypatch):
+        stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+        monkeypatch.setattr("sys.stderr", stream)
+        clext.train("si", model=small(), **{**QUICK, "progress": True})
+        assert "100%" in stream.getvalue()
+        assert ", after " not in stream.getvalue()
 
     def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -222,7 +239,7 @@ class TestProgress:
 
     @pytest.mark.parametrize("method", ["baseline", "joint"])  # and one whose tasks grow
     def test_the_bar_is_that_of_all_tasks_from_the_first(self, capsys, monkeypatch, method):
-        monkeypatch.setattr("clext.training.progress.has_terminal", lambda: True)
+        monkeypatch.setattr("clext.training.progress.shows_bars", lambda: True)
         clext.train(method, model=small(), **{**QUICK, "progress": True})
         shown = re.findall(r"(\d+)%.*?task (\d)/2", capsys.readouterr().err)
         furthest = {task: max(int(p) for p, t in shown if t == task) for task in "12"}
