@@ -17,7 +17,8 @@ from torch import nn
 import clext
 
 METHODS = [*clext.METHODS, "ewc+replay", "si+lwf", "scp+dgr"]
-LEFT = {"accuracy.png", "matrix.png", "method.safetensors", "model.safetensors", "result.json"}
+PICTURES = {"accuracy.png", "matrix.png", "tasks.png"}
+LEFT = {*PICTURES, "method.safetensors", "model.safetensors", "result.json"}
 
 
 class StopAt(clext.Callback):
@@ -224,12 +225,10 @@ class TestKilled:
         while not (tmp_path / "run" / "checkpoint.safetensors").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        before = (tmp_path / "run" / "checkpoint.safetensors").stat().st_mtime_ns
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
         assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGTERM)
         assert "the same call with resume=True (--resume) goes on from run" in said
-        assert (tmp_path / "run" / "checkpoint.safetensors").stat().st_mtime_ns > before
         process = self.run(tmp_path)
         assert process.wait(timeout=120) == 0, process.stderr.read()
         assert self.numbers(tmp_path) == whole[0]
