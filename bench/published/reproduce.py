@@ -25,9 +25,9 @@ from clext.data.datasets import DataError, Dataset, load_dataset
 from clext.data.scenario import make_scenario
 from clext.data.task import identity
 from clext.training.evaluate import Evaluator
-from clext.training.loop import begin_task
 from clext.training.machine import resolve_device
 from clext.training.steps import TaskSteps
+from clext.training.task import begin_task
 from published.protocols import Protocol, Row, verdict, with_shuffled_classes
 from published.tables import PROTOCOLS
 from speed.timing import machine, record

@@ -76,12 +76,7 @@ class Batches:
         return zip(inputs.split(self._batch_size), labels.split(self._batch_size), strict=True)
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // self._batch_size)
-
-    @property
-    def labels(self) -> Tensor:
-        """Of all examples."""
-        return self._split.labels
+        return -(-len(self._split.labels) // self._batch_size)
 
 
 @dataclass(frozen=True)

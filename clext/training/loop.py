@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clext.core.console import say
 from clext.core.parameters import trainable_parameters
 from clext.core.seeding import Seeds, generator, random_states, set_random_states
-from clext.data.datasets import Batches
+from clext.data.datasets import Batches, Split
 from clext.data.scenario import Scenario
 from clext.methods import Method
 from clext.training.advice import warn_if_near_chance
@@ -169,7 +169,7 @@ class Training:
             with timer.measure("evaluation"):
                 result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
-            own, examples = begin_task(method, self.scenario, k, settings.batch_size)
+            own, examples = begin_task(method, self.scenario, k)
             per_epoch = settings.iterations or (
                 len(own) if examples is None else math.ceil(len(examples[0]) / settings.batch_size)
             )
@@ -186,7 +186,8 @@ class Training:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
                 with timer.measure("consolidation"):
-                    method.consolidate(optimizer.optimizer if method.takes_optimizer else own)
+                    data = Batches(own, settings.batch_size) if isinstance(own, Split) else own
+                    method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
                 self.accuracies = self.evaluator.accuracies(k)
             result.task_curve.append(self.accuracies)
@@ -197,7 +198,7 @@ class Training:
             if epoch < settings.epochs - 1:
                 self.keep_state()
         result.accuracy[k, : k + 1] = self.accuracies
-        if isinstance(own, Batches):
+        if isinstance(own, Split):
             warn_if_near_chance(method, settings, k, self.accuracies[k], own.labels)
         self._call("on_task_end")
         self.place = Place(k + 1)

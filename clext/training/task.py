@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from clext.data.datasets import Batches, Split
+from clext.data.datasets import Split
 from clext.data.loaders import LoaderBatches, LoaderTask
 from clext.data.scenario import Scenario
 from clext.methods import Method
@@ -22,10 +22,10 @@ from clext.training.steps import TaskSteps
 
 
 def begin_task(
-    method: Method, scenario: Scenario, k: int, batch_size: int
-) -> tuple[Batches | LoaderBatches, Examples | None]:
-    """Begin task k: its own batches with local labels, and the examples that the method trains on;
-    None where it trains on those batches.
+    method: Method, scenario: Scenario, k: int
+) -> tuple[Split | LoaderBatches, Examples | None]:
+    """Begin task k: its own examples with local labels, and those that the method trains on; or a
+    loader's batches, and None.
     """
     task, active = scenario.tasks[k], scenario.active(k, k)
     start = 0 if active is None else active.start
@@ -35,14 +35,14 @@ def begin_task(
     inputs, labels = task.train()
     own = Split(inputs, labels - start if start else labels)
     examples = method.begin_task(tuple(own), block=task.outputs, active=active)
-    return Batches(own, batch_size), tuple(own) if examples is None else examples
+    return own, tuple(own) if examples is None else examples
 
 
 def steps_of_task(
     method: Method,
     optimizer: TaskOptimizer,
     settings: Settings,
-    own: Batches | LoaderBatches,
+    own: Split | LoaderBatches,
     examples: Examples | None,
     recorded: bool,
 ) -> TaskSteps | LoaderSteps:
