@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clext.methods import Method
 from clext.methods.parts.flat import flattened, nested
-from clext.training.storage import CHECKPOINT_NAME, METHOD_NAME, MODEL_NAME, replacing
+from clext.training.storage import CHECKPOINT_NAME, METHOD_NAME, MODEL_NAME, replacing, tidy
 
 _KIND = "checkpoint 1"
 
@@ -54,6 +54,7 @@ class Checkpoint:
     def remove(self) -> None:
         """The run is over."""
         self.file.unlink(missing_ok=True)
+        tidy(self.folder)
 
     def write_weights(self, method: Method) -> None:
         """The model's state dict as `model.safetensors`, the method's as `method.safetensors`."""

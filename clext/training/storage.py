@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ RESULT_NAME, COMPARISON_NAME, SWEEP_NAME = "result.json", "comparison.json", "sw
 PICTURE_NAME, TASKS_NAME, MATRIX_NAME = "accuracy.png", "tasks.png", "matrix.png"
 MODEL_NAME, METHOD_NAME = "model.safetensors", "method.safetensors"
 CHECKPOINT_NAME, REPORT_NAME = "checkpoint.safetensors", "report.html"
+_SCRATCH = ".writing-"
 _NAMES = (
     *(RESULT_NAME, COMPARISON_NAME, SWEEP_NAME, PICTURE_NAME, TASKS_NAME, MATRIX_NAME),
     *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME, REPORT_NAME),
@@ -86,19 +88,28 @@ def clear(folder: Path) -> None:
     """Remove what other runs have left in the folder."""
     for name in _NAMES:
         (folder / name).unlink(missing_ok=True)
+    tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes had only begun to write there."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A file beside it to write to, which takes its place in one piece; or goes, after an error."""
-    # A process that a killed run has left behind may be writing the same; the suffix is the format.
-    part = file.with_name(f"{file.stem}.{os.getpid()}.part{file.suffix}")
+    """A file to write to, which takes the place of this one in whole; or goes, after an error.
+
+    What a process leaves behind that is killed meanwhile is in a folder of its own, see `tidy`.
+    """
+    scratch = file.parent / f"{_SCRATCH}{os.getpid()}"
+    scratch.mkdir(exist_ok=True)
     try:
-        yield part
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        yield scratch / file.name
+        (scratch / file.name).replace(file)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def keep(save: Callable[[], Path | None]) -> Path | None:

@@ -74,7 +74,7 @@ class TestReport:
             "0.8800 (1 of 3)",  # of the comparison
         ):
             assert words in said
-        assert not [file for file in folder.iterdir() if file.suffix == ".part"]
+        assert not [*folder.glob(".*")]
 
     def test_needs_no_other_file_and_cannot_load_one(self, folder):
         path = write_report(folder)

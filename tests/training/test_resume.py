@@ -215,9 +215,11 @@ class TestKilled:
             time.sleep(draw.uniform(0.2, 0.6) * seconds)
             process.kill()
             process.communicate()
+        (tmp_path / "run" / ".writing-1").mkdir(exist_ok=True)  # as one that is killed leaves it
         process = self.run(tmp_path)
         assert process.wait(timeout=120) == 0, process.stderr.read()
         assert self.numbers(tmp_path) == numbers
+        assert {path.name for path in (tmp_path / "run").iterdir()} == LEFT
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_is_waited_for_and_says_how_to_go_on(self, number, whole, tmp_path):
