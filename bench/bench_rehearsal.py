@@ -44,7 +44,7 @@ class Steps:
 
     def epoch(self) -> None:
         order = torch.randperm(len(self.examples[0])).to(self.examples[0].device)
-        self._steps.run_epoch(order, lambda: None)
+        self._steps.train_on(order, lambda: None)
 
 
 class LwFByHand(clext.Baseline):

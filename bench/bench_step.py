@@ -49,7 +49,7 @@ class Run:
 
     def epoch(self) -> None:
         order = torch.randperm(self._examples).to(self._split.labels.device)
-        self._steps.run_epoch(order, lambda: None)
+        self._steps.train_on(order, lambda: None)
 
 
 class PlainRun:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from clext._version import __version__
+from clext.core.checks import as_path
 from clext.core.console import say
 from clext.core.names import (
     DATASETS,
@@ -37,7 +38,17 @@ from clext.training.arguments import (
 )
 from clext.training.exits import FAILED, one_line_errors
 from clext.training.settings import NAMES, OF_TRAIN, Settings, check_option_names
-from clext.training.storage import new_folder
+from clext.training.storage import (
+    MATRIX_NAME,
+    METHOD_NAME,
+    MODEL_NAME,
+    PICTURE_NAME,
+    RESULT_NAME,
+    TASKS_NAME,
+    new_folder,
+)
+
+_FILES_OF_RUN = (RESULT_NAME, PICTURE_NAME, TASKS_NAME, MATRIX_NAME, MODEL_NAME, METHOD_NAME)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -85,6 +96,13 @@ def _takes_settings(command: Command, *, without: str = "") -> Command:
             help=text,
         )(command)
     return command
+
+
+def _check(given: dict[str, Any]) -> None:
+    """ValueError for wrong settings; iterations take the place of epochs, which have a default."""
+    if given["iterations"] is not None:
+        del given["epochs"]
+    Settings(**{name: value for name, value in given.items() if name in NAMES})
 
 
 def _option(name: str) -> str:
@@ -148,8 +166,12 @@ def _take_config(context: click.Context, _option: click.Parameter, file: str | N
         from clext.training.config import read_config
 
         with one_line_errors():
-            names = [str(option.name) for option in context.command.params]
-            context.default_map = read_config(file, names)
+            flags = {option.opts[-1].lstrip("-"): option for option in context.command.params}
+            names = {flag.replace("-", "_"): str(option.name) for flag, option in flags.items()}
+            names = {**names, "options": "options"}
+            del names["option"], names["config"]
+            settings = read_config(file, names)
+            context.default_map = {names[name]: value for name, value in settings.items()}
 
 
 _OVERWRITE = click.option(
@@ -217,7 +239,7 @@ def train(
         names = part_names(method)
         of_method = [option for name in names for option in METHOD_OPTIONS[name]]
         check_option_names("+".join(names), given, of_method)
-        Settings(**{name: value for name, value in settings.items() if name in NAMES})
+        _check(settings)
         if settings["resume"] and out is None:
             raise ValueError("--resume: needs --out, the folder of the run to go on with")
 
@@ -231,9 +253,11 @@ def train(
             chosen["callbacks"] = make_loggers(loggers)
         result = clext.train(method, **chosen, **settings, **given)
         click.echo(result)
-        # Saved by train already; if that failed, it was a warning then and is an error now.
-        result.save(folder)
-        click.echo(f"\nSaved in {folder}: {', '.join(result.files)}")
+        there = as_path(folder, "--out")
+        if not (there / RESULT_NAME).is_file():
+            raise OSError(f"--out: the result could not be saved in {there}; see the warning above")
+        saved = [name for name in _FILES_OF_RUN if (there / name).exists()]
+        click.echo(f"\nSaved in {folder}: {', '.join(saved)}")
 
 
 # What compare and sweep take alike.
@@ -282,7 +306,7 @@ def compare(
     """`clext compare`."""
     with one_line_errors():
         chosen, per_method = method_labels(methods), options_by_method(options)
-        Settings(**settings)
+        _check(settings)
         several = {} if seeds is None else {"seeds": parse_seeds(seeds)}
         if several and settings.pop("seed") != Settings.seed:
             raise ValueError("--seeds: expected no --seed beside it; leave one of them out")
@@ -328,7 +352,7 @@ def sweep(
     with one_line_errors():
         chosen, per_method = method_labels(methods), options_by_method(options)
         plan: Any = {"strengths": parse_strengths(strengths), "seeds": parse_seeds(seeds)}
-        Settings(**{name: value for name, value in given.items() if name in NAMES})
+        _check(given)
 
         import clext
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -64,9 +65,12 @@ class LoaderTask:
         """The same task with its batches on `device`; their types stay."""
         return replace(self, device=device)
 
-    def train_batches(self, read: Read, start: int = 0) -> LoaderBatches:
-        """Batches to train on, with labels that count from the output `start`."""
-        return LoaderBatches(self, self.train_loader, read, start)
+    def train_batches(self, read: Read, start: int = 0, most: int | None = None) -> LoaderBatches:
+        """Batches to train on, with labels that count from the output `start`.
+
+        `most`: of a loader without a length, which may have no end.
+        """
+        return LoaderBatches(self, self.train_loader, read, start, most)
 
     def test_batches(self, read: Read) -> Generator[Any]:
         """Batches to test on, with global labels; torch's global generator stays as it is."""
@@ -99,12 +103,20 @@ class LoaderTask:
 class LoaderBatches:
     """The batches of a loader on the task's device; can be iterated as often as the loader."""
 
-    def __init__(self, task: LoaderTask, loader: Iterable[Any], read: Read, start: int = 0) -> None:
+    def __init__(
+        self,
+        task: LoaderTask,
+        loader: Iterable[Any],
+        read: Read,
+        start: int = 0,
+        most: int | None = None,
+    ) -> None:
         self._task, self._loader, self._read, self._start = task, loader, read, start
+        self._most = None if _has_length(loader) else most
 
     def __iter__(self) -> Iterator[Any]:
         task, batch = self._task, None
-        for batch in self._loader:
+        for batch in islice(self._loader, self._most):
             local = task.local(batch, self._read, self._start)
             yield mapped(lambda entry: entry.to(task.device, non_blocking=True), local)
         if batch is None:
@@ -112,6 +124,13 @@ class LoaderBatches:
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # TypeError where it has none, as there
+
+
+def _has_length(loader: Iterable[Any]) -> bool:
+    try:
+        return len(loader) >= 0  # type: ignore[arg-type]  # a DataLoader tells when it is asked
+    except TypeError:
+        return False
 
 
 def loader_tasks(

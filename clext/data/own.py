@@ -101,6 +101,11 @@ def _placed(split: Split, classes: list[int], outputs: list[int]) -> Split:
 
 def _read(given: Any, what: str) -> Split:  # noqa: ANN401  (whatever a user has)
     examples = _read_dataset(given, what) if isinstance(given, TorchDataset) else given
+    if not isinstance(examples, tuple | list) or len(examples) != 2:
+        raise ValueError(
+            f"{what} are {described(given)}, expected a pair of tensors (inputs, labels) or a data "
+            "set; each task is a pair (training data, test data), and loaders are for from_loaders"
+        )
     check_examples(what, examples)
     inputs, labels = examples
     labels = class_labels(what, labels, len(inputs))

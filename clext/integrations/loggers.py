@@ -1,7 +1,8 @@
 """Callbacks of `clext.train` that hand its numbers to a logger: CSV, TensorBoard, W&B, MLflow.
 
 Each writes what it is about, by its own library. The x axis is the number of steps over all tasks;
-the names are "accuracy/average", "accuracy/task_1", ..., "loss" (of the last step) and "lr".
+the names are "accuracy/average", "accuracy/task_1", ..., "loss" (of the last step) and "lr" (of the
+next).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clext.training.callbacks import Callback
+from clext.training.storage import EVENTS_NAME, LOG_NAME
 
 if TYPE_CHECKING:
     from clext.training.loop import Training
@@ -36,14 +38,18 @@ class Logger(Callback):
 
     def on_step(self, training: Training) -> None:
         """Loss and learning rate, if it is time."""
-        if self.every is not None and training.total_steps % self.every == 0:
+        if self._is_due(training):
             self.log(_of_step(training), training.total_steps)
+
+    def _is_due(self, training: Training) -> bool:
+        return self.every is not None and training.total_steps % self.every == 0
 
     def on_epoch_end(self, training: Training) -> None:
         """The accuracies too."""
         accuracies = {f"accuracy/task_{k}": a for k, a in enumerate(training.accuracies, 1)}
         average = {"accuracy/average": training.result.curve[-1]}
-        self.log({**average, **accuracies, **_of_step(training)}, training.total_steps)
+        more = {} if self._is_due(training) else _of_step(training)  # or it is logged already
+        self.log({**average, **accuracies, **more}, training.total_steps)
 
 
 class CSVLogger(Logger):
@@ -60,7 +66,7 @@ class CSVLogger(Logger):
 
     def on_begin(self, training: Training) -> None:
         """Open the file; of a run that goes on, rows from after its checkpoint go."""
-        file = Path(self.folder or training.folder or _FOLDER) / "log.csv"
+        file = Path(self.folder or training.folder or _FOLDER) / LOG_NAME
         file.parent.mkdir(parents=True, exist_ok=True)
         rows = [["step", "name", "value"]]
         if training.total_steps and file.exists():
@@ -95,7 +101,7 @@ class TensorBoardLogger(Logger):
 
     def on_begin(self, training: Training) -> None:
         """Open the files; TensorBoard then hides what was written after the checkpoint."""
-        folder = self.folder or (training.folder or _FOLDER) / "tensorboard"
+        folder = self.folder or (training.folder or _FOLDER) / EVENTS_NAME
         self._writer = self._library.SummaryWriter(str(folder), purge_step=training.total_steps + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:

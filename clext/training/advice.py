@@ -40,11 +40,11 @@ def warn_if_near_chance(
     chance = float(class_shares(labels).max())
     if accuracy >= chance + _NEAR * (1 - chance):
         return
-    remedy = f"try a larger lr (now {settings.lr:g}) or more epochs (now {settings.epochs})"
+    remedy = f"try another lr (now {settings.lr:g}) or more epochs (now {settings.epochs})"
     if task > 0 and method.has_strength:
         remedy += f", or a smaller strength (now {method.strength:g})"
     warnings.warn(
         f"{method.name}: task {task + 1} ended near chance, with accuracy {accuracy:.2f}, where "
         f"its most frequent class alone gives {chance:.2f}; {remedy}",
-        stacklevel=6,  # where `train` was called
+        stacklevel=7,  # where `train` was called
     )

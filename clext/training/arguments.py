@@ -61,6 +61,8 @@ def parse_seeds(text: str) -> list[int]:
             seeds += islice(range(int(first), int(last or first) + 1), _MOST_SEEDS)
         except ValueError:
             raise ValueError(f"--seeds {text}: expected seeds such as 0-4 or 0,1,7") from None
+    if not seeds:
+        raise ValueError(f"--seeds {text}: expected seeds such as 0-4 or 0,1,7, got none")
     return seeds
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clext.training.loop import Training
@@ -21,8 +21,17 @@ class Callback:
     far), `.folder` (of `out`, or None), `.place` (`task`, `epoch` and `step` of the epoch, counted
     from 0: what comes next), `.total_steps`, `.loss` (of the last step, penalty included, 0-dim on
     the device, which reading it waits for) and `.accuracies` (after the last epoch, on each of the
-    tasks seen). In a run that goes on from a checkpoint only what is left is called.
+    tasks seen). In a run that goes on from a checkpoint only what is left is called. What a
+    callback changes on the host (a rate that is no tensor) is not seen by a step that was recorded
+    as a CUDA graph.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: numbers, texts, tensors, lists and dicts of these."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with such a state."""
 
     def on_begin(self, training: Training) -> None:
         """Before everything, also where a run goes on."""

@@ -112,31 +112,33 @@ def compare(
     specs = method_specs("compare", methods, model, {} if options is None else options)
     for spec in specs.values():
         spec.build(derived, taken.own_scenario)  # before any work: it knows its options
+    comparison = Comparison({})
     with claimed_folder(out, "compare: out") as folder:
         if folder is not None:
             check_free(folder, "compare: out", overwrite=overwrite)
         scenario = load_scenario(taken)
         for spec in specs.values():
             check_tasks(spec.build(derived, scenario), scenario, taken)
-    if folder is not None and overwrite:
-        clear(folder)
-    comparison = Comparison({})
-    for label, spec in specs.items():
+        for label, spec in specs.items():
 
-        def save(result: Result, label: str = label) -> Path | None:
-            comparison.results[label] = result
-            return None if folder is None else comparison.save(folder, picture=False)
+            def save(result: Result, label: str = label) -> Path | None:
+                if folder is not None and overwrite and not comparison.results:
+                    clear(folder)
+                comparison.results[label] = result
+                return None if folder is None else comparison.save(folder, picture=False)
 
-        try:
-            # Copied only now, so that no more than one model is held beside the given one; and with
-            # it the modules among the options (a generator), which are trained too.
-            copied = replace(spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options))
-            method = copied.build(derived, scenario)
-            run(method, scenario, taken, save, draws=not spec.makes_model)
-        except (NonFiniteLossError, ValueError) as error:
-            if label not in comparison.results:
-                raise  # before anything was done
-            warnings.warn(str(error), stacklevel=2)
-    if folder is not None:
-        keep(lambda: comparison.save(folder))
+            try:
+                # Copied only now, so that no more than one model is held beside the given one; and with
+                # it the modules among the options (a generator), which are trained too.
+                copied = replace(
+                    spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options)
+                )
+                method = copied.build(derived, scenario)
+                run(method, scenario, taken, save, draws=not spec.makes_model)
+            except (NonFiniteLossError, ValueError) as error:
+                if label not in comparison.results:
+                    raise  # before anything was done
+                warnings.warn(str(error), stacklevel=2)
+        if folder is not None:
+            keep(lambda: comparison.save(folder))
     return comparison

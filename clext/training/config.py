@@ -19,6 +19,8 @@ def read_config(file: str, known: Iterable[str]) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {file}: not a YAML file ({reason})") from error
@@ -30,9 +32,11 @@ def read_config(file: str, known: Iterable[str]) -> dict[str, Any]:
     if content.get("kind") == "result":
         content = _of_result(content.get("config", {}), set(known))
     settings = {str(name).replace("-", "_"): value for name, value in content.items()}
-    for name in settings:
+    for name, value in settings.items():
         if name not in known:
             raise unknown_name(f"setting in {file}:", name, known)
+        if isinstance(value, list | dict) and name not in ("log", "options"):
+            raise ValueError(f"--config {file}: {name} must be one value, got {value!r}")
     options = settings.pop("options", None) or {}
     if not isinstance(options, Mapping):
         raise ValueError(f"--config {file}: options must be names and values, got {options!r}")
@@ -41,8 +45,12 @@ def read_config(file: str, known: Iterable[str]) -> dict[str, Any]:
 
 def _of_result(config: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """The settings that a result records; what follows from them is left out."""
-    # Functions are known by name alone: what has one is refused as an unknown name.
-    known = known | {name for name in ("loss", "batch_transform") if config.get(name)}
+    for name in sorted({"loss", "transform", "batch_transform"} & config.keys()):
+        if config[name] is not None and not (name in known and config[name] == "crop-flip"):
+            raise ValueError(
+                f"--config: the run had a {name} of its own ({config[name]}), which is a function; "
+                "run it in Python"
+            )
     settings = {name: value for name, value in config.items() if name in known}
     parts = str(config.get("method")).split("+")
     options: dict[str, Any] = {}

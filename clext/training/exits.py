@@ -53,5 +53,6 @@ def _stop(message: str, error: BaseException, code: int) -> None:
     line = next(iter(message.splitlines()), "")
     if len(line) > _LONGEST_LINE:  # it quotes what was given
         line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
-    click.echo(" ".join([line, *notes]), err=True)
+    ended = line if line.endswith((".", "!", "?")) or not notes else f"{line}."
+    click.echo(" ".join([ended, *notes]), err=True)
     sys.exit(code)

@@ -40,10 +40,11 @@ class GraphedSteps(TaskSteps):
         examples: Examples,
         batch_size: int,
         precision: str,
+        iterations: int | None = None,
         *,
         capture: Callable[[Function], Function] | None = None,
     ) -> None:
-        super().__init__(method, optimizer, examples, batch_size, precision)
+        super().__init__(method, optimizer, examples, batch_size, precision, iterations)
         self._capture = capture or partial(capture_graph, device=self.device)
         self._replay: Function | None = None
         # What the recorded step reads and writes lies here, in memory that stays.
@@ -51,12 +52,12 @@ class GraphedSteps(TaskSteps):
         self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._warm = 0  # steps taken before the capture
 
-    def run_epoch(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
+    def train_on(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
         """As in TaskSteps. The losses are overwritten by the next epoch, of as many examples."""
         whole = len(order) // self.batch_size
         batches = order[: whole * self.batch_size].view(whole, self.batch_size)
         if self._batches is None:
-            self._batches, self.losses = batches.clone(), self.empty_losses(len(order))
+            self._batches, self.losses = torch.empty_like(batches), self.empty_losses(len(order))
         self._batches.copy_(batches)
         # The first steps of the task, launched one by one.
         warm = range(first, max(first, min(whole, first + WARM_UP_STEPS - self._warm)))
@@ -124,16 +125,15 @@ def capture_graph(function: Function, device: torch.device) -> Function:
     return graph.replay
 
 
-def make_steps(
-    method: Method,
-    optimizer: TaskOptimizer,
-    examples: Examples,
-    batch_size: int,
-    precision: str,
-    *,
-    recorded: bool = True,
-) -> TaskSteps:
-    """Graphed steps where CUDA and the method allow it, and `recorded` does not forbid it."""
+def graphed_or_not(method: Method, optimizer: TaskOptimizer, examples: Examples) -> type[TaskSteps]:
+    """Graphed steps where CUDA and the method allow it."""
     capturable = method.fused is not None and method.capturable and optimizer.capturable
-    kind = GraphedSteps if examples[0].is_cuda and capturable and recorded else TaskSteps
+    return GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
+
+
+def make_steps(
+    method: Method, optimizer: TaskOptimizer, examples: Examples, batch_size: int, precision: str
+) -> TaskSteps:
+    """Steps on these examples, graphed or not."""
+    kind = graphed_or_not(method, optimizer, examples)
     return kind(method, optimizer, examples, batch_size, precision)

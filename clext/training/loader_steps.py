@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clext.data.loaders import LoaderTask
+from clext.data.loaders import LoaderBatches, LoaderTask
 from clext.data.scenario import Scenario
 from clext.methods import Method
 from clext.training.optimizers import TaskOptimizer
@@ -32,21 +32,22 @@ class LoaderSteps(Steps):
         self,
         method: Method,
         optimizer: TaskOptimizer,
-        batches: Iterable[Any],
+        batches: LoaderBatches,
         precision: str,
         iterations: int | None,
     ) -> None:
         super().__init__(method, optimizer, precision)
         self.batches, self.iterations = batches, iterations
+        self.per_epoch = iterations or len(batches)
 
     def run_epoch(
         self,
         shuffle: torch.Generator,
         step_done: Function,
         first: int = 0,
-        skipped: Callable[[], object] = lambda: None,
+        skipped: Function = lambda: None,
     ) -> Tensor:
-        """Train from step `first` on; the loss of each step, penalty included.
+        """The loader's batches.
 
         Before each pass `shuffle` gives torch's global generator a seed, from which a loader draws
         its order and its workers' seeds: so an epoch that was interrupted can be gone through

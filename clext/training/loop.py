@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import astuple, dataclass, replace
-from functools import partial
+from contextlib import ExitStack, nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,19 +21,18 @@ from clext.data.scenario import Scenario
 from clext.methods import Method
 from clext.training.advice import warn_if_near_chance
 from clext.training.augmentation import Transform, transformed
-from clext.training.callbacks import Callback
+from clext.training.callbacks import Callback, StopTraining
 from clext.training.chance import chance_levels
-from clext.training.checkpoint import Checkpoint
 from clext.training.evaluate import Evaluator
 from clext.training.interruptions import Interruptions
-from clext.training.loader_steps import LoaderSteps
 from clext.training.optimizers import TaskOptimizer
 from clext.training.progress import Progress
 from clext.training.result import Result
+from clext.training.run_folder import RunFolder
 from clext.training.settings import Settings
-from clext.training.steps import TaskSteps
-from clext.training.storage import as_read, keep
-from clext.training.task import begin_task, explained, shuffled, steps_of_task
+from clext.training.steps import Steps
+from clext.training.storage import as_read
+from clext.training.task import begin_task, steps_of_task
 from clext.training.timer import Timer
 
 
@@ -87,7 +85,7 @@ class Training:
         settings: of the run.
         result: to be filled in.
         device: of all of it.
-        checkpoint: where the state is kept after each epoch, if anywhere.
+        folder: where it is kept, if anywhere.
         draws: the model may draw from the global random state, which is then part of the state.
         transform: of a batch that the model trains on.
         callbacks: called as it goes.
@@ -101,17 +99,16 @@ class Training:
         result: Result,
         device: torch.device,
         *,
-        checkpoint: Checkpoint | None = None,
+        folder: RunFolder | None = None,
         draws: bool = True,
         transform: Transform | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
-        self.device, self.checkpoint, self.callbacks = device, checkpoint, callbacks
+        self.device, self.callbacks, self._folder = device, callbacks, folder
         self.place, self.total_steps = Place(), 0
-        self.accuracies: list[float] = []
         self.optimizer: TaskOptimizer | None = None
-        self._steps: TaskSteps | LoaderSteps | None = None
+        self._steps: Steps | None = None
         self._saved: dict[str, Any] | None = None  # what is left to be taken over in the task
         self._draws, self._transform = draws, transform
         self._random: list[Tensor] = []  # the global random state to go on with
@@ -125,41 +122,60 @@ class Training:
     @property
     def folder(self) -> Path | None:
         """Where the run is kept, if anywhere."""
-        return None if self.checkpoint is None else self.checkpoint.folder
+        return None if self._folder is None else self._folder.path
 
     @property
     def loss(self) -> Tensor:
         """Of the last step, penalty included: 0-dim, on the device."""
         assert self._steps is not None
-        return self._steps.losses[self.place.step - 1]  # after an epoch, its last
+        return self._steps.losses[self.place.step - 1].clone()  # after an epoch, its last
+
+    @property
+    def accuracies(self) -> list[float]:
+        """On each of the tasks seen, after the last epoch; none before the first."""
+        return self.result.task_curve[-1] if self.result.task_curve else []
 
     # ------------------------------------------------------------------ the loop
 
-    def learn(self, save: Callable[[], object]) -> None:
-        """Learn all tasks that are left; `save` is called after each."""
-        tasks = len(self.scenario.tasks)
-        interruptions = self._interruptions if self.checkpoint else nullcontext()
-        with self.bar, interruptions:
-            self._call("on_begin")
+    def learn(self, save: Callable[[], Path | None]) -> None:
+        """Learn all tasks that are left; `save` the result after each, or where it is stopped."""
+        with (
+            self.bar,
+            nullcontext() if self._folder is None else self._interruptions,
+            ExitStack() as ends,
+        ):
             try:
-                if self.place == Place():
-                    with self.timer.measure("evaluation"):
-                        self.result.chance[:] = chance_levels(self.scenario)
-                        untrained = [self.evaluator.accuracy(k, k) for k in range(tasks)]
-                    self.result.untrained[:] = untrained
-                for k in range(self.place.task, tasks):
-                    self.learn_task(k)
-                    save()
-                    if self.checkpoint is not None:
-                        keep(partial(self.checkpoint.write_weights, method=self.method))
-                    if k < tasks - 1:
-                        self.keep_state()
-            finally:
-                self._call("on_end")
-        if self.checkpoint is not None:
-            self.checkpoint.remove()
+                for callback in self.callbacks:
+                    callback.on_begin(self)
+                    ends.callback(callback.on_end, self)
+                self._learn_tasks(save)
+            except StopTraining as stop:
+                self.result.stopped = str(stop) or "stopped by a callback"
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                reason = str(error) or type(error).__name__
+                self.result.stopped = "interrupted" if interrupted else reason
+                raise
+            is_saved = save() is not None
+            if self._folder is not None:
+                is_saved = self._folder.keep_weights(self.method) and is_saved
+                if is_saved and self.result.complete:
+                    self._folder.complete()
         if self.optimizer is not None:
             self.optimizer.close()
+
+    def _learn_tasks(self, save: Callable[[], object]) -> None:
+        tasks = len(self.scenario.tasks)
+        if self.place == Place():
+            with self.timer.measure("evaluation"):
+                self.result.chance[:] = chance_levels(self.scenario)
+                untrained = [self.evaluator.accuracy(k, k) for k in range(tasks)]
+            self.result.untrained[:] = untrained
+        for k in range(self.place.task, tasks):
+            self.learn_task(k)
+            if k < tasks - 1:
+                save()
+                self.keep_state()
 
     def learn_task(self, k: int) -> None:
         """Learn what is left of task k and end it; test all tasks so far after every epoch."""
@@ -169,19 +185,17 @@ class Training:
             with timer.measure("evaluation"):
                 result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
-            own, examples = begin_task(method, self.scenario, k)
-            per_epoch = settings.iterations or (
-                len(own) if examples is None else math.ceil(len(examples[0]) / settings.batch_size)
-            )
-            optimizer = self.optimizer_of_task(per_epoch * settings.epochs)
-            recorded = self._transform is None
-            self._steps = steps_of_task(method, optimizer, settings, own, examples, recorded)
+            own, examples = begin_task(method, self.scenario, k, settings.iterations)
+            optimizer, recorded = self.optimizer_of_task(), self._transform is None
+            steps = steps_of_task(method, optimizer, settings, own, examples, recorded)
+            self.begin_schedule(optimizer, steps.per_epoch * settings.epochs)
+        self._steps, per_epoch = steps, steps.per_epoch
         if is_new:
             self._call("on_task_begin")
         self.bar.task_start(k, per_epoch, done=self.place.epoch * per_epoch + self.place.step)
         for epoch in range(self.place.epoch, settings.epochs):
             self.bar.epoch_start(k, epoch)
-            losses = self.train_epoch(epoch * per_epoch)
+            losses = self.train_epoch(steps)
             if epoch == settings.epochs - 1:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
@@ -189,76 +203,69 @@ class Training:
                     data = Batches(own, settings.batch_size) if isinstance(own, Split) else own
                     method.consolidate(optimizer.optimizer if method.takes_optimizer else data)
             with timer.measure("evaluation"):
-                self.accuracies = self.evaluator.accuracies(k)
-            result.task_curve.append(self.accuracies)
-            result.curve.append(fmean(self.accuracies))
+                accuracies = self.evaluator.accuracies(k)
+            result.task_curve.append(accuracies)
+            result.curve.append(fmean(accuracies))
             self.place, self._shuffle_state = Place(k, epoch + 1), self._shuffle.get_state()
             self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
             self._call("on_epoch_end")
             if epoch < settings.epochs - 1:
                 self.keep_state()
-        result.accuracy[k, : k + 1] = self.accuracies
+        result.accuracy[k, : k + 1] = accuracies
         if isinstance(own, Split):
-            warn_if_near_chance(method, settings, k, self.accuracies[k], own.labels)
+            warn_if_near_chance(method, settings, k, accuracies[k], own.labels)
         self._call("on_task_end")
         self.place = Place(k + 1)
 
-    def train_epoch(self, before: int) -> Tensor:
-        """The steps that are left of an epoch, `before` which the task had so many; their losses.
-
-        With `iterations` these are one epoch, of as many passes as it takes.
-        """
-        steps, start, step_done = self._steps, self.place, partial(self.step_done, before)
-        with (
-            self.timer.measure("training"),
-            transformed(self.method.model, self._transform),
-        ):
-            if isinstance(steps, LoaderSteps):
-                losses = steps.run_epoch(self._shuffle, step_done, start.step, self._restore_draws)
-            else:
-                assert steps is not None
-                order = shuffled(len(steps.examples[0]), self.settings, self._shuffle)
-                with explained(len(steps.examples[0]), start.task, steps.batch_size):
-                    losses = steps.run_epoch(order.to(self.device), step_done, start.step)
+    def train_epoch(self, steps: Steps) -> Tensor:
+        """The steps that are left of an epoch; their losses."""
+        start = self.place
+        with self.timer.measure("training"), transformed(self.method.model, self._transform):
+            losses = steps.run_epoch(self._shuffle, self.step_done, start.step, self._restore_draws)
         step = first_non_finite(losses, self.method.model)
         if step is not None:
             at = (start.task, start.epoch, start.step + step)
             raise NonFiniteLossError.at(self.result, *at, losses[step].item())
         return losses
 
-    def step_done(self, before: int) -> None:
+    def step_done(self) -> None:
         """What is due after a step: accuracies, and the state, so often or when asked to stop."""
+        assert self._steps is not None
         self.bar.step()
-        self.place = replace(self.place, step=self.place.step + 1)
+        task, epoch, before = self.place.task, self.place.epoch, self.place.step
+        self.place = Place(task, epoch, before + 1)
         self.total_steps += 1
-        step = before + self.place.step
+        step = epoch * self._steps.per_epoch + before + 1  # of the task
         every = self.settings.evaluate_every
         if every is not None and step % every == 0:
             with self.timer.measure("evaluation"):
-                accuracies = self.evaluator.accuracies(self.place.task)
-            self.result.steps.append(
-                {"task": self.place.task, "step": step, "accuracy": accuracies}
-            )
+                accuracies = self.evaluator.accuracies(task)
+            self.result.steps.append({"task": task, "step": step, "accuracy": accuracies})
         self._call("on_step")
-        if self._interruptions.noted or (self.checkpoint and self.checkpoint.is_due(step)):
+        # After the last step of an epoch it is kept with the accuracies that follow.
+        is_due = self._folder is not None and self._folder.is_due(step)
+        if (is_due or self._interruptions.noted) and before + 1 < self._steps.per_epoch:
             self.keep_state()
 
-    def optimizer_of_task(self, steps: int) -> TaskOptimizer:
-        """A new one, or that of the tasks before; `steps`: of the task."""
+    def optimizer_of_task(self) -> TaskOptimizer:
+        """A new one, or that of the tasks before."""
         optimizer = self.optimizer
         if optimizer is None or not self.settings.keep_optimizer:
             if optimizer is not None:
                 optimizer.close()
             parameters = [*trainable_parameters(self.method.model).values()]
             optimizer = TaskOptimizer(self.settings, self.method, parameters, self.device)
+        self.optimizer = optimizer
+        return optimizer
+
+    def begin_schedule(self, optimizer: TaskOptimizer, steps: int) -> None:
+        """The rates of a task of so many steps, from its beginning or where the run goes on."""
         saved, self._saved = self._saved, None
         if saved is not None:
             optimizer.begin(steps)
             optimizer.load_state_dict(saved)
         if self.place.begins_task:
             optimizer.begin(steps)
-        self.optimizer = optimizer
-        return optimizer
 
     def _call(self, hook: str) -> None:
         for callback in self.callbacks:
@@ -268,14 +275,14 @@ class Training:
 
     def keep_state(self) -> None:
         """Write the checkpoint; then a signal that came meanwhile does what it does."""
-        if self.checkpoint is None:
+        if self._folder is None:
             return
         with self.timer.measure("saving"):
-            keep(partial(self.checkpoint.write, self.state_dict()))
+            self._folder.keep_state(self.state_dict())
         if self._interruptions.noted:
             say(
-                f"clext: stopped; the same call with resume=True (--resume) goes on from "
-                f"{self.checkpoint.folder}"
+                "clext: stopped; the same call with resume=True (--resume) goes on from "
+                f"{self._folder.path}"
             )
             self._interruptions.deliver()
 
@@ -293,6 +300,7 @@ class Training:
             "shuffle": self._shuffle_state,
             "random": random_states(self.device) if self._draws else [],
             "result": as_read(self.result.to_json()),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,6 +313,8 @@ class Training:
         self._shuffle.set_state(self._shuffle_state)
         self._random = state["random"]
         self._restore_draws()
+        for callback, own in zip(self.callbacks, state["callbacks"], strict=False):
+            callback.load_state_dict(own)
 
     def _restore_draws(self) -> None:
         """Go on with the global random state that was kept."""

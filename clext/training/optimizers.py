@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 
 from clext.methods import Method
 from clext.methods.parts.attachment import Attachment
@@ -62,12 +68,9 @@ class TaskOptimizer:
     ) -> Optimizer:
         settings = self._settings
         if not isinstance(settings.optimizer, str):
-            made = settings.optimizer(parameters, method)
-            if not isinstance(made, Optimizer):
-                raise ValueError(
-                    f"train: the function optimizer returned a {type(made).__name__}, expected a "
-                    "torch.optim.Optimizer of the parameters it was given"
-                )
+            made: Optimizer = _called(
+                settings.optimizer, "optimizer", Optimizer, parameters, method
+            )
             return made
         lr: Any = settings.lr
         if settings.scheduler is not None and device.type == "cuda":
@@ -91,8 +94,10 @@ class TaskOptimizer:
             else:
                 group["lr"] = rate
         make = self._settings.scheduler
-        make = _SCHEDULERS[make] if isinstance(make, str) else make
-        self._scheduler = None if make is None else make(self.optimizer, steps)
+        if isinstance(make, str):
+            self._scheduler = _SCHEDULERS[make](self.optimizer, steps)
+        elif make is not None:
+            self._scheduler = _called(make, "scheduler", LRScheduler, self.optimizer, steps)
 
     @property
     def capturable(self) -> bool:
@@ -135,7 +140,11 @@ class TaskOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over such a state, in a task that has begun."""
+        own = _rates(self.optimizer)
         self.optimizer.load_state_dict(dict(state["optimizer"]))
+        for group, rate in zip(self.optimizer.param_groups, own, strict=True):
+            if isinstance(rate, Tensor):  # which a recorded step reads
+                group["lr"] = rate.fill_(group["lr"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(dict(state["scheduler"]))
 
@@ -148,6 +157,23 @@ class TaskOptimizer:
     def _fused(self) -> FusedOptimizer:
         assert isinstance(self.optimizer, FusedOptimizer)
         return self.optimizer
+
+
+def _called(function: Callable[..., Any], name: str, kind: type[Any], *given: object) -> Any:  # noqa: ANN401
+    """What a function of the user's makes; ValueError if it fails on this, or makes another kind."""
+    takes = {"optimizer": "(parameters, method)", "scheduler": "(optimizer, steps)"}[name]
+    try:
+        made = function(*given)
+    except TypeError as error:
+        raise ValueError(
+            f"train: the function {name} failed ({error}); it is called with {takes}"
+        ) from error
+    if not isinstance(made, kind) or isinstance(made, ReduceLROnPlateau):
+        raise ValueError(
+            f"train: the function {name} returned a {type(made).__name__}, expected a torch.optim "
+            f"{kind.__name__} that is made of {takes} and steps without more"
+        )
+    return made
 
 
 def _rates(optimizer: Optimizer) -> list[Any]:

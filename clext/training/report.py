@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def write_report(
     """
     root = as_path(folder, "report: folder")
     files = [file for name in _LOADERS for file in sorted(root.rglob(name))]
+    if not root.is_dir():
+        raise FileNotFoundError(f"report: {root} is not a folder; give one that holds results")
     if not files:
         raise FileNotFoundError(
             f"report: expected a folder with {', '.join(_LOADERS)}, found none in {root}"
@@ -50,6 +53,7 @@ def write_report(
         try:
             found = _LOADERS[file.name](file)
         except (OSError, ValueError) as error:
+            warnings.warn(f"report: {error}", stacklevel=2)
             sections.append(Section(f"{place}not readable", notes=[str(error)]))
             continue
         if isinstance(found, Sweep):

@@ -54,7 +54,8 @@ class Result(Outcome):
             means. Empty in results of older versions.
         chance: entry k is what always giving the most frequent class would give on average over
             tasks 0..k; empty where that is not known.
-        model: what was trained, by `clext.train`; it is not part of the file.
+        model: what was trained, by `clext.train`, in the mode it was given in (made by name: in
+            train mode); it is not part of the file.
     """
 
     accuracy: metrics.Matrix

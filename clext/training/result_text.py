@@ -33,6 +33,8 @@ def headline(result: Result) -> str:
     if config.get("precision", "fp32") != "fp32":
         what += f" in {config['precision']}"
     epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
+    if config.get("iterations"):
+        epochs = f"{config['iterations']} steps each"
     done = f"after {len(average)} of {config['tasks']} tasks"
     done += f", {epochs}" if result.timings else ""
     value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"

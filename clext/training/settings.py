@@ -133,7 +133,7 @@ class Settings:
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f'{_OWNER}: momentum is for optimizer="sgd"; leave it out')
         for name in ("weight_decay", "max_grad_norm"):
-            if made and getattr(self, name):
+            if made and getattr(self, name) != getattr(Settings, name):
                 raise ValueError(
                     f"{_OWNER}: {name} is for an optimizer by name; leave it to your function"
                 )
@@ -143,6 +143,11 @@ class Settings:
         """The settings among `options`, which are taken out of these; None stands for a default."""
         given = {name: options.pop(name) for name in NAMES if name in options}
         given = {name: value for name, value in given.items() if value is not None}
+        if {"epochs", "iterations"} <= given.keys():
+            raise ValueError(
+                f"{_OWNER}: epochs={given['epochs']!r} and iterations={given['iterations']!r}; "
+                "give one of them"
+            )
         if not isinstance(given.get("scenario", ""), str):
             given |= _of_own_scenario(given)
         return cls(**given)

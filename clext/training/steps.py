@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ Function = Callable[[], object]
 
 
 class Steps:
-    """The step on one batch.
+    """The steps of a task: `run_epoch` takes those of an epoch, each of which is `take`.
 
     Args:
         method: its model is trained.
@@ -27,10 +28,28 @@ class Steps:
     """
 
     losses: Tensor | list[Tensor]  # of the steps of the epoch
+    per_epoch: int  # steps
 
     def __init__(self, method: Method, optimizer: TaskOptimizer, precision: str) -> None:
         self.method, self.optimizer, self.precision = method, optimizer, precision
         self.device = device_of(method.model)
+
+    def run_epoch(
+        self,
+        shuffle: torch.Generator,
+        step_done: Function,
+        first: int = 0,
+        skipped: Function = lambda: None,
+    ) -> Tensor:
+        """Train from step `first` on; the loss of each step, penalty included.
+
+        Args:
+            shuffle: draws the order of the examples.
+            step_done: called after each step.
+            first: the steps before it were taken in an earlier run.
+            skipped: called when they have been passed over.
+        """
+        raise NotImplementedError
 
     def take(self, batch: Any) -> Tensor:  # noqa: ANN401  (as `arguments` takes it)
         """One step on a batch; returns its loss, penalty included."""
@@ -61,6 +80,7 @@ class TaskSteps(Steps):
         examples: what `method.begin_task` returned, on the model's device.
         batch_size: examples in a step; the last batch of an epoch may be smaller.
         precision: "fp32", or "bf16" for a forward pass in bfloat16.
+        iterations: steps of an epoch, pass after pass; None: one pass.
     """
 
     losses: Tensor
@@ -72,14 +92,32 @@ class TaskSteps(Steps):
         examples: Examples,
         batch_size: int,
         precision: str,
+        iterations: int | None = None,
     ) -> None:
         super().__init__(method, optimizer, precision)
         self.examples, self.batch_size = examples, batch_size
+        self._count = len(examples[0]) if iterations is None else iterations * batch_size
+        self.per_epoch = -(-self._count // batch_size)
         self.losses = torch.empty(0)
 
-    def run_epoch(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
-        """Train on the examples `order` (int64 [N]), from step `first` on; the loss of each step,
-        penalty included.
+    def run_epoch(
+        self,
+        shuffle: torch.Generator,
+        step_done: Function,
+        first: int = 0,
+        skipped: Function = lambda: None,
+    ) -> Tensor:
+        """All examples in an order that `shuffle` draws, or as many as the iterations need."""
+        examples = len(self.examples[0])
+        passes = -(-self._count // examples)
+        order = torch.cat([torch.randperm(examples, generator=shuffle) for _ in range(passes)])
+        if first:
+            skipped()
+        with explained(self._count, self.batch_size):
+            return self.train_on(order[: self._count].to(self.device), step_done, first)
+
+    def train_on(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
+        """Train on the examples `order` (int64 [N]), from step `first` on.
 
         The losses stay on the device and nothing here waits for it: they are read when the epoch is
         over.
@@ -90,9 +128,9 @@ class TaskSteps(Steps):
 
     def launch(self, steps: Iterable[int], order: Tensor, step_done: Function) -> None:
         """Some of an epoch's steps, each launched by the host."""
-        batches = order.split(self.batch_size)
         for step in steps:
-            self.losses[step] = self.take(batches[step])
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            self.losses[step] = self.take(rows)
             self.optimizer.step_done()
             step_done()
 
@@ -105,3 +143,19 @@ class TaskSteps(Steps):
     def arguments(self, batch: Tensor) -> Sequence[Tensor]:
         """The examples at these rows."""
         return [entry.index_select(0, batch) for entry in self.examples]
+
+
+@contextmanager
+def explained(examples: int, batch_size: int) -> Iterator[None]:
+    """Say of an error inside, raised by the model, if it may be due to a last batch of one."""
+    try:
+        yield
+    except ValueError as error:
+        one = examples % batch_size == 1 and batch_size > 1
+        if one and "more than 1 value per channel" in str(error):
+            error.add_note(
+                f"The last batch of an epoch has one example ({examples} in batches of "
+                f"{batch_size}), of which a batch norm can make no statistics; choose another "
+                "batch_size."
+            )
+        raise

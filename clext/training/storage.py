@@ -23,10 +23,11 @@ RESULT_NAME, COMPARISON_NAME, SWEEP_NAME = "result.json", "comparison.json", "sw
 PICTURE_NAME, TASKS_NAME, MATRIX_NAME = "accuracy.png", "tasks.png", "matrix.png"
 MODEL_NAME, METHOD_NAME = "model.safetensors", "method.safetensors"
 CHECKPOINT_NAME, REPORT_NAME = "checkpoint.safetensors", "report.html"
+LOG_NAME, EVENTS_NAME = "log.csv", "tensorboard"
 _SCRATCH = ".writing-"
 _NAMES = (
     *(RESULT_NAME, COMPARISON_NAME, SWEEP_NAME, PICTURE_NAME, TASKS_NAME, MATRIX_NAME),
-    *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME, REPORT_NAME),
+    *(MODEL_NAME, METHOD_NAME, CHECKPOINT_NAME, REPORT_NAME, LOG_NAME),
 )
 
 
@@ -87,7 +88,9 @@ def check_free(folder: Path, argument: str, *, overwrite: bool) -> None:
 def clear(folder: Path) -> None:
     """Remove what other runs have left in the folder."""
     for name in _NAMES:
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).is_file():
+            (folder / name).unlink()
+    shutil.rmtree(folder / EVENTS_NAME, ignore_errors=True)
     tidy(folder)
 
 
@@ -107,6 +110,8 @@ def replacing(file: Path) -> Iterator[Path]:
     scratch.mkdir(exist_ok=True)
     try:
         yield scratch / file.name
+        # Some writers make files that nobody else may read.
+        (scratch / file.name).chmod(file.parent.stat().st_mode & 0o666)
         (scratch / file.name).replace(file)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

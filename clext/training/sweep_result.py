@@ -117,6 +117,9 @@ class Sweep(Outcome):
         """
         if metric not in METRICS:
             raise unknown_name("metric", metric, METRICS)
+        if (method, strength) not in self.cells:
+            known = [f"{cell.method}, {cell.strength}" for cell in self.cells]
+            raise unknown_name("method and strength", f"{method}, {strength}", known)
         return summary(METRICS[metric](result) for result in self.of(method, strength))
 
     def best(self, method: str) -> float | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -20,15 +19,15 @@ from clext.data.scenario import Scenario, make_scenario
 from clext.methods import Method
 from clext.training.advice import warn_of_slow_precision
 from clext.training.augmentation import augmentation
-from clext.training.callbacks import Callback, StopTraining, check_callbacks
-from clext.training.checkpoint import Checkpoint
+from clext.training.callbacks import Callback, check_callbacks
 from clext.training.loader_steps import check_tasks
 from clext.training.loop import Training
 from clext.training.machine import describe_machine, resolve_device
 from clext.training.result import Result
-from clext.training.settings import Settings, check_same_run, shows_settings
+from clext.training.run_folder import RunFolder
+from clext.training.settings import Settings, shows_settings
 from clext.training.spec import MethodSpec, describe, input_dtype
-from clext.training.storage import RESULT_NAME, check_free, claimed_folder, clear, keep
+from clext.training.storage import check_free, claimed_folder, clear, keep
 from clext.training.trial import check_forward
 
 Save = Callable[[Result], Path | None]
@@ -72,7 +71,7 @@ def train(
         iterations: steps of each task, in place of epochs: pass after pass, and one look at the
             accuracies at the end.
         batch_size: examples in a step; the last, smaller batch of an epoch is used too.
-        lr: learning rate.
+        lr: learning rate of an optimizer by name.
         optimizer: "adam", "adamw" or "sgd", of `clext.optim`; or a function (parameters, method) ->
             optimizer, any of torch's kind, with the method in its pass or without.
         momentum: of "sgd".
@@ -104,12 +103,13 @@ def train(
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
-        out: folder for `result.json`, the weights (`model.safetensors`) and the method's state
-            (`method.safetensors`), all written after each task; the pictures; and until the run is
-            complete a checkpoint, written after each epoch. Ctrl-C and SIGTERM write it as well.
+        out: folder for `result.json`, written after each task; at the end for the weights
+            (`model.safetensors`), the method's state (`method.safetensors`) and the pictures; and
+            until then a checkpoint, after each epoch. Ctrl-C and SIGTERM write it as well.
         checkpoint_every: also write the checkpoint every so many steps of a task.
         resume: go on from the checkpoint in `out`, to the same bits on the same machine; start
-            where there is none, and return the result that is complete.
+            where there is none, and return the result that is complete. Of functions among the
+            settings only their names are compared.
         overwrite: remove what another run has left in `out`, which is refused else.
         callbacks: `clext.Callback` objects, called as the run goes; what they are called for counts
             as training.
@@ -132,32 +132,29 @@ def train(
     resolve_device(settings.device)
     check_callbacks(callbacks)
     every = count_or_all("train", "checkpoint_every", checkpoint_every)
+    if resume and overwrite:
+        raise ValueError("train: resume goes on with what overwrite removes; give one of them")
     if out is None and (resume or every is not None):
         raise ValueError("train: resume and checkpoint_every need out, the folder of the run")
     made = spec.build(seeds, settings.own_scenario)
-    with claimed_folder(out, "train: out") as folder:
-        if folder is not None:
-            check_free(folder, "train: out", overwrite=overwrite or resume)
+    with claimed_folder(out, "train: out") as path:
+        if path is not None:
+            check_free(path, "train: out", overwrite=overwrite or resume)
         scenario = load_scenario(settings)
         if not spec.fits(made, scenario):
             made = spec.build(seeds, scenario)
         check_tasks(made, scenario, settings)
 
-    checkpoint = None if folder is None else Checkpoint(folder, every)
-    if folder is not None and overwrite and not resume:
-        clear(folder)
+        def save(result: Result) -> Path | None:
+            return None if path is None else result.save(path, picture=result.complete)
 
-    def save(result: Result) -> Path | None:
-        return None if folder is None else result.save(folder, picture=result.complete)
-
-    draws = not spec.makes_model
-    result = run(
-        *(made, scenario, settings, save),
-        draws=draws,
-        checkpoint=checkpoint,
-        resume=resume,
-        callbacks=callbacks,
-    )
+        result = run(
+            *(made, scenario, settings, save),
+            draws=not spec.makes_model,
+            folder=None if path is None else RunFolder(path, every),
+            resume=resume,
+            callbacks=callbacks,
+        )
     result.model = made.model
     return result
 
@@ -180,14 +177,15 @@ def run(
     save: Save,
     *,
     draws: bool = True,
-    checkpoint: Checkpoint | None = None,
+    folder: RunFolder | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
     """`train` with a method that was built and data that was loaded.
 
     `save` is called with the result after each task, and when the run ends early. `draws`: the
-    model may draw from the global random state, which is then seeded, and restored.
+    model may draw from the global random state, which is then seeded, and restored. In `folder` the
+    run is kept; what another one has left there goes, unless it is gone on with (`resume`).
     """
     seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
     transform = augmentation(settings.transform, settings.batch_transform)
@@ -200,53 +198,32 @@ def run(
         planned = {**settings.describe(), **own, "data": scenario.data}
         config = {**own, **planned, "seeds": asdict(seeds), **describe_machine(device)}
         result, state = Result.empty(settings.tasks, config), None
-        if checkpoint is not None and resume:
-            result, state = left_by(checkpoint, planned) or (result, None)
+        if folder is not None and resume:
+            result, state = folder.left(planned) or (result, None)
             if result.complete:
-                checkpoint.read_weights(method)
+                folder.read_weights(method)
                 return result
         training = Training(
             *(method, scenario.to(device, input_dtype(method.model)), settings, result, device),
-            checkpoint=checkpoint,
+            folder=folder,
             draws=draws,
             transform=transform,
             callbacks=callbacks,
         )
         if state is not None:
             training.load_state_dict(state)
+        elif folder is not None:
+            clear(folder.path)
         try:
             with (
                 module_mode(method.model, training=True),
                 method.heads.trained_on(settings.criterion),
             ):
                 training.learn(lambda: keep(lambda: save(result)))
-        except StopTraining as stop:
-            result.stopped = str(stop) or "stopped by a callback"
-            keep(lambda: save(result))
         except BaseException as error:
             # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
-            interrupted = isinstance(error, KeyboardInterrupt)
-            result.stopped = "interrupted" if interrupted else str(error) or type(error).__name__
             place = keep(lambda: save(result))
             if place is not None:
                 error.add_note(f"What was done so far is saved in {place}.")
             raise
     return result
-
-
-def left_by(
-    checkpoint: Checkpoint, planned: dict[str, Any]
-) -> tuple[Result, dict[str, Any] | None] | None:
-    """The result of the run in the folder so far, and its state, unless it is complete.
-
-    None where there is nothing to go on from; ValueError if it is another run than was planned.
-    """
-    state = checkpoint.read()
-    if state is not None:
-        result = Result.from_json(state["result"], str(checkpoint.file))
-    elif (checkpoint.folder / RESULT_NAME).exists():
-        result = Result.load(checkpoint.folder)
-    else:
-        return None
-    check_same_run("train: out", checkpoint.folder, result.config, planned)
-    return (result, state) if result.complete or state is not None else None

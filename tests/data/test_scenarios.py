@@ -216,7 +216,7 @@ class TestOwnDataSets:
             ([], "at least one task"),
             ([3], "task 1 must be a pair .* got int"),
             ([(own_pair(0, 1)[0],) * 3], "task 1 must be a pair .* got tuple of 3 entries"),
-            ([own_pair(0, 1), ("x", "y")], "task 2, training data: examples are str"),
+            ([own_pair(0, 1), ("x", "y")], "task 2, training data are str, expected a pair"),
             (
                 [((np.zeros((2, 3)), np.zeros(2)),) * 2],
                 "examples are ndarray, ndarray, .*torch.as_tensor",

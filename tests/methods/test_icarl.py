@@ -262,7 +262,7 @@ def test_recorded_steps_of_a_combination_are_seen():
     examples = begin(method, "domain", 1)
     steps = GraphedSteps(method, optimizer, examples, 2, "fp32", capture=lambda function: function)
     method.predict(INPUTS)
-    steps.run_epoch(torch.arange(len(examples[0])), lambda: None)
+    steps.train_on(torch.arange(len(examples[0])), lambda: None)
     assert method.learner._means is None
 
 

@@ -78,6 +78,52 @@ def test_a_run_is_stopped(tmp_path):
     assert resumed.calls[:2] == [("begin", 24), ("task begins", 1)]
 
 
+class Epochs(clext.Callback):
+    """Counts epochs, across the end of a process."""
+
+    def __init__(self):
+        self.count = 0
+
+    def on_epoch_end(self, training):
+        self.count += 1
+        assert len(training.accuracies) == len(training.result.task_curve[-1])
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_their_state_is_in_the_checkpoint(tmp_path):
+    class Stop(clext.Callback):
+        def on_step(self, training):
+            if training.total_steps == 30:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        clext.train("si", model=small(), out=tmp_path, callbacks=[Epochs(), Stop()], **QUICK)
+    counter = Epochs()
+    clext.train("si", model=small(), out=tmp_path, callbacks=[counter], resume=True, **QUICK)
+    assert counter.count == 4
+
+
+def test_who_began_is_told_of_the_end_and_why():
+    class Fail(clext.Callback):
+        def on_begin(self, training):  # noqa: ARG002
+            raise OSError("no server")
+
+    class Ends(Record):
+        def on_end(self, training):
+            self.calls.append(training.result.stopped)
+
+    first, last = Ends(), Ends()
+    with pytest.raises(OSError, match="no server"):
+        clext.train("si", model=small(), callbacks=[first, Fail(), last], **QUICK)
+    assert first.calls == [("begin", 0), "no server"]
+    assert last.calls == []
+
+
 def test_the_end_is_called_after_an_error():
     class Fail(clext.Callback):
         def on_step(self, training):  # noqa: ARG002

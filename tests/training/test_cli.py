@@ -94,7 +94,7 @@ class TestTrain:
         outcome = run("train", "--method", "baseline", *QUICK)
         assert outcome.exit_code == 1
         assert outcome.stderr.splitlines()[-1] == (
-            "Error: DefaultCPUAllocator: can't allocate memory: you tried "
+            "Error: DefaultCPUAllocator: can't allocate memory: you tried. "
             "What was done so far is saved in runs/baseline."
         )
 
@@ -240,7 +240,7 @@ class TestSweep:
             (["--strengths", "1"], "--strengths 1: expected METHOD=1, as strengths are given"),
             (["--strengths", "si=1"], "unknown method in strengths 'si'"),
             (["--seeds", "0..3"], "--seeds 0..3: expected seeds such as 0-4 or 0,1,7"),
-            (["--seeds", "3-1"], "expected seeds as a list of numbers, got []"),
+            (["--seeds", "3-1"], "expected seeds such as 0-4 or 0,1,7, got none"),
             (["--option", "ewc.gama=1"], "'gama'; did you mean 'gamma'"),
             (["--seeds", f"0-{10**30}"], "sweep: expected at most 10,000 runs, got more"),
             (["--seed", "1"], "No such option"),

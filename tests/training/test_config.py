@@ -100,6 +100,8 @@ def test_a_result_is_such_a_file(method):
         ("learning-rate: 1\n", "unknown setting in run.yaml: 'learning_rate'"),
         ("epoch: 1\n", "unknown setting in run.yaml: 'epoch'; did you mean 'epochs'"),
         ("options: 3\n", "options must be names and values, got 3"),
+        ("lr: [1, 2]\n", "lr must be one value, got [1, 2]"),
+        ("loggers: csv\n", "unknown setting in run.yaml: 'loggers'; did you mean 'log'"),
         ("method: ewx\n", "unknown method 'ewx'"),
         ("!!python/object/apply:os.system ['touch x']\n", "not a YAML file"),
     ],
@@ -122,7 +124,7 @@ def test_a_file_that_is_not_there():
     ("change", "said"),
     [
         ({"model": "Sequential"}, "Sequential"),
-        ({"loss": "own"}, "unknown setting in r.json: 'loss'"),
+        ({"loss": "own"}, "the run had a loss of its own (own), which is a function"),
         ({"scenario": "own"}, "unknown scenario 'own'"),
     ],
 )

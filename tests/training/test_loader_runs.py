@@ -112,10 +112,22 @@ class TestIterableDataSets:
 
     def test_pass_after_pass_until_there_were_so_many_steps(self):
         streams, steps = self.streams(), Steps()
-        result = run("ewc", loaded("class", streams), iterations=12, callbacks=[steps])
+        result = run("ewc", loaded("class", streams), iterations=12, epochs=None, callbacks=[steps])
         assert steps.taken == [12, 12]
         assert streams[0][0].dataset.passes == 4  # 5 + 5 + 2 batches, and the Fisher information
         assert result.accuracy[1, 1] > 0.9
+
+    @pytest.mark.parametrize("method", ["ewc", "scp", "replay"])
+    def test_of_an_endless_one_as_many_are_measured_as_are_learned(self, method):
+        class Endless(IterableDataset):
+            def __iter__(self):
+                while True:
+                    yield from zip(*examples(0), strict=True)
+
+        loaders = [(DataLoader(Endless(), 10), DataLoader(Stream(0), 45))]
+        scenario = clext.Scenario.from_loaders(loaders, [range(10)])
+        result = run(method, scenario, iterations=12, epochs=None)
+        assert result.complete
 
     def test_without_a_length_iterations_are_asked_for(self):
         with pytest.raises(ValueError, match="loader of task 1 has no length; pass iterations"):
@@ -194,7 +206,9 @@ class TestSeeds:
         assert same(weights(seldom), weights(often))
 
     @pytest.mark.parametrize(("last", "workers"), [(3, 0), (5, 0), (17, 0), (23, 0), (17, 1)])
-    @pytest.mark.parametrize("steps", [{"epochs": 4}, {"iterations": 12}], ids=["epochs", "steps"])
+    @pytest.mark.parametrize(
+        "steps", [{"epochs": 4}, {"iterations": 12, "epochs": None}], ids=["epochs", "steps"]
+    )
     def test_a_run_goes_on_to_the_same_bits(self, tmp_path, last, steps, workers):
         whole, parts = model(0.5), model(0.5)
         options = {**steps, "method": "ewc+replay", "scenario": loaded(num_workers=workers)}

@@ -77,12 +77,13 @@ def test_a_method_of_ones_own_has_its_loss_again_afterwards():
         ({"loss": own_cross_entropy, "label_smoothing": 0.1}, "leave it to your loss"),
         ({"label_smoothing": 1.5}, "label_smoothing must be a finite number >= 0 and <= 1"),
         ({"loss": F.cross_entropy}, r'a loss for each, \[128\]; of torch.s give reduction="none"'),
-        ({"iterations": 0}, "iterations must be an integer >= 1"),
+        ({"iterations": 5}, "epochs=2 and iterations=5; give one of them"),
+        ({"iterations": 0, "epochs": None}, "iterations must be an integer >= 1"),
     ],
 )
 def test_one_sentence(options, said):
     with pytest.raises(ValueError, match=said):
-        clext.train("si", model=small(), **QUICK, **options)
+        clext.train("si", model=small(), **{**QUICK, **options})
 
 
 class TestIterations:
@@ -93,7 +94,9 @@ class TestIterations:
             def on_task_end(self, training):
                 steps.append(training.total_steps)
 
-        result = clext.train("si", model=small(), iterations=37, callbacks=[Count()], **QUICK)
+        options = {name: value for name, value in QUICK.items() if name != "epochs"}
+        result = clext.train("si", model=small(), iterations=37, callbacks=[Count()], **options)
+        assert "37 steps each" in str(result)
         assert steps == [37, 74]
         assert len(result.curve) == 2
         assert result.config["iterations"] == 37
@@ -108,9 +111,10 @@ class TestIterations:
                 passes.append(batch[1])
                 return super().loss(*batch)
 
-        clext.train(Spy(small()), iterations=12, **{**QUICK, "tasks": 1})
+        one = {"dataset": "digits", "tasks": 1, "progress": False}
+        clext.train(Spy(small()), iterations=12, **one)
         assert [len(labels) for labels in passes] == [128] * 12
         counts = torch.cat(passes)[:1442].bincount()
         passes.clear()
-        clext.train(Spy(small()), **{**QUICK, "tasks": 1, "epochs": 1})
+        clext.train(Spy(small()), epochs=1, **one)
         assert torch.cat(passes).bincount().equal(counts)

@@ -170,7 +170,7 @@ def test_recorded_steps_follow_a_rate_that_is_a_tensor(recorded):
     kind = {"capture": lambda function: function} if recorded else {}
     make = GraphedSteps if recorded else TaskSteps
     steps = make(method, optimizer, (x[:100], y[:100]), 20, "fp32", **kind)
-    losses = [steps.run_epoch(torch.arange(100), lambda: None).clone() for _ in range(2)]
+    losses = [steps.train_on(torch.arange(100), lambda: None).clone() for _ in range(2)]
     assert optimizer.optimizer.param_groups[0]["lr"] is rate
     assert rate.item() == pytest.approx(0, abs=1e-8)
     expected = torch.optim.SGD((start := make_model()).parameters(), lr=LR)
@@ -196,7 +196,7 @@ def test_recorded_steps_follow_a_rate_that_is_a_tensor(recorded):
         ({"max_grad_norm": 0}, "max_grad_norm must be"),
         ({"keep_optimizer": 1}, "keep_optimizer must be True or False"),
         ({"optimizer": lambda *_: None, "weight_decay": 0.1}, "leave it to your function"),
-        ({"optimizer": lambda *_: None}, "returned a NoneType, expected a torch.optim.Optimizer"),
+        ({"optimizer": lambda *_: None}, "returned a NoneType, expected a torch.optim Optimizer"),
     ],
 )
 def test_bad_input(options, message):

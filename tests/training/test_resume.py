@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clext
+from clext.training.run_folder import RunFolder
 
 METHODS = [*clext.METHODS, "ewc+replay", "si+lwf", "scp+dgr"]
 PICTURES = {"accuracy.png", "matrix.png", "tasks.png"}
@@ -70,8 +71,8 @@ def whole_and_parts(method, stops, folder, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_to_the_same_bits(method, scenario, tmp_path):
     options = {**(QUICK if scenario == "permuted" else SPLIT), "lr": 1e-2, "batch_size": 64}
-    # In the first task, before its first checkpoint, and in the second.
-    stops = (3, 17, 60) if scenario == "permuted" else (3, 17, 40)
+    # Before the first checkpoint, at the end of an epoch, and in the second task.
+    stops = (3, 23, 60) if scenario == "permuted" else (3, 17, 40)
     whole, parts = whole_and_parts(method, stops, tmp_path / "run", **options)
     assert ended(parts) == ended(whole)
     assert {path.name for path in (tmp_path / "run").iterdir()} == LEFT
@@ -93,7 +94,7 @@ def attached_sgd(parameters, method):
         {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "scheduler": "one-cycle"},
         {"optimizer": "adamw", "scheduler": "step", "keep_optimizer": True, "max_grad_norm": 0.5},
         {"optimizer": attached_sgd, "scheduler": noisy_schedule, "keep_optimizer": True},
-        {"iterations": 31, "evaluate_every": 5, "label_smoothing": 0.1},
+        {"iterations": 31, "epochs": None, "evaluate_every": 5, "label_smoothing": 0.1},
         {"precision": "bf16", "keep_optimizer": True},
     ],
     ids=["one-cycle", "kept", "functions", "iterations", "bf16"],
@@ -139,9 +140,15 @@ class TestFolder:
 
     def test_a_wrong_argument_overwrites_nothing(self, tmp_path):
         clext.train("ewc", model=small(), out=tmp_path, **QUICK)
-        with pytest.raises(ValueError, match="data set|split"):
-            clext.train("si", out=tmp_path, overwrite=True, **{**SPLIT, "tasks": 3})
+        for function in (clext.train, clext.compare):
+            with pytest.raises(ValueError, match="data set|split"):
+                function("si", out=tmp_path, overwrite=True, **{**SPLIT, "tasks": 3})
+            with pytest.raises(ValueError, match="model must turn"):
+                function("si", model=nn.Linear(3, 10), out=tmp_path, overwrite=True, **QUICK)
+            with pytest.raises(ValueError, match="model must turn"):
+                function("si", model=nn.Linear(3, 10), out=tmp_path / "new", **QUICK)
         assert clext.Result.load(tmp_path).label == "ewc"
+        assert {path.name for path in tmp_path.iterdir()} == LEFT
 
     def test_another_run_is_not_gone_on_with(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):
@@ -163,6 +170,10 @@ class TestFolder:
         with pytest.raises(ValueError, match="checkpoint.safetensors: not a checkpoint of clext"):
             clext.train("ewc", model=small(), out=tmp_path, resume=True, **QUICK)
 
+    def test_resume_and_overwrite_exclude_each_other(self, tmp_path):
+        with pytest.raises(ValueError, match="give one of them"):
+            clext.train("ewc", out=tmp_path, resume=True, overwrite=True, **QUICK)
+
     def test_resume_needs_a_folder(self):
         with pytest.raises(ValueError, match="need out"):
             clext.train("ewc", resume=True, **QUICK)
@@ -171,10 +182,43 @@ class TestFolder:
         def full(*_args):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr("clext.training.checkpoint.save_file", full)
-        with pytest.warns(UserWarning, match="could not be saved .No space left"):
+        monkeypatch.setattr("clext.training.run_folder.save_file", full)
+        with pytest.warns(UserWarning, match="No space left") as said:
             result = clext.train("ewc", model=small(), out=tmp_path, **QUICK)
         assert result.complete
+        assert any("weights could not be saved" in str(one.message) for one in said)
+        monkeypatch.undo()
+        again = clext.train("ewc", model=small(), out=tmp_path / "whole", **QUICK)
+        assert ended(result) == ended(again)
+
+    def test_weights_that_were_not_written_are_made_again(self, tmp_path, monkeypatch):
+        """The last files fail; the checkpoint is still there, and the same call ends the run."""
+        keep = RunFolder.keep_weights
+        monkeypatch.setattr(RunFolder, "keep_weights", lambda *_args: False)
+        whole = clext.train("ewc", model=small(), out=tmp_path, **QUICK)
+        monkeypatch.setattr(RunFolder, "keep_weights", keep)
+        assert (tmp_path / "checkpoint.safetensors").exists()
+        parts = clext.train("ewc", model=small(), out=tmp_path, resume=True, **QUICK)
+        assert ended(parts) == ended(whole)
+        assert {path.name for path in tmp_path.iterdir()} == LEFT
+
+    def test_a_state_that_is_no_json_costs_the_checkpoint_alone(self, tmp_path):
+        def with_an_object(optimizer, steps):
+            made = torch.optim.lr_scheduler.ConstantLR(optimizer)
+            made.mine = object()
+            return made
+
+        with pytest.warns(UserWarning, match="cannot be gone on with from here"):
+            result = clext.train(
+                "si", model=small(), out=tmp_path, scheduler=with_an_object, **QUICK
+            )
+        assert result.complete
+        assert (tmp_path / "model.safetensors").exists()
+
+    def test_others_may_read_what_is_left(self, tmp_path):
+        clext.train("si", model=small(), out=tmp_path / "run", **QUICK)
+        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+        assert modes == {(tmp_path / "run").stat().st_mode & 0o666}
 
 
 class TestKilled:
@@ -182,7 +226,8 @@ class TestKilled:
 
     COMMAND = (
         *(sys.executable, "-m", "clext", "train", "--method", "ewc+replay", "--dataset", "digits"),
-        *("--tasks", "2", "--epochs", "12", "--out", "run", "--resume", "--quiet"),
+        *("--tasks", "2", "--epochs", "8", "--model", "mlp-64", "--quiet"),
+        *("--out", "run", "--resume"),
     )
 
     def numbers(self, folder):
@@ -195,7 +240,13 @@ class TestKilled:
     def run(self, folder):
         folder.mkdir(exist_ok=True)
         return subprocess.Popen(
-            self.COMMAND, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            self.COMMAND,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # The tests may run in the background, where Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     @pytest.fixture(scope="class")
@@ -259,5 +310,9 @@ def test_a_second_signal_stops_at_once(tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
                 pytest.fail("it went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        clext.train("si", model=small(), out=tmp_path, callbacks=[Twice()], **QUICK)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            clext.train("si", model=small(), out=tmp_path, callbacks=[Twice()], **QUICK)
+    finally:
+        signal.signal(signal.SIGINT, before)

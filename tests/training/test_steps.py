@@ -59,7 +59,7 @@ def train_two_tasks(kind: type[TaskSteps], method_name: str, device: str, **opti
         random = torch.Generator().manual_seed(task)
         for _ in range(EPOCHS):
             order = torch.randperm(EXAMPLES, generator=random).to(device)
-            losses.append(task_steps.run_epoch(order, lambda: done.append(1)).clone())
+            losses.append(task_steps.train_on(order, lambda: done.append(1)).clone())
         method.consolidate([split])
     return model, method, torch.stack(losses), len(done)
 
@@ -97,7 +97,7 @@ class TestRecordedSteps:
         recorder = Recorder()
         task_steps = GraphedSteps(method, optimizer, make_split(), 100, "fp32", capture=recorder)
         for _ in range(5):  # one whole batch and a smaller one each
-            losses = task_steps.run_epoch(torch.arange(EXAMPLES), lambda: None)
+            losses = task_steps.train_on(torch.arange(EXAMPLES), lambda: None)
             assert len(losses) == 2
         assert recorder.recorded == 1
         assert recorder.replayed == 2

@@ -132,7 +132,7 @@ class TestEarlyEnd:
         with pytest.raises(ValueError, match="more than 1 value per channel") as caught:
             clext.train("baseline", model=model, batch_size=32, **options)
         note = " ".join(caught.value.__notes__)
-        assert "The last batch of task 1 has one example (65 in batches of 32)" in note
+        assert "The last batch of an epoch has one example (65 in batches of 32)" in note
         assert clext.train("baseline", model=model, batch_size=33, **options).complete
 
         class Refuses(nn.Linear):
@@ -264,7 +264,7 @@ class TestProgress:
             clext.train("si", model=model, lr=1e-9, strength=0.1, **QUICK)
         first, second = (str(warning.message) for warning in caught)
         assert re.match(r"si: task 1 ended near chance, with accuracy 0\.\d\d, where its", first)
-        assert first.endswith("gives 0.10; try a larger lr (now 1e-09) or more epochs (now 2)")
+        assert first.endswith("gives 0.10; try another lr (now 1e-09) or more epochs (now 2)")
         assert second.endswith("or a smaller strength (now 0.1)")
 
     @pytest.mark.filterwarnings("error")

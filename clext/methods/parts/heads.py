@@ -210,13 +210,17 @@ class Heads(Supervision):
 
     def _of_each_task(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss [N] that is trained on, task by task: each has outputs of its own."""
-        losses = torch.full_like(logits[:, 0], torch.nan)
         # The active ones last: they count where they overlap with others.
-        for block in dict.fromkeys([*self.blocks, self.active or range(logits.shape[1])]):
+        blocks = dict.fromkeys([*self.blocks, self.active or range(logits.shape[1])])
+        found = []
+        for block in blocks:
             rows = ((labels >= block.start) & (labels < block.stop)).nonzero().flatten()
             if len(rows) > 0:
                 own = logits[rows, block.start : block.stop]
-                losses = losses.index_copy(0, rows, self._losses(own, labels[rows] - block.start))
+                found.append((rows, self._losses(own, labels[rows] - block.start)))
+        losses = found[0][1].new_full((len(labels),), torch.nan)
+        for rows, part in found:
+            losses = losses.index_put((rows,), part)
         return losses
 
     def competing(self, outputs: int, device: torch.device) -> Tensor:
