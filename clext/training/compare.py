@@ -128,8 +128,8 @@ def compare(
                 return None if folder is None else comparison.save(folder, picture=False)
 
             try:
-                # Copied only now, so that no more than one model is held beside the given one; and with
-                # it the modules among the options (a generator), which are trained too.
+                # Copied only now, so that no more than one model is held beside the given one; and
+                # with it the modules among the options (a generator), which are trained too.
                 copied = replace(
                     spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options)
                 )

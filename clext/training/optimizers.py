@@ -160,7 +160,7 @@ class TaskOptimizer:
 
 
 def _called(function: Callable[..., Any], name: str, kind: type[Any], *given: object) -> Any:  # noqa: ANN401
-    """What a function of the user's makes; ValueError if it fails on this, or makes another kind."""
+    """What a function of the user's makes; ValueError if it fails, or makes another kind."""
     takes = {"optimizer": "(parameters, method)", "scheduler": "(optimizer, steps)"}[name]
     try:
         made = function(*given)

@@ -125,7 +125,7 @@ class TestIterableDataSets:
                     yield from zip(*examples(0), strict=True)
 
         loaders = [(DataLoader(Endless(), 10), DataLoader(Stream(0), 45))]
-        scenario = clext.Scenario.from_loaders(loaders, [range(10)])
+        scenario = clext.Scenario.from_loaders(loaders, [range(4)])
         result = run(method, scenario, iterations=12, epochs=None)
         assert result.complete
 
