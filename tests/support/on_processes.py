@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -123,3 +124,6 @@ if __name__ == "__main__":
     state = method.state_dict()
     state["parameters"] = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.save(state, f"{out}/{RANK}.pt")
+    if dist.is_initialized():  # threads of the group would else be there when the process ends
+        dist.barrier()
+        dist.destroy_process_group()
