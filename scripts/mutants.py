@@ -120,10 +120,10 @@ data/scenarios.py
 data/scenario.py
     max(task, seen) + 1 => task + 1
 data/own.py
-    range(max(everywhere) + 1) => range(max(everywhere) + 2)
+    range(max(map(max, classes)) + 1) => range(max(map(max, classes)) + 2)
     if incremental == "task": => if False:
-training/loop.py
-    own.labels - active.start => own.labels
+training/task.py
+    labels - start if start else labels => labels
 core/seeding.py
     np.random.SeedSequence(seed).generate_state(4, np.uint32) => [seed] * 4
 """
