@@ -22,7 +22,7 @@ import clext
 from clext.methods import make_method
 from clext.methods.base import Examples
 from clext.optim import Adam
-from clext.training.graphs import make_steps
+from clext.training.graphs import graphed_or_not
 from clext.training.models import mlp
 from speed.timing import DEVICES, record
 
@@ -40,7 +40,8 @@ class Steps:
     ) -> None:
         self.method, self.examples = method, examples
         optimizer = Adam(method.model.parameters(), lr=LR, method=method)
-        self._steps = make_steps(method, optimizer, examples, batch, precision)
+        kind = graphed_or_not(method, optimizer, examples)
+        self._steps = kind(method, optimizer, examples, batch, precision)
 
     def epoch(self) -> None:
         order = torch.randperm(len(self.examples[0])).to(self.examples[0].device)

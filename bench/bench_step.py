@@ -19,7 +19,7 @@ from clext.data.datasets import Split
 from clext.methods import make_method
 from clext.optim import Adam
 from clext.training.evaluate import autocast
-from clext.training.graphs import make_steps
+from clext.training.graphs import graphed_or_not
 from clext.training.models import mlp
 from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
@@ -45,7 +45,8 @@ class Run:
 
     def _start_task(self) -> None:
         optimizer = Adam(self.method.model.parameters(), lr=LR, method=self.method)
-        self._steps = make_steps(self.method, optimizer, self._split, BATCH, self._precision)
+        kind = graphed_or_not(self.method, optimizer, self._split)
+        self._steps = kind(self.method, optimizer, self._split, BATCH, self._precision)
 
     def epoch(self) -> None:
         order = torch.randperm(self._examples).to(self._split.labels.device)

@@ -129,11 +129,3 @@ def graphed_or_not(method: Method, optimizer: TaskOptimizer, examples: Examples)
     """Graphed steps where CUDA and the method allow it."""
     capturable = method.fused is not None and method.capturable and optimizer.capturable
     return GraphedSteps if examples[0].is_cuda and capturable else TaskSteps
-
-
-def make_steps(
-    method: Method, optimizer: TaskOptimizer, examples: Examples, batch_size: int, precision: str
-) -> TaskSteps:
-    """Steps on these examples, graphed or not."""
-    kind = graphed_or_not(method, optimizer, examples)
-    return kind(method, optimizer, examples, batch_size, precision)

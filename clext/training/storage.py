@@ -75,9 +75,13 @@ def claimed_folder(path: str | os.PathLike[str] | None, argument: str) -> Iterat
         raise
 
 
-def check_free(folder: Path, argument: str, *, overwrite: bool) -> None:
-    """FileExistsError if the folder holds results that nobody said to overwrite."""
-    there = [name for name in _NAMES if (folder / name).is_file()]
+def check_free(folder: Path, argument: str, *, overwrite: bool, resume: bool = False) -> None:
+    """FileExistsError if the folder holds results that nobody said to overwrite.
+
+    With `resume` those of a run may be there, which are looked at later; not those of several.
+    """
+    names = (COMPARISON_NAME, SWEEP_NAME) if resume else _NAMES
+    there = [name for name in names if (folder / name).is_file()]
     if there and not overwrite:
         raise FileExistsError(
             f"{argument}: {folder} holds {', '.join(there)} of another run; overwrite=True "

@@ -139,7 +139,7 @@ def train(
     made = spec.build(seeds, settings.own_scenario)
     with claimed_folder(out, "train: out") as path:
         if path is not None:
-            check_free(path, "train: out", overwrite=overwrite or resume)
+            check_free(path, "train: out", overwrite=overwrite, resume=resume)
         scenario = load_scenario(settings)
         if not spec.fits(made, scenario):
             made = spec.build(seeds, scenario)

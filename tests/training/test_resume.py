@@ -138,6 +138,12 @@ class TestFolder:
         there = {path.name for path in tmp_path.iterdir()}
         assert {"comparison.json", "accuracy.png"} == there
 
+    def test_results_of_several_are_not_gone_on_with_and_stay(self, tmp_path):
+        clext.compare("si", model=small(), out=tmp_path, **QUICK)
+        with pytest.raises(FileExistsError, match=r"holds comparison.json of another run"):
+            clext.train("si", model=small(), out=tmp_path, resume=True, **QUICK)
+        assert clext.Comparison.load(tmp_path)["si"].complete
+
     def test_a_wrong_argument_overwrites_nothing(self, tmp_path):
         clext.train("ewc", model=small(), out=tmp_path, **QUICK)
         for function in (clext.train, clext.compare):
