@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_step import BATCH, LR, entry_of, measure, random_images
+from bench_step import BATCH, entry_of, measure, random_images, task_optimizer
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,7 +39,7 @@ class Steps:
         self, method: clext.Method, examples: Examples, precision: str, batch: int = BATCH
     ) -> None:
         self.method, self.examples = method, examples
-        optimizer = Adam(method.model.parameters(), lr=LR, method=method)
+        optimizer = task_optimizer(method)
         kind = graphed_or_not(method, optimizer, examples)
         self._steps = kind(method, optimizer, examples, batch, precision)
 

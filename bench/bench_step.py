@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from clext.core.names import DEFAULT_METHODS
 from clext.data.datasets import Split
-from clext.methods import make_method
-from clext.optim import Adam
+from clext.methods import Method, make_method
 from clext.training.evaluate import autocast
 from clext.training.graphs import graphed_or_not
 from clext.training.models import mlp
+from clext.training.optimizers import TaskOptimizer
+from clext.training.settings import Settings
 from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
 BATCH = 128
@@ -44,13 +45,21 @@ class Run:
         self._start_task()
 
     def _start_task(self) -> None:
-        optimizer = Adam(self.method.model.parameters(), lr=LR, method=self.method)
+        optimizer = task_optimizer(self.method)
         kind = graphed_or_not(self.method, optimizer, self._split)
         self._steps = kind(self.method, optimizer, self._split, BATCH, self._precision)
 
     def epoch(self) -> None:
         order = torch.randperm(self._examples).to(self._split.labels.device)
         self._steps.train_on(order, lambda: None)
+
+
+def task_optimizer(method: Method) -> TaskOptimizer:
+    """The optimizer of a run, at the beginning of a task."""
+    parameters = list(method.model.parameters())
+    made = TaskOptimizer(Settings(lr=LR), method, parameters, parameters[0].device)
+    made.begin(1)
+    return made
 
 
 class PlainRun:
