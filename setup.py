@@ -119,7 +119,9 @@ def cuda_settings(torch: types.ModuleType) -> tuple[str | None, str]:
 
     toolkit = toolkit or toolchain.find_cuda_toolkit(os.environ, [cpp_extension.CUDA_HOME])
     switch = toolchain.read_switch("CLEXT_CUDA", os.environ)
-    with_cuda, why = toolchain.choose_cuda(switch, torch.__version__, torch.version.cuda, toolkit)
+    with_cuda, why = toolchain.choose_cuda(
+        switch, torch.__version__, torch.version.cuda, toolkit, torch.version.hip
+    )
     print(f"clext: building {'with' if with_cuda else 'without'} CUDA: {why}")
     if not with_cuda or toolkit is None:
         return None, ""
@@ -185,6 +187,7 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
 
 
 def main() -> None:
+    toolchain.check_platform(sys.platform)
     torch = import_torch()
     if torch:
         options = build_options(torch)

@@ -20,6 +20,9 @@ from types import ModuleType
 # One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, PTX of the last one is
 # compiled by the driver for whatever is newer. More entries only cost compile time.
 DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0")
+# Turing; and kernels take 32 KB of parameters, which toolkits have since this version.
+OLDEST_ARCH = (7, 5)
+OLDEST_TOOLKIT = (12, 1)
 
 
 class BuildError(RuntimeError):
@@ -105,17 +108,33 @@ def _output_of(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+def check_platform(name: str) -> None:
+    """BuildError where `name`, sys.platform, is one that clext has not been made for."""
+    if name == "win32":
+        raise BuildError(
+            "clext builds on Linux and macOS, and this is Windows; install it in WSL, the Windows "
+            "Subsystem for Linux."
+        )
+
+
 def choose_cuda(
-    switch: str, torch_version: str, torch_cuda: str | None, toolkit: CudaToolkit | None
+    switch: str,
+    torch_version: str,
+    torch_cuda: str | None,
+    toolkit: CudaToolkit | None,
+    torch_hip: str | None = None,
 ) -> tuple[bool, str]:
     """Decides whether the CUDA sources are compiled, and says why.
 
-    `switch` is CLEXT_CUDA, `torch_cuda` is torch.version.cuda. Whether a GPU is visible now plays
-    no part: the machine that compiles need not be the one that computes.
+    `switch` is CLEXT_CUDA; `torch_cuda` and `torch_hip` are of torch.version. Whether a GPU is
+    visible now plays no part: the machine that compiles need not be the one that computes.
     """
     if switch == "0":
         return False, "CLEXT_CUDA=0"
-    if torch_cuda is None:
+    if torch_hip is not None:
+        problem = f"torch {torch_version} is for ROCm, for which clext has no kernels"
+        remedy = "install a torch with CUDA"
+    elif torch_cuda is None:
         problem = f"torch {torch_version} was built without CUDA"
         remedy = "install a torch with CUDA"
     elif toolkit is None:
@@ -127,6 +146,13 @@ def choose_cuda(
             f"but torch {torch_version} needs {torch_cuda.split('.')[0]}.x"
         )
         remedy = "set CUDA_HOME to a matching toolkit"
+    elif _capability(toolkit.version) < OLDEST_TOOLKIT:
+        oldest = ".".join(map(str, OLDEST_TOOLKIT))
+        problem = (
+            f"the CUDA toolkit in {toolkit.root} is version {toolkit.version}, and clext's kernels "
+            f"need {oldest} or newer"
+        )
+        remedy = "set CUDA_HOME to a newer toolkit"
     else:
         return True, f"CUDA {toolkit.version} in {toolkit.root}, torch has CUDA {torch_cuda}"
     if switch == "1":
@@ -153,14 +179,16 @@ def choose_archs(
 ) -> str:
     """Returns the architectures to compile for, as torch wants them in TORCH_CUDA_ARCH_LIST.
 
-    The variable itself wins; else the visible GPUs; else `DEFAULT_ARCHS`, less what the toolkit
-    does not know. torch alone would fail on a machine without a GPU, where a list is needed most.
+    The variable itself wins; else the visible GPUs, less those that are older than `OLDEST_ARCH`
+    or than what the toolkit knows; else `DEFAULT_ARCHS`, less what the toolkit does not know. torch
+    alone would fail on a machine without a GPU, where a list is needed most.
     """
     chosen = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if chosen and chosen != "native":
         return chosen
     known = sorted({_capability(arch) for arch in toolkit_archs})
-    wanted = [min(gpu, known[-1]) if known else gpu for gpu in visible_gpus]
+    oldest = max(OLDEST_ARCH, known[0]) if known else OLDEST_ARCH
+    wanted = [min(gpu, known[-1]) if known else gpu for gpu in visible_gpus if gpu >= oldest]
     if not wanted:
         defaults = [_capability(arch) for arch in DEFAULT_ARCHS]
         wanted = [arch for arch in defaults if not known or arch in known] or known[-1:]

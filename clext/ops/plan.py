@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from clext.core.lists import TensorList
+
+_OLDEST_DRIVER = 12010  # as CUDA counts: 12.1
 
 
 class ReferencePlan:
@@ -225,8 +228,28 @@ class ShardedPlan:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether clext was built with kernels for `device`; elsewhere the ops run in plain torch."""
-    return device.type == "cpu" or (device.type == "cuda" and build_info()["cuda"] is not None)
+    """Whether clext was built with kernels for `device`; elsewhere the ops run in plain torch.
+
+    RuntimeError for CUDA with a driver that is too old for them.
+    """
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if build_info()["cuda"] is None:
+        return False
+    _check_driver()
+    return True
+
+
+@cache
+def _check_driver() -> None:
+    """RuntimeError for an NVIDIA driver without 32 KB of kernel parameters (before 530)."""
+    version: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if version < _OLDEST_DRIVER:
+        raise RuntimeError(
+            f"clext's CUDA kernels need an NVIDIA driver for CUDA 12.1 or newer (530), got one for "
+            f"CUDA {version // 1000}.{version % 1000 // 10}; update it, or build clext with "
+            "CLEXT_CUDA=0"
+        )
 
 
 def make_plan(

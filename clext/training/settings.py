@@ -56,6 +56,7 @@ class Settings:
     transform: str | Callable[..., Any] | None = None
     batch_transform: Callable[..., Any] | None = None
     precision: str = "fp32"
+    graphs: bool = True
     evaluate_every: int | None = None
     seed: int = 0
     dataset: str = "auto"
@@ -95,6 +96,7 @@ class Settings:
         if self.iterations is not None:
             checked["epochs"] = 1  # of so many steps
         flag(_OWNER, "keep_optimizer", self.keep_optimizer)
+        flag(_OWNER, "graphs", self.graphs)
         self._check_loss()
         self._check_transforms()
         self._check_optimizer()

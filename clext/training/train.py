@@ -92,6 +92,10 @@ def train(
             of kornia.augmentation.
         precision: "fp32", or "bf16": forward and backward in bfloat16 (`torch.autocast`), with
             parameters, optimizer and method state in float32 as before.
+        graphs: on CUDA, record a step of each task as a CUDA graph where method, optimizer and
+            model allow it, and replay it. Whatever Python does in the model is then what it was at
+            the recording: branches, counts, draws of `random` or of a generator on the CPU (dropout
+            and other draws on the device are drawn anew). False: launch each step.
         evaluate_every: also take the accuracy on all tasks seen every so many steps, for
             `Result.worst_accuracy`; by default only after each epoch.
         strength: weight of the method's penalty; by default the method's own.

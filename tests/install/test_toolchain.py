@@ -89,6 +89,7 @@ def test_torchs_own_guess_comes_last(tmp_path: Path):
 
 
 TOOLKIT = CudaToolkit(Path("cuda"), "13.0", ("7.5", "8.0", "8.6", "9.0"))
+OLD_TOOLKIT = CudaToolkit(Path("old"), "12.0", ("7.0", "7.5", "8.0"))
 
 
 def test_cuda_is_chosen_by_torch_and_toolkit_not_by_a_visible_gpu():
@@ -102,6 +103,7 @@ def test_cuda_is_chosen_by_torch_and_toolkit_not_by_a_visible_gpu():
         (None, TOOLKIT, "torch 2.15.0 was built without CUDA"),
         ("13.2", None, "no CUDA toolkit with nvcc and libcudart was found"),
         ("12.8", TOOLKIT, "is version 13.0, but torch 2.15.0 needs 12.x"),
+        ("12.8", OLD_TOOLKIT, "is version 12.0, and clext's kernels need 12.1 or newer"),
     ],
 )
 def test_cuda_that_cannot_be_built_is_left_out_or_refused(torch_cuda, toolkit, problem):
@@ -111,6 +113,19 @@ def test_cuda_that_cannot_be_built_is_left_out_or_refused(torch_cuda, toolkit, p
     with pytest.raises(BuildError, match=r"^CLEXT_CUDA=1 cannot be met: .*; .*CLEXT_CUDA=0.$") as e:
         toolchain.choose_cuda("1", "2.15.0", torch_cuda, toolkit)
     assert problem in str(e.value)
+
+
+def test_a_torch_for_rocm_is_told_from_one_without_gpus():
+    with_cuda, why = toolchain.choose_cuda("auto", "2.15.0", None, None, "6.4")
+    assert not with_cuda
+    assert why.startswith("torch 2.15.0 is for ROCm, for which clext has no kernels; ")
+
+
+def test_windows_is_refused_in_one_sentence():
+    with pytest.raises(BuildError, match=r"^clext builds on Linux and macOS, .* install it in WSL"):
+        toolchain.check_platform("win32")
+    for name in ("linux", "darwin"):
+        toolchain.check_platform(name)
 
 
 def test_a_switch_has_three_values():
@@ -128,6 +143,9 @@ def test_a_switch_has_three_values():
         ("", [], ("10.0", "12.0"), "12.0+PTX"),  # a toolkit that knows none of the defaults
         ("", [(9, 0), (8, 0), (9, 0)], ("8.0", "9.0"), "8.0;9.0+PTX"),
         ("", [(12, 0)], ("8.0", "9.0"), "9.0+PTX"),  # newer than the toolkit: PTX serves it
+        ("", [(7, 0), (8, 0)], ("7.0", "7.5", "8.0"), "8.0+PTX"),  # Volta has no kernels here
+        ("", [(7, 5), (9, 0)], ("8.0", "9.0"), "9.0+PTX"),  # nor what the toolkit has dropped
+        ("", [(6, 1)], ("7.5", "8.0"), "7.5;8.0+PTX"),
         ("8.9", [(9, 0)], ("8.0", "9.0"), "8.9"),
         ("native", [(8, 6)], ("8.0", "8.6", "9.0"), "8.6+PTX"),
     ],

@@ -11,6 +11,7 @@ import torch
 from op_samples import Entry, assert_same_bits, tensors_of
 from plan_problem import Problem, Twin, run_step
 
+from clext.ops import plan
 from clext.ops._extension import C
 from clext.ops.plan import ReferencePlan, has_kernels, make_plan
 
@@ -339,3 +340,18 @@ def test_nothing_is_recorded_for_autograd(mode, implementation, device):
     assert not any(theta.grad.requires_grad for theta in problem.params)
     assert not any(tensor.requires_grad for tensor in tensors_of(problem.state).values())
     assert_same_bits(problem.snapshot(), expected.snapshot())
+
+
+@pytest.mark.parametrize(("version", "is_enough"), [(12000, False), (12010, True), (13000, True)])
+def test_a_driver_without_large_kernel_parameters_is_named(version, is_enough, monkeypatch):
+    monkeypatch.setattr(plan, "build_info", lambda: {"cuda": "12.8"})
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: version, raising=False)
+    plan._check_driver.cache_clear()
+    try:
+        if is_enough:
+            assert has_kernels(torch.device("cuda"))
+        else:
+            with pytest.raises(RuntimeError, match=r"CUDA 12.1 or newer \(530\), .* CUDA 12.0;"):
+                has_kernels(torch.device("cuda"))
+    finally:
+        plan._check_driver.cache_clear()

@@ -1,6 +1,8 @@
 """The steps of a task: recorded ones take the same way as launched ones."""
 
 import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,15 @@ from torch import nn
 
 import clext
 from clext.data.datasets import Split
-from clext.training.graphs import WARM_UP_STEPS, GraphedSteps
+from clext.training import graphs
+from clext.training import task as tasks
+from clext.training.graphs import (
+    WARM_UP_STEPS,
+    GraphedSteps,
+    capture_graph,
+    graphed_or_not,
+    waits_for,
+)
 from clext.training.optimizers import TaskOptimizer
 from clext.training.settings import Settings
 from clext.training.steps import Function, TaskSteps
@@ -111,6 +121,95 @@ class TestRecordedSteps:
         expected, *_ = train_two_tasks(TaskSteps, "si", "cpu")
         assert same(weights(model), weights(expected))
 
+    @pytest.mark.parametrize("waiting", [1, WARM_UP_STEPS])
+    def test_a_model_that_waits_for_the_device_is_launched(self, waiting):
+        """It is seen in a step that is taken all the same; in the first ones much is made."""
+        recorder, watched = Recorder(), []
+
+        @contextmanager
+        def watch():
+            watched.append(1)
+            waits = []
+            yield waits
+            if len(watched) % WARM_UP_STEPS == waiting % WARM_UP_STEPS:
+                waits.append("model.py:7 waits for the device")
+
+        def train():
+            return train_two_tasks(GraphedSteps, "si", "cpu", capture=recorder, watch=watch)
+
+        if waiting == WARM_UP_STEPS:
+            reason = r"recorded as a CUDA graph \(model.py:7 waits for the device, as item"
+            with pytest.warns(UserWarning, match=reason):
+                model, *_ = train()
+        else:
+            model, *_ = train()
+        assert recorder.recorded == (0 if waiting == WARM_UP_STEPS else 2)
+        assert len(watched) == 2 * WARM_UP_STEPS
+        expected, *_ = train_two_tasks(TaskSteps, "si", "cpu")
+        assert same(weights(model), weights(expected))
+
+    def test_what_waits_for_a_device_is_told_from_other_warnings(self, monkeypatch):
+        modes = []
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+        def watched() -> list[str]:
+            with waits_for(torch.device("cuda")) as waits:
+                warnings.warn("called a synchronizing CUDA operation (set by ...)", stacklevel=1)
+                warnings.warn("another", stacklevel=1)
+            return waits
+
+        with pytest.warns(UserWarning, match="^another$") as caught:
+            waits = watched()
+        assert len(waits) == 1
+        assert waits[0].startswith("test_steps.py:")
+        assert len(caught) == 1
+        assert modes == ["warn", 0]
+
+    def test_without_kernels_for_the_device_nothing_is_recorded(self, monkeypatch):
+        """Not tried either, for the model to be blamed."""
+        method = clext.SI(small())
+        optimizer = optimizer_of(method)
+        examples = (SimpleNamespace(device=torch.device("cuda")),)
+        for found, kind in ((True, GraphedSteps), (False, TaskSteps)):
+            monkeypatch.setattr(graphs, "has_kernels", lambda _device, found=found: found)
+            assert graphed_or_not(method, optimizer, examples) is kind
+
+    @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+    def test_a_model_that_reads_its_results_trains_on_after_it(self, device):
+        """Dropout and memory work after a capture that could not be."""
+
+        class Reading(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.Sequential(nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+
+            def forward(self, x):
+                y = self.layers(x)
+                return y * (1.0 if y.sum().item() > -1e9 else 2.0)
+
+        model = Reading().to(device)
+        method = clext.SI(model)
+        steps = GraphedSteps(method, optimizer_of(method), make_split(device), BATCH, "fp32")
+        with pytest.warns(UserWarning, match="waits for the device"):
+            steps.train_on(torch.arange(EXAMPLES, device=device), lambda: None)
+        torch.cuda.empty_cache()
+        assert model(torch.rand(3, 64, device=device)).isfinite().all()
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+    @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+    def test_a_capture_that_fails_leaves_stream_and_draws_as_they_were(self, device):
+        before = torch.cuda.get_rng_state()
+
+        def fails() -> None:
+            torch.rand(3, device=device).sum().item()
+
+        with pytest.raises(RuntimeError):
+            capture_graph(fails, torch.device(device))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        assert torch.rand(3, device=device).isfinite().all()
+
 
 class TestPrecision:
     def test_bf16_computes_in_bfloat16_and_keeps_float32_state(self, device):
@@ -144,3 +243,22 @@ class TestPrecision:
         assert done.config["precision"] == "fp32"
         with pytest.raises(ValueError, match="'precision' of train.*'bf17'.*'bf16'"):
             clext.train("si", precision="bf17", **QUICK)
+
+
+class TestOption:
+    @pytest.mark.parametrize("given", [{}, {"graphs": False}], ids=str)
+    def test_graphs_says_whether_a_step_may_be_recorded(self, given, monkeypatch):
+        asked = []
+
+        def graphed_or_not(*args: object) -> type[TaskSteps]:
+            asked.append(args)
+            return TaskSteps
+
+        monkeypatch.setattr(tasks, "graphed_or_not", graphed_or_not)
+        result = clext.train("si", model=small(), **{**QUICK, **given})
+        assert len(asked) == (0 if given else QUICK["tasks"])
+        assert result.config["graphs"] is not bool(given)
+
+    def test_it_is_a_flag(self):
+        with pytest.raises(ValueError, match="graphs must be True or False"):
+            clext.train("si", model=small(), **{**QUICK, "graphs": "never"})
