@@ -25,15 +25,20 @@ if TYPE_CHECKING:
     from clext.data.idx import DataError as DataError
     from clext.data.scenario import Scenario as Scenario
     from clext.methods import AGEM as AGEM
+    from clext.methods import DER as DER
     from clext.methods import DGR as DGR
+    from clext.methods import ERACE as ERACE
     from clext.methods import EWC as EWC
     from clext.methods import GEM as GEM
+    from clext.methods import KFAC as KFAC
+    from clext.methods import L2 as L2
     from clext.methods import MAS as MAS
     from clext.methods import METHODS as METHODS
     from clext.methods import SCP as SCP
     from clext.methods import SI as SI
     from clext.methods import Baseline as Baseline
     from clext.methods import Combined as Combined
+    from clext.methods import DERpp as DERpp
     from clext.methods import ICaRL as ICaRL
     from clext.methods import Joint as Joint
     from clext.methods import LwF as LwF
@@ -54,8 +59,8 @@ if TYPE_CHECKING:
 # Imported when they are first used, so that the command line starts without torch.
 _PACKAGES = ("course", "data", "importance", "methods", "ops", "optim", "reference")
 _NAMES = {
-    "methods": "AGEM DGR EWC GEM MAS METHODS SCP SI Baseline Combined ICaRL Joint LwF Method "
-    "Replay RWalk",
+    "methods": "AGEM DER DGR ERACE EWC GEM KFAC L2 MAS METHODS SCP SI Baseline Combined DERpp "
+    "ICaRL Joint LwF Method Replay RWalk",
     "core.supervision": "Supervision",
     "data.idx": "DataError",
     "data.scenario": "Scenario",

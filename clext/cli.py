@@ -71,6 +71,7 @@ _SETTINGS = {
     "label_smoothing": "Of the cross entropy.",
     "transform": f"Random, of each example in training: {' | '.join(TRANSFORMS)}",
     "precision": " | ".join(PRECISIONS),
+    "graphs": "On CUDA record a step as a CUDA graph, and replay it.",
     "evaluate_every": "Also take accuracies within tasks.",
     "seed": "Seed of everything random.",
     "device": "cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
@@ -87,10 +88,10 @@ def _takes_settings(command: Command, *, without: str = "") -> Command:
             continue
         default = getattr(Settings, name)
         command = click.option(
-            _option(name),
+            f"{_option(name)}/--no-{name}" if default is True else _option(name),
             default=default,
             show_default=default is not None,
-            is_flag=default is False,
+            is_flag=isinstance(default, bool),
             type={"evaluate_every": int, "iterations": int, "max_grad_norm": float}.get(name),
             metavar={"data_dir": "FOLDER", "evaluate_every": "STEPS"}.get(name),
             help=text,

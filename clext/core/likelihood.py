@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CATEGORICAL = "categorical"
+GAUSSIAN = "gaussian"
 IGNORED = -100  # the label of a position that does not count, as in torch's cross_entropy
 
 _REMEDY = (
@@ -188,7 +189,7 @@ class _Bernoulli(_OfNumbers):
 class _Gaussian(_OfNumbers):
     """Labels are outputs [N, ...] and noise of variance 1; the loss is torch's mean square."""
 
-    name: ClassVar[str] = "gaussian"
+    name: ClassVar[str] = GAUSSIAN
 
     def _each(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(outputs, labels.to(outputs), reduction="none")

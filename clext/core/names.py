@@ -35,6 +35,7 @@ MODELS = ("mlp", "cnn", "resnet18", "vit_tiny")
 # The options of each method, as its class has them (a test compares).
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "baseline": (),
+    "l2": ("strength", "state_dtype"),
     "ewc": (
         "strength",
         "fisher",
@@ -45,12 +46,16 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
         "seed",
         "state_dtype",
     ),
+    "kfac": ("strength", "fisher", "samples", "seed"),
     "mas": ("strength", "gamma", "estimator", "samples", "state_dtype"),
     "si": ("strength", "xi", "clamp", "state_dtype"),
     "rwalk": ("strength", "alpha", "interval", "eps", "mix", "variant", "state_dtype"),
     "scp": ("strength", "slices", "samples", "seed", "state_dtype"),
     "lwf": ("strength", "balance", "temperature", "scale"),
     "replay": ("strength", "budget", "policy", "batch", "balance", "seed"),
+    "der": ("strength", "beta", "budget", "batch", "seed"),
+    "derpp": ("strength", "beta", "budget", "batch", "seed"),
+    "er-ace": ("strength", "budget", "batch", "seed"),
     "icarl": ("budget", "features", "norm", "temperature"),
     "dgr": (
         *("strength", "balance", "distill", "temperature", "scale"),

@@ -9,6 +9,7 @@ SlowImportanceWarning names them.
 
 from clext.importance.fallback import SlowImportanceWarning
 from clext.importance.fisher import FISHER_KINDS, fisher_information
+from clext.importance.kronecker import KRONECKER_KINDS, LayerFactors, kronecker_factors
 from clext.importance.mas import MAS_ESTIMATORS, output_sensitivity
 from clext.importance.rule import LayerRule
 from clext.importance.rules import register_rule
@@ -17,10 +18,13 @@ from clext.importance.second_moment import second_moment
 
 __all__ = [
     "FISHER_KINDS",
+    "KRONECKER_KINDS",
     "MAS_ESTIMATORS",
+    "LayerFactors",
     "LayerRule",
     "SlowImportanceWarning",
     "fisher_information",
+    "kronecker_factors",
     "output_sensitivity",
     "register_rule",
     "second_moment",

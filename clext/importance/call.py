@@ -99,6 +99,14 @@ class Call:
         for some, gradients in zip(inputs.split(size), g.split(size), strict=True):
             yield self.rule.features(some), gradients
 
+    def input_columns(self) -> Iterator[Tensor]:
+        """Of all rows what the rule multiplies with, see `LayerRule.multiplies`."""
+        return self.rule.input_columns(self._input_rows().flatten(0, 1))
+
+    def output_columns(self, g: Tensor) -> Tensor:
+        """Of all rows the gradient by what the rule multiplies with."""
+        return self.rule.output_columns(self.rows(g).flatten(0, 1))
+
     def use(self, name: str, rows: Tensor) -> Use:
         """The parameter `name` in this call, for the output gradient `rows`."""
         return self.rule, name, self.features(), rows

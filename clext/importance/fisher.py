@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clext.core.checks import choice, integer
 from clext.core.inputs import rows
-from clext.core.likelihood import IGNORED
+from clext.core.likelihood import GAUSSIAN, IGNORED
 from clext.core.seeding import generator
 from clext.core.supervision import Supervision
 from clext.importance.batch_mean import BatchMeanSum
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from clext.core.batches import Batches
     from clext.core.inputs import Inputs
+    from clext.core.processes import Processes
+    from clext.importance.kronecker import KroneckerSum
     from clext.importance.passes import Forward
 
-FISHER_KINDS = ("empirical", "exact", "sample", "batch")
+FISHER_KINDS = ("empirical", "exact", "sample", "reversed", "batch")
 
 
 def fisher_information(
@@ -53,7 +55,9 @@ def fisher_information(
             "batch").
         kind: where y comes from. "empirical": the label of the data. "exact": the expectation over
             the model's own p, at the price of one backward pass per output. "sample": one draw from
-            p. "batch": the label, but the square of each batch's mean gradient; cheap on any
+            p. "reversed": the label of the data, by the softmax of the negated outputs, which does
+            not vanish where the model is sure (EWC-DR: Liu and Chang 2026, arXiv:2603.18596).
+            "batch": the label, but the square of each batch's mean gradient; cheap on any
             model and common, though its size then falls with the batch size.
         seed: of the draws for "sample".
         supervision: what of a batch goes into the model, and how labels follow from its outputs;
@@ -74,37 +78,60 @@ def fisher_information(
     check_kind("fisher_information", kind, supervision)
     owner = f"Fisher information ({kind})"
     params = parameter_list(owner, model, params)
-    processes = supervision.processes
+    processes = supervision.processes  # which the model does not show inside
     with evaluation(model, params, seed) as held:
         kind_of_sum = BatchMeanSum if kind == "batch" else PerSampleSum
-        forward: Forward = supervision
-        if supervision.gives_losses:
-            forward = supervision.own_losses if kind != "batch" else supervision.mean_losses
+        forward = forward_of(supervision, kind)
         sums = kind_of_sum(owner, model, held, forward, absolute=False)
-        draws = generator(seed, processes.rank)
-        count, any_counts = 0, False
         data = supervision.read(
             owner, batches, held[0].device, samples=samples, processes=processes
         )
-        with processes.together():
-            for x, y in data:
-                sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
-                count += rows(x)
-                any_counts = any_counts or y is None or bool((y != IGNORED).any())
-        counts = processes.gathered((count, any_counts))
-        if not any(any_counts for _, any_counts in counts):
-            raise ValueError(f"{owner}: all labels of the data are {IGNORED}, so that none counts")
+        count = add_data(sums, owner, kind, supervision, data, seed, processes)
         processes.sum_(sums.sums)
-        count = sum(count for count, _ in counts)
         return averaged(owner, sums.sums, count if reduction == "mean" else 1, params)
 
 
+def forward_of(supervision: Supervision, kind: str) -> Forward:
+    """From a batch to what is differentiated: the outputs, or losses of the user's own."""
+    if not supervision.gives_losses:
+        return supervision
+    return supervision.own_losses if kind != "batch" else supervision.mean_losses
+
+
+def add_data(
+    sums: PerSampleSum | BatchMeanSum | KroneckerSum,
+    owner: str,
+    kind: str,
+    supervision: Supervision,
+    data: Iterable[tuple[Inputs, Tensor | None]],
+    seed: int,
+    processes: Processes,
+) -> int:
+    """Add every batch to the sums of this process; returns how many samples all of them have."""
+    draws = generator(seed, processes.rank)
+    count, any_counts = 0, False
+    with processes.together():
+        for x, y in data:
+            sums.add(x, _score_functions(owner, kind, supervision, x, y, draws))
+            count += rows(x)
+            any_counts = any_counts or y is None or bool((y != IGNORED).any())
+    counts = processes.gathered((count, any_counts))
+    if not any(any_counts for _, any_counts in counts):
+        raise ValueError(f"{owner}: all labels of the data are {IGNORED}, so that none counts")
+    return sum(count for count, _ in counts)
+
+
 def check_kind(owner: str, kind: str, supervision: Supervision) -> None:
-    """ValueError where labels are to be drawn from p, and only losses are known."""
-    if supervision.gives_losses and kind in ("exact", "sample"):
+    """ValueError where a kind needs outputs with a likelihood, and there are none such."""
+    if kind == "reversed" and supervision.options["likelihood"] == GAUSSIAN:
         raise ValueError(
-            f'{owner}: fisher="{kind}" takes labels from the likelihood of the outputs, and loss= '
-            'gives losses alone; take "empirical" or "batch", or forward= and likelihood='
+            f'{owner}: fisher="reversed" negates logits, and likelihood="{GAUSSIAN}" has none; '
+            'take fisher="exact"'
+        )
+    if supervision.gives_losses and kind in ("exact", "sample", "reversed"):
+        raise ValueError(
+            f'{owner}: fisher="{kind}" takes the likelihood of the outputs, and loss= '
+            'gives losses alone; take "empirical", or forward= and likelihood='
         )
 
 
@@ -129,6 +156,8 @@ def _score_functions(
             yield from map(supervision.as_outputs, likelihood.weighted_scores(by_class, labels))
         elif kind == "sample":
             yield supervision.as_outputs(likelihood.drawn_score(by_class, labels, draws))
+        elif kind == "reversed":
+            yield supervision.as_outputs(-likelihood.score(-by_class, labels))
         else:
             yield supervision.as_outputs(likelihood.score(by_class, labels))
 

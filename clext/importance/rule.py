@@ -16,7 +16,7 @@ from torch import Tensor
 from clext import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     # Of each entry of a gradient: itself, its square or its absolute value.
     Function = Callable[[Tensor], Tensor]
@@ -122,6 +122,18 @@ class LayerRule:
 
     def add_rows_(self, rows: Tensor, name: str, features: Tensor, g: Tensor) -> None:
         """Add the gradient for g[k] to rows[k]: features [n, ...], g [K, n, ...], all samples."""
+        raise NotImplementedError
+
+    # Whether a row's gradient is output times input, for which `input_columns` and `output_columns`
+    # are there.
+    multiplies = False
+
+    def input_columns(self, rows: Tensor) -> Iterator[Tensor]:
+        """What is multiplied with the weight, [in, ...], some at a time, of inputs [rows, ...]."""
+        raise NotImplementedError
+
+    def output_columns(self, g: Tensor) -> Tensor:
+        """The gradients by its products, [out, ...], of an output gradient [rows, ...]."""
         raise NotImplementedError
 
 

@@ -18,6 +18,7 @@ from clext.core.parameters import canonical_names
 from clext.core.sharding import is_sharded
 from clext.methods import Method
 from clext.methods.combined import delegated
+from clext.methods.kfac import KFAC
 from clext.methods.parts.options import scale_of
 from clext.methods.parts.state import ALL_FROZEN
 from clext.methods.parts.step import Step
@@ -78,6 +79,11 @@ class MergedPenalty(Method):
             raise ValueError(
                 f"MergedPenalty: base is a {type(base).__name__}, expected a method with a "
                 "quadratic penalty, such as clext.EWC(model)"
+            )
+        if isinstance(base, KFAC):
+            raise ValueError(
+                "MergedPenalty: kfac has factors of a layer's weights, and what LoRA changes is "
+                "pulled by an importance of each; take clext.EWC(model)"
             )
         if any(map(is_sharded, base.model.parameters())):
             raise ValueError(
@@ -199,7 +205,7 @@ class MergedWeights:
     is_sharded = False  # `MergedPenalty` refuses such
 
     def __init__(self, base: QuadraticPenalty) -> None:
-        self.model, self.plan = base.model, self
+        self.model = base.model
         state = base._state
         both = zip(state.lists["anchor"], state.lists["importance"], strict=True)
         known = dict(zip(map(id, state.params), both, strict=True))
@@ -230,7 +236,7 @@ class MergedWeights:
             )
         return value
 
-    def add_quadratic_penalty_grad_(self, strength: float) -> Tensor:
+    def add_penalty_grad_(self, strength: float) -> Tensor:
         """Add the gradient of strength * penalty to every `.grad`; returns the value (0-dim)."""
         for entry in self.params:
             if entry.grad is None:

@@ -10,11 +10,15 @@ from clext.methods.agem import AGEM
 from clext.methods.base import Method
 from clext.methods.baseline import Baseline
 from clext.methods.combined import Combined
+from clext.methods.der import DER, DERpp
 from clext.methods.dgr import DGR
+from clext.methods.er_ace import ERACE
 from clext.methods.ewc import EWC
 from clext.methods.gem import GEM
 from clext.methods.icarl import ICaRL
 from clext.methods.joint import Joint
+from clext.methods.kfac import KFAC
+from clext.methods.l2 import L2
 from clext.methods.lwf import LwF
 from clext.methods.mas import MAS
 from clext.methods.parts.options import option_names
@@ -30,15 +34,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGEM",
+    "DER",
     "DGR",
+    "ERACE",
     "EWC",
     "GEM",
+    "KFAC",
+    "L2",
     "MAS",
     "METHODS",
     "SCP",
     "SI",
     "Baseline",
     "Combined",
+    "DERpp",
     "ICaRL",
     "Joint",
     "LwF",
@@ -49,7 +58,10 @@ __all__ = [
     "part_names",
 ]
 
-_KINDS = (Baseline, EWC, MAS, SI, RWalk, SCP, LwF, Replay, ICaRL, DGR, GEM, AGEM, Joint)
+_KINDS = (
+    *(Baseline, L2, EWC, KFAC, MAS, SI, RWalk, SCP),
+    *(LwF, Replay, DER, DERpp, ERACE, ICaRL, DGR, GEM, AGEM, Joint),
+)
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in _KINDS}
 
 

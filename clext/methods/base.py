@@ -65,7 +65,7 @@ class Method:
     has_strength: ClassVar[bool] = False  # there is something to weigh
     has_penalty: ClassVar[bool] = False  # add_penalty_grad_ keeps the past
     has_own_loss: ClassVar[bool] = False  # loss keeps the past
-    needs_first_task: ClassVar[bool] = False  # so do the steps of the first task
+    needs_first_task: bool = False  # so do the steps of the first task
     needs_classes: ClassVar[bool] = False  # logits [N, outputs], and one class for each example
     needs_examples: ClassVar[bool] = False  # begin_task with all of the task's
     needs_whole: ClassVar[bool] = False  # parameters: it copies the model, or keeps gradients

@@ -82,7 +82,7 @@ class DGR(Rehearsal):
     needs_classes: ClassVar[bool] = True
     needs_whole: ClassVar[bool] = True
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"balance": ("tasks", "sum"), "scale": SCALES}
-    needs_first_task: ClassVar[bool] = True  # the generator learns in it
+    needs_first_task: bool = True  # the generator learns in it
     capturable: bool = False  # it draws, and the generator takes a step of its own
 
     def __init__(

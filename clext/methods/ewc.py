@@ -34,11 +34,14 @@ class EWC(QuadraticPenalty):
     Args:
         model: see `Method`.
         strength: weight of the penalty.
-        fisher: how the Fisher information is taken: "empirical", "exact", "sample" or "batch"; see
-            `clext.importance.fisher_information`. Or from Adam's second moment, without a pass over
-            data: "optimizer", which `consolidate(optimizer)` is given in their place; see
-            `clext.importance.second_moment`, also for its size, by which strength is to be larger,
-            and for the pull of earlier tasks, which is in it unless the optimizer is proximal.
+        fisher: how the Fisher information is taken: "empirical", "exact", "sample", "reversed" or
+            "batch"; see `clext.importance.fisher_information`. Or from Adam's second moment,
+            without a pass over data: "optimizer", which `consolidate(optimizer)` is given in their
+            place; see `clext.importance.second_moment`, also for its size, by which strength is to
+            be larger, and for the pull of earlier tasks, which is in it unless the optimizer is
+            proximal. "reversed" is several times larger (six to fifteen on digits), and strength to
+            be smaller by that.
+            With Kronecker factors in the diagonal's place EWC is `clext.KFAC`.
         gamma: what is left of the old importance after each task, in [0, 1].
         anchors: where it pulls to: the values after the "latest" task, or those after "all".
         weighting: of the tasks: F_k is the "mean" of the squared gradients over the N_k samples

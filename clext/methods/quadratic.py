@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -57,6 +58,7 @@ class QuadraticPenalty(Method):
     has_strength: ClassVar[bool] = True
     has_penalty: ClassVar[bool] = True
     state_names: tuple[str, ...] = ("anchor", "importance")
+    state_kind: ClassVar[type[ParameterState]] = ParameterState
     fused: tuple[str, ...] | None = ("anchor", "importance")
 
     def __init__(
@@ -69,7 +71,7 @@ class QuadraticPenalty(Method):
     ) -> None:
         super().__init__(model, strength=strength, **supervision)
         self.state_dtype = checked_state_dtype(self.name, state_dtype)
-        self._state = ParameterState(self._parameters_now(), self.state_names, self.state_dtype)
+        self._state = self.state_kind(self._parameters_now(), self.state_names, self.state_dtype)
         self._step = Step("path" in self.state_names)
 
     @property
@@ -118,7 +120,7 @@ class QuadraticPenalty(Method):
         RuntimeError: these gradients hold the pull already, by this or by `penalty` in the loss.
         """
         scale = 1.0 if scaler is None else scale_of(scaler)
-        value = self._on_state(lambda state: self._step.pull(state, self.strength, scale))
+        value = self._on_state(partial(self._step.pull, strength=self.strength, scale=scale))
         self.steps += not self._step.follows_path
         return plus(value, self.strength * self.constant) if self.constant else value
 
@@ -157,7 +159,7 @@ class QuadraticPenalty(Method):
             return
         check_wrappers(self.model)
         check_parameters(named, type(self.model).__name__)
-        state = ParameterState(named, self.state_names, self.state_dtype)
+        state = self.state_kind(named, self.state_names, self.state_dtype)
         lost = state.adopt(self._state, self.name)
         self._state = state
         self._step.end()
@@ -170,10 +172,8 @@ class QuadraticPenalty(Method):
             )
 
     def _follow_model(self) -> None:
-        known = dict(zip(map(id, self._state.params), self._state.lists["importance"], strict=True))
         for name, parameter in adapted_parameters(self.model).items():
-            importance = known.get(id(parameter))
-            if importance is not None and bool(self._state.mesh.any(importance.any())):
+            if self._state.protects(parameter):
                 raise ValueError(
                     f"{self.name} protects '{name}', which is frozen now while an adapter changes "
                     "what it does, so the penalty would be 0; use "

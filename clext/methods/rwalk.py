@@ -73,7 +73,7 @@ class RWalk(QuadraticPenalty):
         "interval_start",
     )
     counter_names: tuple[str, ...] = ("tasks", "steps", "interval_steps")
-    needs_first_task: ClassVar[bool] = True
+    needs_first_task: bool = True
     fused: tuple[str, ...] | None = ("anchor", "importance", "path", "fisher")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"variant": ("paper", "released")}
 

@@ -42,7 +42,7 @@ class SI(QuadraticPenalty):
     default_strength: ClassVar[float] = 20.0
     state_names: tuple[str, ...] = ("anchor", "importance", "path")
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"clamp": ("task", "total")}
-    needs_first_task: ClassVar[bool] = True
+    needs_first_task: bool = True
     fused: tuple[str, ...] | None = ("anchor", "importance", "path")
 
     def __init__(

@@ -45,8 +45,8 @@ class FusedOptimizer(Optimizer):
         method: protects what it knows of the parameters, in the same pass; its own
             `add_penalty_grad_` and `update` are then not to be called, nor its `penalty` be in the
             loss: a step refuses gradients that hold the pull already (RuntimeError). A method
-            whose work the pass cannot do (`fused` is None: GEM, A-GEM, an own one) is attached:
-            called around the step.
+            whose work the pass cannot do (`fused` is None: KFAC, GEM, A-GEM, an own one) is
+            attached: called around the step.
         proximal: pull to the anchor after the step, parameter <- (parameter + p * anchor) / (1 + p)
             with p = 2 * lr * strength * importance, rather than through the gradient: stable at
             any strength. Adam's averages do not scale it, so it needs a far larger strength there.

@@ -186,7 +186,8 @@ class Training:
                 result.before[k] = self.evaluator.accuracy(k, k)
         with timer.measure("training"):
             own, examples = begin_task(method, self.scenario, k, settings.iterations)
-            optimizer, recorded = self.optimizer_of_task(), self._transform is None
+            optimizer = self.optimizer_of_task()
+            recorded = settings.graphs and self._transform is None
             steps = steps_of_task(method, optimizer, settings, own, examples, recorded)
             self.begin_schedule(optimizer, steps.per_epoch * settings.epochs)
         self._steps, per_epoch = steps, steps.per_epoch

@@ -122,6 +122,7 @@ class TaskOptimizer:
 
     def launch(self) -> None:
         """What of a step can be recorded; `after_replay` is the rest."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers look
         self._fused.launch()
 
     def after_replay(self) -> None:

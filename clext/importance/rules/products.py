@@ -11,7 +11,7 @@ from torch import Tensor
 from clext.importance.rule import LayerRule, at_once, identity, product_sums
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from clext.importance.rule import Function
 
@@ -64,6 +64,14 @@ class LinearRule(LayerRule):
             rows.add_(g.sum(1))
         else:
             rows.baddbmm_(g.transpose(1, 2), features.expand(len(g), -1, -1))
+
+    multiplies = True
+
+    def input_columns(self, rows: Tensor) -> Iterator[Tensor]:
+        yield rows.T
+
+    def output_columns(self, g: Tensor) -> Tensor:
+        return g.T
 
 
 class ConvRule(LayerRule):
@@ -147,9 +155,26 @@ class ConvRule(LayerRule):
             sums = product_sums(features, by_group, function).transpose(1, 2)
             acc.unflatten(0, sums.shape[:2]).add_(sums.unflatten(2, acc.shape[1:]))
 
+    @property
+    def multiplies(self) -> bool:  # type: ignore[override]
+        """Not with a matrix for each group."""
+        return bool(self.layer.groups == 1)
+
+    def input_columns(self, rows: Tensor) -> Iterator[Tensor]:
+        row = self.layer.weight[0]
+        # At most so many windows as inputs, but for padding.
+        for some in rows.split(at_once(rows, rows[0, 0].numel() * row.numel())):
+            windows = self.features(some.unsqueeze(1))[:, 0].movedim(0, row.dim())
+            yield windows.reshape(row.numel(), -1)
+
+    def output_columns(self, g: Tensor) -> Tensor:
+        return g.transpose(0, 1).flatten(1)
+
 
 class ConvTransposedRule(ConvRule):
     """Weight gradient: as a convolution's, with input and output gradient in each other's place."""
+
+    multiplies = False
 
     def features(self, inputs: Tensor) -> Tensor:
         return inputs

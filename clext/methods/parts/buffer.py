@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clext.core.batches import check_alike
-from clext.core.inputs import concatenated, described, mapped, taken
+from clext.core.inputs import concatenated, described, flatten, mapped, taken
 from clext.core.processes import ALONE, Processes
 from clext.core.seeding import CpuGenerator, generator, restored
 
@@ -40,10 +40,19 @@ class ReplayBuffer:
 
     def __init__(self, budget: int, policy: str, seed: int) -> None:
         self.budget, self.policy, self.seed = budget, policy, seed
-        # Inputs, labels and keys: a row for each example; nothing before the first.
-        self.rows: tuple[Any, ...] = ()
+        self._rows: tuple[Any, ...] = ()
+        self._room: list[Tensor] | None = None  # that rows of a stream are the first part of
         self._seen: Counter[int] = Counter()  # examples, by class or all together
         self._random = generator(seed)
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Inputs, labels and keys, a row for each example; () before the first."""
+        return self._rows
+
+    @rows.setter
+    def rows(self, rows: tuple[Any, ...]) -> None:
+        self._rows, self._room = rows, None
 
     def __len__(self) -> int:
         return len(self.rows[1]) if self.rows else 0
@@ -78,6 +87,40 @@ class ReplayBuffer:
             seen = sum(processes.gathered(seen), Counter())
             rows = self._chosen([own for own in processes.gathered_rows(rows) if own], seen)
         self.rows, self._seen, self._random = rows, seen, random
+
+    def follow(self, inputs: Inputs, labels: Tensor) -> None:
+        """Take in a batch of a stream, like those before: the choice that `add` makes, in place."""
+        keys = torch.randint(_KEYS, (len(labels),), generator=self._random).to(labels.device)
+        self._seen[0] += len(labels)
+        new, room = (inputs, labels, keys), self.budget - len(self)
+        if room > 0:
+            self._append(taken(new, slice(room)))
+            new = taken(new, slice(room, None))
+        if room < len(labels):
+            self._replace(new)
+
+    def _append(self, new: tuple[Any, ...]) -> None:
+        """Into room for twice as many rows, which few are moved to."""
+        count, total = len(self), len(self) + len(new[1])
+        columns, rebuild = flatten(new)
+        if self._room is None or total > len(self._room[0]):
+            size = min(self.budget, 2 * total)
+            self._room = [entry.new_empty(size, *entry.shape[1:]) for entry in columns]
+            for entry, kept in zip(self._room, flatten(self.rows)[0], strict=False):
+                entry[:count] = kept
+        for entry, rows in zip(self._room, columns, strict=True):
+            entry[count:total] = rows
+        self._rows = rebuild([entry[:total] for entry in self._room])
+
+    def _replace(self, new: tuple[Any, ...]) -> None:
+        """Where all places are taken, those of the largest keys are given to rows of smaller."""
+        kept, keys = self.rows[2], new[2]
+        left_out = torch.cat([kept, keys]).topk(len(keys)).indices
+        stays = torch.ones_like(keys, dtype=torch.bool)
+        stays[left_out[left_out >= len(kept)] - len(kept)] = False
+        places, chosen = left_out[left_out < len(kept)], stays.nonzero().flatten()
+        for mine, theirs in zip(flatten(self.rows)[0], flatten(new)[0], strict=True):
+            mine.index_copy_(0, places, theirs[chosen])
 
     def _with(
         self,
@@ -144,6 +187,8 @@ class ReplayBuffer:
             lambda entry: entry.to(device, copy=True), tuple(state[name] for name in names)
         )
         self._seen = Counter(state.get("seen", {}))
+        if len(self) > self.budget:  # of a larger one
+            self.rows = self._chosen([self.rows], self._seen)
         self._random = restored(self.seed, state.get("random"))
 
 

@@ -154,11 +154,7 @@ class Heads(Supervision):
         classes: range | None = None
         device = device_of(self._model)
         for inputs, labels in self.read(owner, batches, device):
-            if not is_plain(inputs):
-                raise ValueError(
-                    f"{owner}: inputs are {described(inputs)}, expected tensors, tuples, lists and "
-                    "mappings, which can be kept in a state dict; make the loader give such"
-                )
+            check_plain(owner, inputs)
             for entry in flatten(inputs)[0]:
                 if entry.is_floating_point() and not bool(entry.isfinite().all()):
                     raise ValueError(
@@ -173,7 +169,7 @@ class Heads(Supervision):
         """The global labels of local ones; zeros where a loss of the user's own knows them."""
         if labels is None:
             return torch.zeros(rows(inputs), dtype=torch.int64, device=device_of(self._model))
-        return labels + self.start if self.has_classes(labels) else labels
+        return labels.long() + self.start if self.has_classes(labels) else labels
 
     def has_classes(self, labels: Tensor) -> bool:
         """Whether they say a class of each whole example."""
@@ -200,7 +196,15 @@ class Heads(Supervision):
             labels = labels - self.start if self.start else labels
             each = reduction == "none"
             return self.losses(inputs, labels) if each else self.loss(inputs, labels)
-        logits = self.logits(inputs)
+        return self._apart_loss(self.logits(inputs), labels, reduction)
+
+    def known_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`loss_over_tasks` of classes, where the logits for all outputs are known: 0-dim."""
+        if self.apart:
+            return self._apart_loss(logits, labels, "mean")
+        return self.loss(logits, labels - self.start, self.narrow(logits))
+
+    def _apart_loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
         if self._criterion is not None:
             losses = self._of_each_task(logits, labels)
             return losses if reduction == "none" else losses.mean()
@@ -253,6 +257,15 @@ def _as_logits(outputs: Tensor) -> Tensor:
             f"logits [{len(outputs)}, outputs], which heads and teachers are made for"
         )
     return outputs
+
+
+def check_plain(owner: str, inputs: Inputs) -> None:
+    """ValueError for inputs that a state dict cannot keep."""
+    if not is_plain(inputs):
+        raise ValueError(
+            f"{owner}: inputs are {described(inputs)}, expected tensors, tuples, lists and "
+            "mappings, which can be kept in a state dict; make the loader give such"
+        )
 
 
 def check_range(name: str, given: object) -> None:

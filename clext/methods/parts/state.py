@@ -139,6 +139,15 @@ class ParameterState:
         chosen = [list(compress(entries, moving)) for entries in lists]
         return self._sharded_penalty(*chosen) if self.is_sharded else ops.quadratic_penalty(*chosen)
 
+    def add_penalty_grad_(self, strength: float) -> Tensor:
+        """Add the gradient of strength * penalty to every `.grad`; returns the value (0-dim)."""
+        return self.plan.add_quadratic_penalty_grad_(strength)
+
+    def protects(self, parameter: Tensor) -> bool:
+        """Whether it is known, and some of it important."""
+        found = [k for k, entry in enumerate(self.params) if entry is parameter]
+        return bool(found) and bool(self.mesh.any(self.lists["importance"][found[0]].any()))
+
     def _sharded_penalty(
         self, params: list[Tensor], anchors: list[Tensor], importances: list[Tensor]
     ) -> Tensor:

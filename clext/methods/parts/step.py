@@ -79,7 +79,7 @@ class Step:
         first = None
         if self.follows_path and self.kept_by == "pull" and state.has_moved():
             first = {key: [entry.clone() for entry in kept] for key, kept in state.scratch.items()}
-        value = state.plan.add_quadratic_penalty_grad_(strength * scale)
+        value = state.add_penalty_grad_(strength * scale)
         if first is not None:
             for key, entries in first.items():
                 torch._foreach_copy_(state.scratch[key], entries)
