@@ -39,6 +39,18 @@ training/steps.py
     return loss + self.optimizer.penalty => return loss
 methods/agem.py
     -product / square => product / square
+methods/der.py
+    self.strength * F.mse_loss => F.mse_loss
+    self.beta * self.heads => self.heads
+methods/er_ace.py
+    if self.tasks > 0: => if True:
+methods/l2.py
+    (ones, 0.0) => (ones, 1.0)
+methods/rehearsal.py
+    or not torch.is_grad_enabled(): => :
+methods/parts/factored_state.py
+    2 * strength * part => strength * part
+    F.pad(factors, (0, new, 0, new)) => F.pad(factors, (new, 0, new, 0))
 methods/gem.py
     margin + largest * scale => largest * scale
 [bases] methods data training
@@ -72,6 +84,11 @@ core/likelihood.py
     (known != IGNORED) => (known != 0)
 core/supervision.py
     labels[:, 1:], (0, 1) => labels[:, :-1], (1, 0)
+importance/fisher.py
+    -likelihood.score(-by_class => -likelihood.score(by_class
+importance/kronecker.py
+    pair.outputs.div_(max(1, rows_of_layer)) => pair.outputs.div_(count)
+    holders[i] == 1 => True
 importance/mas.py
     [2 * outputs] => [outputs]
 importance/scp.py

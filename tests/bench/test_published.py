@@ -18,7 +18,10 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 if not BENCH.is_dir():
     pytest.skip("bench/ is absent", allow_module_level=True)
 
-NAMES = ["zenke2017", "vandeven2018", "vandeven2018-split", "agem2019"]
+NAMES = [
+    *("zenke2017", "vandeven2018", "vandeven2018-split", "agem2019", "der2020"),
+    *("kfac", "kfac-50", "vandeven2025"),
+]
 
 
 @pytest.fixture
@@ -45,9 +48,8 @@ def test_every_row_trains_and_goes_on_from_its_checkpoint(bench, data, name, tmp
     published, reproduce = bench("published.tables"), bench("published.reproduce")
     iterations = bench("published.protocols").iterations
     whole = published.PROTOCOLS[name]
-    protocol = replace(
-        whole, tasks=5 if name.endswith("split") else 2, hidden=(6,), order=iterations(12, 5)
-    )
+    tasks = 5 if whole.scenario == "split" else 2
+    protocol = replace(whole, tasks=tasks, hidden=(6,), order=iterations(12, 5))
     small = replace(data, train=Split(data.train.inputs[-60:], data.train.labels[-60:]))
     used = data if name == "agem2019" else small
     for row in whole.rows:
@@ -74,6 +76,19 @@ def test_what_a_method_draws_comes_from_the_seed_of_the_run(bench, data, name):
             )
             given = Seeds.derive(seed).method
             assert getattr(made.method, "seed", given) == given, row.name
+
+
+def test_joint_training_in_one_pass_learns_in_the_last_task_alone(bench, data):
+    published, reproduce = bench("published.tables"), bench("published.reproduce")
+    protocol = replace(published.DARK, tasks=2, hidden=(6,))
+    row = protocol.rows[0]
+    training = reproduce.Training(protocol, row, data, 0, torch.device("cpu"))
+    before = [entry.detach().clone() for entry in training.method.model.parameters()]
+    training.learn_task()
+    assert all(map(torch.equal, before, training.method.model.parameters()))
+    training.learn_task()
+    assert not any(map(torch.equal, before, training.method.model.parameters()))
+    assert reproduce.kept_bytes(training.method) == 2 * 5060 * (784 * 4 + 8)
 
 
 def test_names_of_tables_are_those_that_are_tested(bench):

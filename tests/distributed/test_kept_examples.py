@@ -25,6 +25,7 @@ UNDRAWN = {
     "agem": (clext.AGEM, {}),
     "lwf": (clext.LwF, {}),
     "lwf and ewc": (_combined, {}),
+    "kfac": (clext.KFAC, {"fisher": "exact", "strength": 20.0}),
 }
 DRAWN = {
     "gem": (clext.GEM, {"per_task": 6}),
@@ -156,3 +157,37 @@ def test_processes_share_what_agem_looks_at_in_a_step(processes):
     assert list(map(len, shares)) == [4, 4]
     assert len(set(looked)) == 8
     assert set(looked) <= set(rows(make_data(0).tensors[0]))
+
+
+# ---------------------------------------------------------------------- a memory for each process
+
+STREAMED = {
+    "der": (clext.DER, {"budget": 10}),
+    "derpp": (clext.DERpp, {"budget": 10}),
+    "er-ace": (clext.ERACE, {"budget": 10}),
+    "replay": (clext.Replay, {"budget": 10, "policy": "stream"}),
+}
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_what_follows_the_stream_keeps_a_memory_of_each_process(processes, method):
+    kind, options = STREAMED[method]
+    first, second = processes(2).run(taught, "ddp", kind, {**options, "sync": False})
+    assert_close(first["parameters"], second["parameters"], 0.0)
+    # DER keeps a tree: the inputs beside their logits.
+    kept = [found["state"]["extra"]["memory"]["inputs"] for found in (first, second)]
+    inputs = [rows(entry["inputs"] if isinstance(entry, dict) else entry) for entry in kept]
+    assert list(map(len, inputs)) == [10, 10]
+    assert not set(inputs[0]) & set(inputs[1]), "each sees its share alone"
+
+
+def one_loss(kind, options):
+    way = WAYS["ddp"]
+    method = kind(way.wrap(make_network()), **options)
+    with pytest.raises(ValueError, match=r"policy='stream' follows .* or sync=False for a memory"):
+        method.loss(*next(iter(make_loader(0, way))))
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_what_follows_the_stream_says_so_where_processes_work_together(processes, method):
+    processes(2).run(one_loss, *STREAMED[method])

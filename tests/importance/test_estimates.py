@@ -47,8 +47,9 @@ def fast_model(device):
 
 def assert_those_of_single_samples(model):
     params, batches = params_of(model), make_batches()
-    for kind in ("empirical", "exact"):
-        expected = fisher_oracle(model, params, batches, exact=kind == "exact")
+    for kind in ("empirical", "exact", "reversed"):
+        flags = {"exact": kind == "exact", "reverse": kind == "reversed"}
+        expected = fisher_oracle(model, params, batches, **flags)
         assert_close(fisher_information(model, params, batches, kind=kind), expected)
     assert_close(output_sensitivity(model, params, batches), mas_oracle(model, params, batches))
     expected = scp_oracle(model, params, batches)

@@ -468,3 +468,18 @@ def test_a_method_that_knows_no_adapted_weight_is_refused():
         MergedPenalty(clext.EWC(lora))
     with pytest.raises(ValueError, match="expected a method with a quadratic penalty"):
         MergedPenalty(clext.Baseline(lora))
+
+
+def test_kronecker_factors_are_not_for_weights_that_lora_changes():
+    """Not quietly as nothing: by the importance, which is 0 where there are factors."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    method = clext.KFAC(model)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="clext: kfac saw no step")
+        method.consolidate([(x, y)])
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
+    with pytest.raises(ValueError, match="kfac protects '0.weight', which is frozen now while an"):
+        method.begin_task()
+    with pytest.raises(ValueError, match=r"MergedPenalty: kfac has factors .* take clext.EWC"):
+        MergedPenalty(method)

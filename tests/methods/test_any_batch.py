@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clext import AGEM, EWC, GEM, SI, Combined, Joint, LwF, Replay
+from clext import AGEM, DER, ERACE, EWC, GEM, L2, SI, Combined, DERpp, Joint, LwF, Replay
 from clext.methods import METHODS
 
 N = 12
@@ -72,6 +72,11 @@ def learned(make, model: nn.Module, convert) -> tuple[nn.Module, object]:
 MAKES = {
     "replay": lambda model: Replay(model, budget=9),
     "balanced": lambda model: Replay(model, budget=9, policy="balanced"),
+    "stream": lambda model: Replay(model, budget=9, policy="stream"),
+    "der": lambda model: DER(model, budget=9),
+    "derpp": lambda model: DERpp(model, budget=9),
+    "er-ace": lambda model: ERACE(model, budget=9),
+    "l2": L2,
     "lwf": LwF,
     "gem": lambda model: GEM(model, per_task=5),
     "agem": lambda model: AGEM(model, per_task=5, batch=3),

@@ -14,6 +14,9 @@ from clext.methods import make_method
 
 OPTIONS = {
     "replay": {"budget": 7, "policy": "balanced"},
+    "der": {"budget": 7},
+    "derpp": {"budget": 7},
+    "er-ace": {"budget": 7},
     "icarl": {"budget": 7},
     "dgr": {"hidden": (8, 6), "latent": 3},
     "gem": {"per_task": 5},

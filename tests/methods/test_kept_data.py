@@ -30,6 +30,9 @@ from clext.methods import make_method
 OPTIONS = {
     "lwf": {},
     "replay": {"budget": 7, "policy": "balanced"},
+    "der": {"budget": 7},
+    "derpp": {"budget": 7, "batch": 3},
+    "er-ace": {"budget": 7},
     "icarl": {"budget": 7},
     "dgr": {"hidden": (8, 6), "latent": 3},
     "gem": {"per_task": 5},
@@ -38,6 +41,7 @@ OPTIONS = {
     "ewc+replay": {"budget": 7},
     "gem+lwf": {"per_task": 5},
     "si+icarl": {"budget": 7},
+    "ewc+derpp": {"budget": 7},
     "agem+dgr": {"per_task": 5, "hidden": (8, 6), "latent": 3},
 }
 every_method = pytest.mark.parametrize("name", OPTIONS)
@@ -153,6 +157,9 @@ def test_what_is_kept_moves_with_the_model(name, device):
     [
         ("lwf", "teacher"),
         ("replay", "memory"),
+        ("der", "memory"),
+        ("derpp", "memory"),
+        ("er-ace", "memory"),
         ("icarl", "exemplars"),
         ("dgr", "generator"),
         ("gem", "inputs"),

@@ -11,14 +11,14 @@ import torch
 from naive_methods import CASES
 from toy_training import assert_same_state, make_model, make_task, train_steps, train_tasks
 
-from clext import EWC, MAS, METHODS, SCP, SI, Baseline, RWalk
+from clext import EWC, L2, MAS, METHODS, SCP, SI, Baseline, RWalk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::clext.importance.SlowImportanceWarning"),
     pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
 ]
 
-PULLING = [EWC, MAS, SI, RWalk, SCP]
+PULLING = [EWC, L2, MAS, SI, RWalk, SCP]
 every_kind = pytest.mark.parametrize("kind", [*PULLING, Baseline])  # others: test_kept_data
 
 
@@ -61,7 +61,7 @@ def test_what_is_no_importance_is_refused(kind):
 
 @pytest.mark.parametrize("task", [0, 1])
 @pytest.mark.parametrize(
-    "case", ["baseline", "ewc", "ewc all", "mas", "si", "si total", "rwalk", "rwalk released"]
+    "case", ["baseline", "l2", "ewc", "ewc all", "mas", "si", "si total", "rwalk", "rwalk released"]
 )
 def test_training_goes_on_after_a_resume_as_if_it_had_not_stopped(case, device, task):
     kind, _, strength, options = CASES[case]

@@ -16,7 +16,7 @@ from toy_training import (
     train_tasks,
 )
 
-from clext import EWC, MAS, METHODS, SCP, SI, Baseline, RWalk
+from clext import EWC, L2, MAS, METHODS, SCP, SI, Baseline, RWalk
 from clext.ops.plan import ReferencePlan
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning"),
 ]
 
-PULLING = [EWC, MAS, SI, RWalk, SCP]
+PULLING = [EWC, L2, MAS, SI, RWalk, SCP]
 
 
 @pytest.fixture(params=METHODS)

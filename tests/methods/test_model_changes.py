@@ -153,7 +153,7 @@ def test_a_shape_that_no_longer_fits_is_named(new, shapes):
     assert_same_state(trained.method.state_dict(), before)
 
 
-@pytest.mark.parametrize("name", ["lwf", "replay", "icarl", "dgr", "gem", "agem"])
+@pytest.mark.parametrize("name", ["lwf", "replay", "er-ace", "icarl", "dgr", "gem", "agem"])
 def test_a_head_smaller_than_what_is_kept_is_refused(name):
     """Examples, or a model as it was, whose classes the smaller head has not."""
     model = make_model()
@@ -179,7 +179,10 @@ def test_a_head_smaller_than_what_is_kept_is_refused(name):
     assert method.loss(x[:4], y[:4]).isfinite()
 
 
-@pytest.mark.parametrize("name", ["lwf", "replay", "icarl", "dgr", "gem", "agem", "joint"])
+@pytest.mark.parametrize(
+    "name",
+    ["lwf", "replay", "der", "derpp", "er-ace", "icarl", "dgr", "gem", "agem", "joint"],
+)
 def test_a_narrower_layer_inside_is_nobodys_business(name):
     model = nn.Sequential(*make_model(), nn.Tanh(), nn.Linear(CLASSES, CLASSES).double())
     method = METHODS[name](model)

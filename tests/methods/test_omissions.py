@@ -12,7 +12,7 @@ from toy_training import make_model, make_task
 from clext import METHODS
 from clext.methods import make_method
 
-FROM_THE_FIRST = ["si", "rwalk", "dgr"]
+FROM_THE_FIRST = ["si", "rwalk", "dgr", "der", "derpp", "er-ace"]
 
 
 def end(method, number):

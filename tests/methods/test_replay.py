@@ -25,7 +25,7 @@ from clext import Replay
 
 
 @every_setting
-@pytest.mark.parametrize("balance", ["sum", "tasks"])
+@pytest.mark.parametrize("balance", ["sum", "mean", "tasks"])
 @pytest.mark.parametrize("batch", [None, 3, 40])
 def test_loss_is_that_of_the_batch_and_of_as_many_old_examples(setting, balance, batch, device):
     model = make_model(setting, device=device)
@@ -77,3 +77,31 @@ def test_a_loop_without_begin_task():
             method.loss(*batch).backward()
         method.consolidate(iter(batches))
     assert len(method._buffer) == 6
+
+
+@every_setting
+def test_following_the_stream_each_batch_is_replayed_after_its_step(setting):
+    """Of the current task too; with "mean" it is one cross entropy over both."""
+    model = make_model(setting)
+    method = Replay(model, policy="stream", balance="mean", budget=100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = 0
+    for number in range(TASKS):
+        inputs, labels = begin(method, setting, number)
+        for i, (x, y) in enumerate(zip(inputs.split(4), labels.split(4), strict=True)):
+            assert len(method._buffer) == seen - (4 if i else 0), "the last is in it later"
+            method._take_in()
+            assert len(method._buffer) == seen
+            expected = obvious_loss(model, setting, number, x, y + start(setting, number))
+            if seen:
+                old, old_labels = copy.deepcopy(method._buffer).sample(len(x))
+                replayed = obvious_loss(model, setting, number, old, old_labels)
+                expected = (expected + replayed) / 2
+            optimizer.zero_grad()
+            loss = method.loss(x, y)
+            torch.testing.assert_close(loss, expected)
+            loss.backward()
+            optimizer.step()
+            seen += len(x)
+        method.consolidate()
+        assert len(method._buffer) == seen

@@ -165,3 +165,93 @@ def test_what_fails_changes_nothing(batches, message):
         each.add("replay", stream([20], 60))
     assert numbers(buffer) == numbers(untouched)
     assert buffer.sample(5)[0].equal(untouched.sample(5)[0])
+
+
+# ---------------------------------------------------------------------- a stream
+
+
+@pytest.mark.parametrize("budget", [1, 10, 23, 200])
+def test_a_stream_is_chosen_from_as_a_task_is(budget):
+    """The same keys are drawn for the same examples, so the same ones stay, in another order."""
+    followed, added = (ReplayBuffer(budget, "reservoir", 5) for _ in range(2))
+    for start, sizes in ((0, [7, 30, 1]), (38, [12, 60]), (110, [5] * 9)):
+        for inputs, labels in stream(sizes, start):
+            followed.follow(inputs, labels)
+        added.add("replay", stream(sizes, start))
+        assert sorted(numbers(followed)) == sorted(numbers(added))
+        assert followed.rows[1].tolist() == [number % 4 for number in numbers(followed)]
+        kept = dict(zip(numbers(added), added.rows[2].tolist(), strict=True))
+        assert dict(zip(numbers(followed), followed.rows[2].tolist(), strict=True)) == kept
+
+
+@pytest.mark.parametrize("sizes", [[40], [3] * 13 + [1], [1] * 40, [12, 20, 2, 6]], ids=str)
+def test_every_example_of_a_stream_has_the_same_chance(sizes):
+    """The first and the last, and those before the budget was full; by chi square as well."""
+    runs, budget, total = 600, 10, 40
+    counts = torch.zeros(total, dtype=torch.float64)
+    for seed in range(runs):
+        buffer = ReplayBuffer(budget, "reservoir", seed)
+        for inputs, labels in stream(sizes):
+            buffer.follow(inputs, labels)
+        assert len(set(numbers(buffer))) == budget
+        counts[numbers(buffer)] += 1
+    share = budget / total
+    deviation = (runs * share * (1 - share)) ** 0.5
+    scores = (counts - runs * share) / deviation
+    assert scores.abs().max() < 5
+    # 39 degrees of freedom: the sum of their squares is near 40, with a deviation of 9.
+    assert scores.square().sum() < 40 + 6 * 9
+
+
+def test_a_stream_goes_on_alike_after_a_resume():
+    buffer, twin = (ReplayBuffer(10, "reservoir", seed) for seed in (1, 9))
+    for inputs, labels in stream([4, 3]):  # not full yet, and then beyond it
+        buffer.follow(inputs, labels)
+    twin.load_state_dict(copy.deepcopy(buffer.state_dict()), torch.device("cpu"))
+    for inputs, labels in stream([2, 9, 1, 30], start=7):
+        for each in (buffer, twin):
+            each.sample(3)
+            each.follow(inputs, labels)
+        assert numbers(twin) == numbers(buffer)
+
+
+def test_a_full_buffer_is_changed_in_place():
+    buffer = ReplayBuffer(10, "reservoir", 0)
+    for inputs, labels in stream([12, 30]):
+        buffer.follow(inputs, labels)
+        kept = buffer.rows[0]
+    where = kept.data_ptr()
+    for inputs, labels in stream([40, 3, 5], start=42):
+        buffer.follow(inputs, labels)
+    assert buffer.rows[0].data_ptr() == where
+    assert max(numbers(buffer)) > 41
+
+
+def test_what_a_stream_kept_is_its_own():
+    """A loader may use the tensors of a batch again."""
+    buffer = ReplayBuffer(10, "reservoir", 0)
+    inputs, labels = torch.zeros(4, 1).double(), torch.zeros(4, dtype=torch.int64)
+    buffer.follow(inputs, labels)
+    inputs.fill_(9.0)
+    labels.fill_(9)
+    assert numbers(buffer) == [0, 0, 0, 0]
+    assert buffer.rows[1].tolist() == [0, 0, 0, 0]
+
+
+def test_a_state_of_more_examples_than_the_budget_is_cut_to_it():
+    large, small = ReplayBuffer(20, "reservoir", 0), ReplayBuffer(8, "reservoir", 0)
+    for inputs, labels in stream([12, 30]):
+        large.follow(inputs, labels)
+    small.load_state_dict(large.state_dict(), torch.device("cpu"))
+    kept = sorted(large.rows[2].tolist())[:8]
+    assert sorted(small.rows[2].tolist()) == kept
+
+
+def test_rows_of_a_stream_are_copied_a_few_times_alone():
+    """Not all of them for each batch: room is made for twice as many."""
+    buffer, places = ReplayBuffer(1000, "reservoir", 0), set()
+    for inputs, labels in stream([5] * 200):
+        buffer.follow(inputs, labels)
+        places.add(buffer.rows[0].data_ptr())
+    assert len(buffer) == 1000
+    assert len(places) <= 9

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from toy_training import make_model, make_task, train_steps
 
-from clext import EWC, MAS, SCP, SI, RWalk, optim
+from clext import EWC, L2, MAS, SCP, SI, RWalk, optim
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saw no step of this task:UserWarning")
 
-PULLING = [EWC, MAS, SI, RWalk, SCP]
+PULLING = [EWC, L2, MAS, SI, RWalk, SCP]
 every_kind = pytest.mark.parametrize("kind", PULLING)
 COMPACT = {"state_dtype": torch.bfloat16}
 

@@ -30,11 +30,11 @@ def mean(lists):
 
 
 @torch.backends.cudnn.flags(enabled=False)
-def fisher_oracle(model, params, batches, *, exact=False):
+def fisher_oracle(model, params, batches, *, exact=False, reverse=False):
     model.eval()
     terms = []
     for x, y in samples_of(model, batches):
-        log_p = model(x).log_softmax(1)[0]
+        log_p = (-model(x) if reverse else model(x)).log_softmax(1)[0]
         p = log_p.detach().exp().tolist()
         labels = range(CLASSES) if exact else [int(y)]
         weights = [p[k] if exact else 1.0 for k in labels]

@@ -142,6 +142,8 @@ def obvious_distillation(logits, teacher, heads, temperature, scale):
 def obvious_balance(current, losses, number, balance, strength):
     if balance == "sum":
         return current + strength * sum(losses)
+    if balance == "mean":
+        return (current + strength * sum(losses) / len(losses)) / (1 + strength)
     k = number + 1
     return current / k + strength * (1 - 1 / k) * sum(losses) / len(losses)
 

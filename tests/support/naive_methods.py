@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from toy_training import STEPS, TASKS, make_task
 
-from clext import EWC, MAS, SCP, SI, Baseline, RWalk
+from clext import EWC, L2, MAS, SCP, SI, Baseline, RWalk
 
 
 class Naive:
@@ -70,7 +70,8 @@ class NaiveEWC(Naive):
                     t += len(x) * g**2 / count
                 continue
             for n in range(len(x)):
-                log_p = self.model(x[n : n + 1]).log_softmax(1)[0]
+                logits = self.model(x[n : n + 1])
+                log_p = (-logits if self.kind == "reversed" else logits).log_softmax(1)[0]
                 for k in range(len(log_p)):
                     p = log_p[k].detach().exp() if self.kind == "exact" else float(k == y[n])
                     for t, g in zip(total, self.gradients(log_p[k]), strict=False):
@@ -92,6 +93,12 @@ class NaiveEWC(Naive):
             fisher = [f * sum(len(x) for x, _ in batches) for f in fisher]
         self.old_tasks = [*getattr(self, "old_tasks", []), (fisher, self.now())]
         self.omega = [self.gamma * w + f for w, f in zip(self.omega, fisher, strict=False)]
+        self.anchor = self.now()
+
+
+class NaiveL2(Naive):
+    def end_task(self, _batches):
+        self.omega = [torch.ones_like(p) for p in self.params]
         self.anchor = self.now()
 
 
@@ -227,6 +234,8 @@ CASES = {
     "baseline": (Baseline, Naive, 0.0, {}),
     "ewc": (EWC, NaiveEWC, 20.0, {}),
     "ewc exact": (EWC, NaiveEWC, 20.0, {"fisher": "exact", "gamma": 0.7}),
+    "l2": (L2, NaiveL2, 0.1, {}),
+    "ewc reversed": (EWC, NaiveEWC, 5.0, {"fisher": "reversed"}),
     "ewc batch": (EWC, NaiveEWC, 20.0, {"fisher": "batch"}),
     "ewc all": (EWC, NaiveEWC, 20.0, {"anchors": "all", "gamma": 0.7}),
     "ewc sum": (EWC, NaiveEWC, 0.5, {"weighting": "sum", "gamma": 0.9}),

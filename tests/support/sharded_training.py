@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[Callable[..., clext.Method], dict[str, Any]]] = {
     "rwalk released": (clext.RWalk, {"strength": 2.0, "interval": 4, "variant": "released"}),
     "ewc empirical": (clext.EWC, {"strength": 20.0}),
     "ewc exact": (clext.EWC, {"strength": 20.0, "fisher": "exact", "gamma": 0.9}),
+    "l2": (clext.L2, {"strength": 0.2}),
     "ewc batch": (clext.EWC, {"strength": 50.0, "fisher": "batch"}),
     "ewc optimizer": (clext.EWC, {"strength": 500.0, "fisher": "optimizer"}),
     "ewc all": (clext.EWC, {"strength": 0.5, "anchors": "all", "weighting": "sum", "gamma": 0.8}),

@@ -16,7 +16,9 @@ def own_cross_entropy(logits, labels):
 
 
 @pytest.mark.parametrize("options", [QUICK, SPLIT, HEADS], ids=["domain", "class", "task"])
-@pytest.mark.parametrize("method", ["ewc", "replay", "joint", "gem", "lwf", "si+replay"])
+@pytest.mark.parametrize(
+    "method", ["ewc", "replay", "derpp", "er-ace", "joint", "gem", "lwf", "si+replay"]
+)
 def test_the_cross_entropy_as_ones_own_changes_nothing(method, options):
     own = clext.train(method, model=small(), loss=own_cross_entropy, **options)
     usual = clext.train(method, model=small(), **options)
