@@ -3,8 +3,9 @@
 The course's MLP, batch 128, in the second task of `clext.train`. What a method costs over the
 baseline is arithmetic first of all: another loss, another model. So each has a twin in which the
 loss is written by hand for this one case (one head, the second task), in the same loop: what the
-method costs over its twin is what clext adds. Replay's arithmetic is that of a batch of twice the
-size, so it is compared with a baseline that has one. Turns and ratios are those of `bench_step.py`.
+method costs over its twin is what clext adds. The arithmetic of replay, DER and ER-ACE is that of a
+batch of twice the size, that of DER++ of one of three times: they are compared with a baseline that
+has one. Turns and ratios are those of `bench_step.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from speed.timing import DEVICES, record
 
 TEMPERATURE = 2.0
 BY_HAND = " by hand"
-TWICE = "baseline, twice the batch"
-NAMES = ("baseline", "lwf", "dgr", "replay")
+TWICE, THRICE = "baseline, twice the batch", "baseline, three times the batch"
+LARGER = {"replay": TWICE, "der": TWICE, "er-ace": TWICE, "derpp": THRICE}
+NAMES = ("baseline", "lwf", "dgr", *LARGER)
 
 
 class Steps:
@@ -111,8 +113,11 @@ def contestants(examples: Examples, precision: str) -> dict[str, Steps]:
     torch.testing.assert_close(lwf_by_hand.loss(*rows), made["lwf"].loss(*rows))
     in_each_step = after_one_task("lwf", examples, precision)
     dgr_by_hand = DGRByHand(made["dgr"])
-    launched = Launched(copy.deepcopy(made["replay"].model))
-    twice = tuple(torch.cat([entry, entry]) for entry in examples)
+    larger = {}
+    for name, k in ((TWICE, 2), (THRICE, 3)):
+        launched = Launched(copy.deepcopy(made["replay"].model))
+        repeated = tuple(torch.cat([entry] * k) for entry in examples)
+        larger[name] = Steps(launched, repeated, precision, k * BATCH)
     return {
         "baseline": Steps(made["baseline"], examples, precision),
         "lwf": Steps(made["lwf"], recorded, precision),
@@ -120,8 +125,8 @@ def contestants(examples: Examples, precision: str) -> dict[str, Steps]:
         "lwf, teacher run in each step": Steps(in_each_step, examples, precision),
         "dgr": Steps(made["dgr"], examples, precision),
         "dgr" + BY_HAND: Steps(dgr_by_hand, examples, precision),
-        "replay": Steps(made["replay"], examples, precision),
-        TWICE: Steps(launched, twice, precision, 2 * BATCH),
+        **{name: Steps(made[name], examples, precision) for name in LARGER},
+        **larger,
     }
 
 
@@ -133,7 +138,9 @@ def test_rehearsal(precision: str, device: str, benchmark: Any, capsys: Any) -> 
     by_hand = [name for name in runs if name + BY_HAND in runs]
     entry = {
         **entry_of(watch, runs, precision, device),
-        "replay_against_twice": round(watch.ratio("replay", TWICE), 3),
+        "against_larger": {
+            name: round(watch.ratio(name, larger), 3) for name, larger in LARGER.items()
+        },
         "against_hand": {name: round(watch.ratio(name, name + BY_HAND), 3) for name in by_hand},
     }
     record("rehearsal", entry)
@@ -141,4 +148,4 @@ def test_rehearsal(precision: str, device: str, benchmark: Any, capsys: Any) -> 
         print(f"\n{precision} {device}, ms a step: {entry['ms']}")
         print(f"against baseline: {entry['against_baseline']}")
         print(f"against the same by hand: {entry['against_hand']}")
-        print(f"replay against twice the batch: {entry['replay_against_twice']}")
+        print(f"against a batch as large as theirs: {entry['against_larger']}")

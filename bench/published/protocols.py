@@ -38,6 +38,7 @@ class Row:
     importance_data: Callable[[nn.Module, Split], Batches] = in_batches  # for `consolidate`
     note: str = ""
     incremental: str = "domain"
+    trains_last_alone: bool = False  # the tasks before are only shown to it (joint training)
 
     @property
     def described(self) -> str:

@@ -24,6 +24,8 @@ from clext.core.seeding import Seeds, generator, isolated_rng
 from clext.data.datasets import DataError, Dataset, load_dataset
 from clext.data.scenario import make_scenario
 from clext.data.task import identity
+from clext.methods import Method
+from clext.methods.parts.flat import REST
 from clext.training.evaluate import Evaluator
 from clext.training.machine import resolve_device
 from clext.training.steps import TaskSteps
@@ -115,11 +117,18 @@ def run(
             "after_each_task": [round(100 * value, 2) for value in curve],
             "of_each_task": [round(100 * value, 2) for value in training.accuracies[-1]],
             "seconds": round(seconds),
+            "kept_bytes": kept_bytes(training.method),
             "machine": machine(device.type),
         },
     )
     if file is not None:
         file.unlink()
+
+
+def kept_bytes(method: Method) -> int:
+    """What the method keeps for later tasks: the tensors of its state."""
+    state = method.flat_state_dict()
+    return sum(entry.nbytes for key, entry in state.items() if key != REST)
 
 
 def slug(name: str) -> str:
@@ -169,7 +178,9 @@ class Training:
             self.optimizer = self.row.optimizer(method)
         steps = TaskSteps(method, self.optimizer, examples, protocol.batch_size, "fp32")
         with module_mode(method.model, training=True):
-            for rows in protocol.order(len(examples[0]), self.shuffle):
+            only_shown = self.row.trains_last_alone and k + 1 < protocol.tasks
+            order = () if only_shown else protocol.order(len(examples[0]), self.shuffle)
+            for rows in order:
                 steps.take(rows.to(steps.device))
         # Methods that predict by what they remember are tested with this task in the memory.
         method.consolidate(self.row.importance_data(method.model, own))

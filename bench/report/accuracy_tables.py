@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from clext import Comparison, Result
 from report.result_tables import NOT_MEASURED, RESULTS, Entry, markdown, newest, read_lines, where
+
+if TYPE_CHECKING:
+    from published.protocols import Row
 
 _ENOUGH_TO_SCATTER = 3
 
@@ -33,14 +37,10 @@ def published_table() -> str:
     from published.protocols import verdict
     from published.tables import PROTOCOLS
 
-    runs = newest(read_lines("published"), "name", "row", "method", "seed")
     rows = []
-    for name, protocol in PROTOCOLS.items():
-        for row in protocol.rows:
-            wanted = (name, row.name, row.described)
-            found = [e for e in runs if (e["name"], e["row"], e["method"]) == wanted]
-            # A seed again on another device is no further sample.
-            values = list({e["seed"]: e["accuracy"] for e in found}.values())
+    for name in PROTOCOLS:
+        for row, found in published_runs(name):
+            values = accuracies(found)
             published = "" if row.published is None else f"{row.published:.2f}"
             rows.append(
                 [
@@ -57,6 +57,40 @@ def published_table() -> str:
     ours = "clext, % (+- standard deviation of the runs)"
     head = ["table", "row", "published, %", "tolerance", ours, "runs", "verdict", "minutes a run"]
     return markdown(head, rows)
+
+
+def published_runs(name: str) -> Iterator[tuple[Row, list[Entry]]]:
+    """Each row of the table `name`, with the runs of what it is now."""
+    from published.tables import PROTOCOLS
+
+    runs = newest(read_lines("published"), "name", "row", "method", "seed")
+    for row in PROTOCOLS[name].rows:
+        wanted = (name, row.name, row.described)
+        yield row, [e for e in runs if (e["name"], e["row"], e["method"]) == wanted]
+
+
+def accuracies(found: list[Entry]) -> list[float]:
+    """One for each seed: again on another device it is no further sample."""
+    return list({e["seed"]: e["accuracy"] for e in found}.values())
+
+
+def kept_table() -> str:
+    """What each method of DER's table keeps for later tasks, and how well it does with that."""
+    rows = [
+        [row.name, f"{size / 1e6:.2f}", mean_and_scatter(accuracies(found)), str(len(found))]
+        for row, found, size in kept_bytes()
+    ]
+    return markdown(["row", "kept, MB", "accuracy, %", "runs"], rows) if rows else NOT_MEASURED
+
+
+def kept_bytes() -> list[tuple[Row, list[Entry], int]]:
+    """The rows of DER's table by the bytes that they keep, with their runs."""
+    measured = [
+        (row, found, max(e.get("kept_bytes", -1) for e in found))
+        for row, found in published_runs("der2020")
+        if found
+    ]
+    return sorted((entry for entry in measured if entry[2] >= 0), key=lambda entry: entry[2])
 
 
 def mean_and_scatter(values: list[float]) -> str:

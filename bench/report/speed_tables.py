@@ -240,16 +240,31 @@ def rehearsal_table() -> str:
             f"{e['ms'][e['name']]:.2f}",
             times(e["against_baseline"][e["name"]], 2),
             times(e["against_hand"].get(e["name"]), 2),
-            *([times(against_twice(e), 2)] if has_twice else []),
+            times(e.get("against_larger", {}).get(e["name"]), 2),
         ]
 
-    def against_twice(e: Entry) -> float | None:
-        return e.get("replay_against_twice") if e["name"] == "replay" else None
-
-    has_twice = any("replay_against_twice" in e for e in runs)
     head = ["loss", "precision", "ms a step", "of baseline", "of the same by hand"]
-    head += ["of a step with twice the batch"] if has_twice else []
+    head += ["of a step with as large a batch"]
     return by_device(lines, head, row)
+
+
+def kfac_table() -> str:
+    """Factors and pull of KFAC, by model and tasks kept."""
+    runs = newest(read_lines("kfac"), "model", "part", "tasks")
+
+    def row(e: Entry) -> list[str]:
+        tasks = "" if e["tasks"] is None else f", {e['tasks']} tasks"
+        return [
+            f"{e['part']}{tasks}",
+            e["model"],
+            f"{e['ms']['clext']:.2f}",
+            times(e["against_backward"]["clext"], 2),
+            times(e["against_floor"], 2),
+            times(e["against_backward"].get("curvlinops"), 2),
+        ]
+
+    head = ["of `KFAC`", "model", "ms", "of forward and backward", "of the floor"]
+    return by_device(runs, [*head, "CurvLinOps, of forward and backward"], row)
 
 
 def frameworks_table() -> str:
