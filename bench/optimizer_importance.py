@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import clext
 from clext.data.datasets import Batches
 from clext.importance import fisher_information
+from clext.training.runs import load_scenario
 from clext.training.settings import Settings
-from clext.training.train import load_scenario
 from speed.timing import machine, record
 
 BATCH = 128

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-# One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, PTX of the last one is
-# compiled by the driver for whatever is newer. More entries only cost compile time.
-DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0")
+# One binary for every GPU since Turing: 8.6 also serves 8.7 and 8.9, 10.0 also 10.3 and 12.0 also
+# 12.1; PTX of the last one is compiled by the driver for whatever is newer. More entries only cost
+# compile time.
+DEFAULT_ARCHS = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
 # Turing; and kernels take 32 KB of parameters, which toolkits have since this version.
 OLDEST_ARCH = (7, 5)
 OLDEST_TOOLKIT = (12, 1)

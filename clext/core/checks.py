@@ -6,6 +6,8 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterable
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +111,15 @@ def check_memory(owner: str, option: str, value: object, numbers: int) -> None:
 def count_or_all(owner: str, option: str, value: object) -> int | None:
     """`value` as an int >= 1, or None for all there are, else ValueError."""
     return None if value is None else integer(owner, option, value, minimum=1)
+
+
+def listed(owner: str, argument: str, values: Any, most: int) -> list[Any]:  # noqa: ANN401
+    """What is given, each once, at most so many; ValueError if it is no list, or empty."""
+    some = islice(values, most) if isinstance(values, Iterable) else ()
+    found = [*dict.fromkeys(some)]
+    if not found or isinstance(values, str):
+        raise ValueError(f"{owner}: expected {argument} as a list of numbers, got {values!r}")
+    return found
 
 
 def flag(owner: str, option: str, value: object) -> bool:

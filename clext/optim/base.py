@@ -187,8 +187,8 @@ class FusedOptimizer(Optimizer):
 
         Take a step before, so that there is state. All numbers that are not tensors, the method's
         strength among them, are in a graph what they were at the capture; capture again after
-        `method.consolidate`. RuntimeError if the method is called around the step, or state is
-        missing in a capture.
+        `method.consolidate`. RuntimeError if the method is called around the step, and in a capture
+        if state is missing or a learning rate is a tensor on another device.
         """
         if self._method is not None and self._protector is None:
             raise RuntimeError(
@@ -221,6 +221,11 @@ class FusedOptimizer(Optimizer):
         def run(part: Part) -> Tensor | None:
             lr = part.group["lr"]
             if isinstance(lr, Tensor):
+                if lr.device != part.device:
+                    refuse_capture(
+                        f"lr is a tensor on {lr.device}, whose value would stay what it is now; "
+                        f"put it on {part.device}"
+                    )
                 lr = _on(lr.device if lr.is_cpu else part.device, lr)
             return self._run(
                 part.plan,

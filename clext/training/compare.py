@@ -20,12 +20,12 @@ from clext.training.loader_steps import check_tasks
 from clext.training.loop import NonFiniteLossError
 from clext.training.machine import resolve_device
 from clext.training.result import Result
+from clext.training.runs import load_scenario, train_method
 from clext.training.settings import NAMES, Settings, shows_settings
 from clext.training.spec import method_specs
 from clext.training.storage import check_free, claimed_folder, clear, keep
 from clext.training.sweep import sweep
 from clext.training.sweep_result import Sweep
-from clext.training.train import load_scenario, run
 
 Methods = str | Sequence[str | Sequence[str]] | None
 Options = Mapping[str, Mapping[str, Any]] | None
@@ -134,7 +134,7 @@ def compare(
                     spec, model=copy.deepcopy(model), options=copy.deepcopy(spec.options)
                 )
                 method = copied.build(derived, scenario)
-                run(method, scenario, taken, save, draws=not spec.makes_model)
+                train_method(method, scenario, taken, save, draws=not spec.makes_model)
             except (NonFiniteLossError, ValueError) as error:
                 if label not in comparison.results:
                     raise  # before anything was done

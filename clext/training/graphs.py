@@ -7,9 +7,9 @@ the gathering of the batch to the optimizer, is recorded and replayed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,70 +26,51 @@ from clext.training.steps import Function, TaskSteps
 WARM_UP_STEPS = 3
 
 
-class GraphedSteps(TaskSteps):
-    """Whole batches as replays of one recorded step, the rest launched by the host.
+class Recording:
+    """A function that is launched at first, then recorded as a CUDA graph and replayed.
 
-    The recorded step finds its batch by a position that it advances itself, so a replay needs
-    nothing from the host. The first steps are the same function, launched. A model that waits for
-    the device in them (it reads its own results, say), or cannot be recorded for another reason, is
-    trained without, with a warning. What Python does in a step (draws of `random`, counts) is in a
-    recorded one what it was at its recording.
+    The first calls are the same function, launched. One that waits for the device in them (a model
+    that reads its own results, say), or cannot be recorded for another reason, is launched always,
+    with a warning.
 
-    `capture` turns a function into one that replays the work it launched; `watch` makes a context
-    that gives a list, which afterwards has a line for each time that something inside has waited.
+    Args:
+        function: launches work on the device, all that changes from call to call lies there.
+        device: of that work.
+        undo: called after a recording that failed.
+        capture: turns a function into one that replays the work it launched.
+        watch: makes a context that gives a list, which afterwards has a line for each time that
+            something inside has waited.
     """
 
     def __init__(
         self,
-        method: Method,
-        optimizer: TaskOptimizer,
-        examples: Examples,
-        batch_size: int,
-        precision: str,
-        iterations: int | None = None,
+        function: Function,
+        device: torch.device,
+        undo: Function,
         *,
         capture: Callable[[Function], Function] | None = None,
         watch: Callable[[], AbstractContextManager[list[str]]] | None = None,
     ) -> None:
-        super().__init__(method, optimizer, examples, batch_size, precision, iterations)
-        self._capture = capture or partial(capture_graph, device=self.device)
-        self._watch = watch or partial(waits_for, self.device)
+        self._function, self._device, self._undo = function, device, undo
+        self._capture = capture or partial(capture_graph, device=device)
+        self._watch = watch or partial(waits_for, device)
         self._replay: Function | None = None
-        # What the recorded step reads and writes lies here, in memory that stays.
-        self._batches: Tensor | None = None
-        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._warm = 0  # steps taken before the capture
+        self._warm = 0  # calls before the recording
 
-    def train_on(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
-        """As in TaskSteps. The losses are overwritten by the next epoch, of as many examples."""
-        whole = len(order) // self.batch_size
-        batches = order[: whole * self.batch_size].view(whole, self.batch_size)
-        if self._batches is None:
-            self._batches, self.losses = torch.empty_like(batches), self.empty_losses(len(order))
-        self._batches.copy_(batches)
-        self._position.fill_(first)
-        for _ in range(first, whole):
-            self._one_step()
-            self.optimizer.after_replay()
-            self.optimizer.step_done()
-            step_done()
-        self.launch(range(max(first, whole), len(self.losses)), order, step_done)
-        return self.losses[first:]
-
-    def _one_step(self) -> None:
-        """The step at the position: launched, recorded or replayed."""
+    def __call__(self) -> None:
+        """Launched, recorded or replayed."""
         if self._replay is None and self._warm == WARM_UP_STEPS:
             try:
-                self._replay = self._capture(self._step_at_position)
+                self._replay = self._capture(self._function)
             except RuntimeError as error:
                 self._launch_all(next(iter(str(error).splitlines()), type(error).__name__))
-                self.optimizer.zero_grad()  # what it got to before it failed
+                self._undo()
         if self._replay is not None:
             self._replay()
             return
         self._warm += 1
-        with side_stream(self.device), self._watch() as waits:
-            self._step_at_position()
+        with side_stream(self._device), self._watch() as waits:
+            self._function()
         # Before the last of them much is made that is there later.
         if waits and self._warm == WARM_UP_STEPS:
             self._launch_all(f"{waits[0]}, as item() and cpu() do")
@@ -101,9 +82,64 @@ class GraphedSteps(TaskSteps):
             "kernels are launched one by one, which is slower",
             stacklevel=2,
         )
-        self._replay = self._step_at_position
+        self._replay = self._function
 
-    def _step_at_position(self) -> None:
+
+class GraphedSteps(TaskSteps):
+    """Whole batches as replays of one recorded step, the rest launched by the host.
+
+    The recorded step finds its batch by a position that it advances itself, so a replay needs
+    nothing from the host. What Python does in a step (draws of `random`, counts) is in a recorded
+    one what it was at its recording. The last, smaller batch of an epoch is launched: beside the
+    memory of the graph that takes another step's, at most.
+
+    `recording` makes the recording of a step: `Recording`, with its further arguments.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: TaskOptimizer,
+        examples: Examples,
+        batch_size: int,
+        precision: str,
+        iterations: int | None = None,
+        *,
+        recording: Callable[[Function, torch.device, Function], Recording] = Recording,
+    ) -> None:
+        super().__init__(method, optimizer, examples, batch_size, precision, iterations)
+        self.recording = recording
+        self._recorded = recording(self.step_at_position, self.device, optimizer.zero_grad)
+        # What the recorded step reads and writes lies here, in memory that stays.
+        self._batches: Tensor | None = None
+        self._position = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def train_on(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
+        """As in TaskSteps. The losses are overwritten by the next epoch, of as many examples."""
+        whole = self.begin_epoch(order, first)
+        for _ in range(first, whole):
+            self._recorded()
+            self.replayed(step_done)
+        self.launch(range(max(first, whole), len(self.losses)), order, step_done)
+        return self.losses[first:]
+
+    def begin_epoch(self, order: Tensor, first: int = 0) -> int:
+        """Put the order where the recorded step finds it; the number of whole batches in it."""
+        whole = len(order) // self.batch_size
+        batches = order[: whole * self.batch_size].view(whole, self.batch_size)
+        if self._batches is None:
+            self._batches, self.losses = torch.empty_like(batches), self.empty_losses(len(order))
+        self._batches.copy_(batches)
+        self._position.fill_(first)
+        return whole
+
+    def replayed(self, step_done: Function) -> None:
+        """What the host has to do after a recorded step."""
+        self.optimizer.after_replay()
+        self.optimizer.step_done()
+        step_done()
+
+    def step_at_position(self) -> None:
         """The step that is recorded: everything that changes from step to step is on the device."""
         assert self._batches is not None
         rows = self._batches.index_select(0, self._position).view(-1)
@@ -115,10 +151,63 @@ class GraphedSteps(TaskSteps):
         self._position += 1
 
 
-@cache
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: every further one would keep a workspace of cuBLAS for itself."""
-    return torch.cuda.Stream(device)
+class StepsTogether:
+    """Steps of several runs, in one recording: on CUDA they run beside each other.
+
+    A small model leaves most of a GPU idle. Each run has its own model, method and optimizer, and
+    in the graph a branch; its bits are those that it has alone.
+    """
+
+    def __init__(self, runs: Sequence[GraphedSteps]) -> None:
+        self.runs = runs
+        self._recorded = runs[0].recording(self._step_of_each, runs[0].device, self._undo)
+
+    def train_on(self, orders: Sequence[Tensor], steps_done: Sequence[Function]) -> list[Tensor]:
+        """An epoch of each run on its order; their losses, see `GraphedSteps.train_on`."""
+        whole = min(run.begin_epoch(order) for run, order in zip(self.runs, orders, strict=True))
+        for _ in range(whole):
+            self._recorded()
+            for run, step_done in zip(self.runs, steps_done, strict=True):
+                run.replayed(step_done)
+        for run, order, step_done in zip(self.runs, orders, steps_done, strict=True):
+            run.launch(range(whole, len(run.losses)), order, step_done)
+        return [run.losses for run in self.runs]
+
+    def _step_of_each(self) -> None:
+        beside_each_other([run.step_at_position for run in self.runs], self.runs[0].device)
+
+    def _undo(self) -> None:
+        for run in self.runs:
+            run.optimizer.zero_grad()
+
+
+_streams: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+
+def own_stream(device: torch.device, number: int = 0) -> torch.cuda.Stream:
+    """The stream of that number: every further one keeps a workspace of cuBLAS for itself."""
+    if (device, number) not in _streams:
+        _streams[device, number] = torch.cuda.Stream(device)
+    return _streams[device, number]
+
+
+def beside_each_other(functions: Sequence[Function], device: torch.device) -> None:
+    """Call each; on CUDA each on a stream of its own, after what was before and before what comes.
+
+    Their work runs at the same time, in the capture of a graph as branches of it.
+    """
+    if device.type != "cuda":
+        for function in functions:
+            function()
+        return
+    outer = torch.cuda.current_stream(device)
+    streams = [own_stream(device, number) for number in range(1, len(functions) + 1)]
+    for stream, function in zip(streams, functions, strict=True):
+        stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            function()
+    for stream in streams:
+        outer.wait_stream(stream)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -85,6 +85,7 @@ class Training:
         settings: of the run.
         result: to be filled in.
         device: of all of it.
+        save: the result, after each task and where the run ends.
         folder: where it is kept, if anywhere.
         draws: the model may draw from the global random state, which is then part of the state.
         transform: of a batch that the model trains on.
@@ -98,6 +99,7 @@ class Training:
         settings: Settings,
         result: Result,
         device: torch.device,
+        save: Callable[[], Path | None],
         *,
         folder: RunFolder | None = None,
         draws: bool = True,
@@ -106,14 +108,16 @@ class Training:
     ) -> None:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
         self.device, self.callbacks, self._folder = device, callbacks, folder
+        self._save = save
         self.place, self.total_steps = Place(), 0
         self.optimizer: TaskOptimizer | None = None
         self._steps: Steps | None = None
+        self._losses = torch.empty(0)  # of the steps of the last epoch
         self._saved: dict[str, Any] | None = None  # what is left to be taken over in the task
         self._draws, self._transform = draws, transform
         self._random: list[Tensor] = []  # the global random state to go on with
-        self._shuffle = generator(Seeds.derive(settings.seed).shuffle)
-        self._shuffle_state = self._shuffle.get_state()  # before the epoch was shuffled
+        self.shuffle = generator(Seeds.derive(settings.seed).shuffle)
+        self._shuffle_state = self.shuffle.get_state()  # before the epoch was shuffled
         self._interruptions = Interruptions()
         self.timer = Timer(result.timings, device)
         self.evaluator = Evaluator(method, scenario, settings.precision)
@@ -127,8 +131,13 @@ class Training:
     @property
     def loss(self) -> Tensor:
         """Of the last step, penalty included: 0-dim, on the device."""
+        return self.steps.losses[self.place.step - 1].clone()  # after an epoch, its last
+
+    @property
+    def steps(self) -> Steps:
+        """Of the task that is being learned."""
         assert self._steps is not None
-        return self._steps.losses[self.place.step - 1].clone()  # after an epoch, its last
+        return self._steps
 
     @property
     def accuracies(self) -> list[float]:
@@ -137,8 +146,15 @@ class Training:
 
     # ------------------------------------------------------------------ the loop
 
-    def learn(self, save: Callable[[], Path | None]) -> None:
-        """Learn all tasks that are left; `save` the result after each, or where it is stopped."""
+    def learn(self) -> None:
+        """Learn all tasks that are left."""
+        with self.running():
+            for _ in self.epochs():
+                self.train_epoch()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What is around the loop: bar, callbacks, signals, and at its end what is to be kept."""
         with (
             self.bar,
             nullcontext() if self._folder is None else self._interruptions,
@@ -148,7 +164,7 @@ class Training:
                 for callback in self.callbacks:
                     callback.on_begin(self)
                     ends.callback(callback.on_end, self)
-                self._learn_tasks(save)
+                yield
             except StopTraining as stop:
                 self.result.stopped = str(stop) or "stopped by a callback"
             except BaseException as error:
@@ -156,7 +172,7 @@ class Training:
                 reason = str(error) or type(error).__name__
                 self.result.stopped = "interrupted" if interrupted else reason
                 raise
-            is_saved = save() is not None
+            is_saved = self._save() is not None
             if self._folder is not None:
                 is_saved = self._folder.keep_weights(self.method) and is_saved
                 if is_saved and self.result.complete:
@@ -164,7 +180,8 @@ class Training:
         if self.optimizer is not None:
             self.optimizer.close()
 
-    def _learn_tasks(self, save: Callable[[], object]) -> None:
+    def epochs(self) -> Iterator[None]:
+        """All that is left, but for the steps of an epoch: here the caller calls `train_epoch`."""
         tasks = len(self.scenario.tasks)
         if self.place == Place():
             with self.timer.measure("evaluation"):
@@ -172,13 +189,13 @@ class Training:
                 untrained = [self.evaluator.accuracy(k, k) for k in range(tasks)]
             self.result.untrained[:] = untrained
         for k in range(self.place.task, tasks):
-            self.learn_task(k)
+            yield from self._epochs_of(k)
             if k < tasks - 1:
-                save()
+                self._save()
                 self.keep_state()
 
-    def learn_task(self, k: int) -> None:
-        """Learn what is left of task k and end it; test all tasks so far after every epoch."""
+    def _epochs_of(self, k: int) -> Iterator[None]:
+        """What is left of task k, and its end; all tasks so far are tested after every epoch."""
         method, settings, timer, result = self.method, self.settings, self.timer, self.result
         is_new = self.place.begins_task
         if is_new:
@@ -187,8 +204,7 @@ class Training:
         with timer.measure("training"):
             own, examples = begin_task(method, self.scenario, k, settings.iterations)
             optimizer = self.optimizer_of_task()
-            recorded = settings.graphs and self._transform is None
-            steps = steps_of_task(method, optimizer, settings, own, examples, recorded)
+            steps = steps_of_task(method, optimizer, settings, own, examples)
             self.begin_schedule(optimizer, steps.per_epoch * settings.epochs)
         self._steps, per_epoch = steps, steps.per_epoch
         if is_new:
@@ -196,7 +212,7 @@ class Training:
         self.bar.task_start(k, per_epoch, done=self.place.epoch * per_epoch + self.place.step)
         for epoch in range(self.place.epoch, settings.epochs):
             self.bar.epoch_start(k, epoch)
-            losses = self.train_epoch(steps)
+            yield
             if epoch == settings.epochs - 1:
                 # Before the last look at the task: a method may predict by what it remembers.
                 self.bar.task_end(k)
@@ -207,8 +223,8 @@ class Training:
                 accuracies = self.evaluator.accuracies(k)
             result.task_curve.append(accuracies)
             result.curve.append(fmean(accuracies))
-            self.place, self._shuffle_state = Place(k, epoch + 1), self._shuffle.get_state()
-            self.bar.epoch_end(k, epoch, losses.mean().item(), result.curve[-1])
+            self.place, self._shuffle_state = Place(k, epoch + 1), self.shuffle.get_state()
+            self.bar.epoch_end(k, epoch, self._losses.mean().item(), result.curve[-1])
             self._call("on_epoch_end")
             if epoch < settings.epochs - 1:
                 self.keep_state()
@@ -218,25 +234,30 @@ class Training:
         self._call("on_task_end")
         self.place = Place(k + 1)
 
-    def train_epoch(self, steps: Steps) -> Tensor:
-        """The steps that are left of an epoch; their losses."""
-        start = self.place
+    def train_epoch(self) -> None:
+        """The steps that are left of an epoch."""
+        first = self.place.step
         with self.timer.measure("training"), transformed(self.method.model, self._transform):
-            losses = steps.run_epoch(self._shuffle, self.step_done, start.step, self._restore_draws)
+            self.epoch_done(
+                self.steps.run_epoch(self.shuffle, self.step_done, first, self._restore_draws)
+            )
+
+    def epoch_done(self, losses: Tensor) -> None:
+        """Keep the losses of an epoch's steps; NonFiniteLossError if the run has diverged."""
+        self._losses = losses
         step = first_non_finite(losses, self.method.model)
         if step is not None:
-            at = (start.task, start.epoch, start.step + step)
+            first = self.place.step - len(losses)
+            at = (self.place.task, self.place.epoch, first + step)
             raise NonFiniteLossError.at(self.result, *at, losses[step].item())
-        return losses
 
     def step_done(self) -> None:
         """What is due after a step: accuracies, and the state, so often or when asked to stop."""
-        assert self._steps is not None
         self.bar.step()
         task, epoch, before = self.place.task, self.place.epoch, self.place.step
         self.place = Place(task, epoch, before + 1)
         self.total_steps += 1
-        step = epoch * self._steps.per_epoch + before + 1  # of the task
+        step = epoch * self.steps.per_epoch + before + 1  # of the task
         every = self.settings.evaluate_every
         if every is not None and step % every == 0:
             with self.timer.measure("evaluation"):
@@ -245,7 +266,7 @@ class Training:
         self._call("on_step")
         # After the last step of an epoch it is kept with the accuracies that follow.
         is_due = self._folder is not None and self._folder.is_due(step)
-        if (is_due or self._interruptions.noted) and before + 1 < self._steps.per_epoch:
+        if (is_due or self._interruptions.noted) and before + 1 < self.steps.per_epoch:
             self.keep_state()
 
     def optimizer_of_task(self) -> TaskOptimizer:
@@ -311,7 +332,7 @@ class Training:
         self.method.load_state_dict(state["method"])
         self._saved = state["optimizer"]
         self._shuffle_state = state["shuffle"]
-        self._shuffle.set_state(self._shuffle_state)
+        self.shuffle.set_state(self._shuffle_state)
         self._random = state["random"]
         self._restore_draws()
         for callback, own in zip(self.callbacks, state["callbacks"], strict=False):

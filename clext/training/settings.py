@@ -168,6 +168,11 @@ class Settings:
 
         return CrossEntropyLoss(label_smoothing=self.label_smoothing, reduction="none")
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether steps may be recorded as CUDA graphs, as far as the settings tell."""
+        return self.graphs and self.transform is None and self.batch_transform is None
+
     def describe(self) -> dict[str, Any]:
         """The settings as JSON values; the device is described as the one found."""
         values = {name: getattr(self, name) for name in NAMES}
@@ -183,7 +188,7 @@ class Settings:
 NAMES = tuple(field.name for field in fields(Settings))
 # What `train` takes beside them and the options of the method.
 OF_TRAIN = (
-    *("strength", "model", "out", "checkpoint_every", "resume", "overwrite", "callbacks"),
+    *("seeds", "strength", "model", "out", "checkpoint_every", "resume", "overwrite", "callbacks"),
     *NAMES,
 )
 

@@ -108,13 +108,18 @@ class TaskSteps(Steps):
         skipped: Function = lambda: None,
     ) -> Tensor:
         """All examples in an order that `shuffle` draws, or as many as the iterations need."""
-        examples = len(self.examples[0])
-        passes = -(-self._count // examples)
-        order = torch.cat([torch.randperm(examples, generator=shuffle) for _ in range(passes)])
+        order = self.order_of_epoch(shuffle)
         if first:
             skipped()
         with explained(self._count, self.batch_size):
-            return self.train_on(order[: self._count].to(self.device), step_done, first)
+            return self.train_on(order, step_done, first)
+
+    def order_of_epoch(self, shuffle: torch.Generator) -> Tensor:
+        """The examples of an epoch (int64 [N], on the device), as `shuffle` draws them."""
+        examples = len(self.examples[0])
+        passes = -(-self._count // examples)
+        order = torch.cat([torch.randperm(examples, generator=shuffle) for _ in range(passes)])
+        return order[: self._count].to(self.device)
 
     def train_on(self, order: Tensor, step_done: Function, first: int = 0) -> Tensor:
         """Train on the examples `order` (int64 [N]), from step `first` on.

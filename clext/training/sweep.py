@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ from joblib.parallel import get_active_backend
 from torch import nn
 from tqdm.auto import tqdm
 
-from clext.core.checks import as_path, integer, number, unknown_name
+from clext.core.checks import as_path, integer, listed, number, unknown_name
 from clext.core.console import say, shows_bars
 from clext.core.names import METHOD_OPTIONS, part_names
 from clext.core.seeding import Seeds
 from clext.data.scenario import Scenario
-from clext.training import train as training
 from clext.training.loader_steps import check_tasks
 from clext.training.machine import resolve_device
 from clext.training.result import Result
+from clext.training.runs import load_scenario, train_method
 from clext.training.settings import NAMES, Settings, check_same_run, shows_settings
 from clext.training.spec import MethodSpec, describe, method_specs
 from clext.training.storage import claimed_folder, keep
@@ -94,7 +93,8 @@ def sweep(
         raise unknown_name("option of sweep", next(iter(settings)), own)
     resolve_device(taken.device)
     specs = _cells(method_specs("sweep", methods, model, options or {}), strengths)
-    chosen = [integer("sweep", "seeds", seed, minimum=0) for seed in _listed("seeds", seeds)]
+    numbers = listed("sweep", "seeds", seeds, MOST_RUNS + 1)
+    chosen = [integer("sweep", "seeds", seed, minimum=0) for seed in numbers]
     if len(specs) * len(chosen) > MOST_RUNS:
         raise ValueError(
             f"sweep: expected at most {MOST_RUNS:,} runs, got more, of {len(specs):,} methods and "
@@ -109,7 +109,7 @@ def sweep(
         spec.build(Seeds.derive(chosen[0]), taken.own_scenario)  # before any work, as in compare
     folder = as_path(out, "sweep: out").resolve()  # workers may have another working folder
     with claimed_folder(folder, "sweep: out"):
-        scenario = training.load_scenario(taken)
+        scenario = load_scenario(taken)
         if taken.own_scenario is None:
             # The same for all runs, wherever they are: none falls back to other data.
             taken = replace(taken, dataset=scenario.data["name"])
@@ -138,7 +138,7 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
     if given is None:
         given = {}
     elif not isinstance(given, Mapping):
-        everywhere = _listed("strengths", given)
+        everywhere = listed("sweep", "strengths", given, MOST_RUNS + 1)
         has_strength = {
             label: any("strength" in METHOD_OPTIONS[name] for name in part_names(label))
             for label in specs
@@ -158,19 +158,10 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
         if label not in given:
             cells[Cell(label, None)] = spec
             continue
-        for value in _listed(f"strengths of {label!r}", given[label]):
+        for value in listed("sweep", f"strengths of {label!r}", given[label], MOST_RUNS + 1):
             strength = number("sweep", "strengths", value)
             cells[Cell(label, strength)] = replace(spec, strength=strength)
     return cells
-
-
-def _listed(argument: str, values: Any) -> list[Any]:  # noqa: ANN401
-    """What is given, each once, as far as it can be run; ValueError if it is no list, or empty."""
-    some = islice(values, MOST_RUNS + 1) if isinstance(values, Iterable) else ()
-    listed = [*dict.fromkeys(some)]
-    if not listed or isinstance(values, str):
-        raise ValueError(f"sweep: expected {argument} as a list of numbers, got {values!r}")
-    return listed
 
 
 def _finished(
@@ -242,7 +233,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scenario = training.load_scenario(settings, announce=False)
+        scenario = load_scenario(settings, announce=False)
         own = replace(spec, model=copy.deepcopy(spec.model), options=copy.deepcopy(spec.options))
         method = own.build(Seeds.derive(run.seed), scenario)
         check_tasks(method, scenario, settings)
@@ -250,7 +241,7 @@ def _train(run: Run, spec: MethodSpec, settings: Settings, folder: Path, threads
         def save(result: Result) -> Path:
             return result.save(folder, picture=False)
 
-        result = training.run(method, scenario, settings, save, draws=not spec.makes_model)
+        result = train_method(method, scenario, settings, save, draws=not spec.makes_model)
     except Exception as error:  # whatever it is, the other runs go on
         return run, None, next(iter(str(error).splitlines()), type(error).__name__)
     finally:

@@ -37,12 +37,11 @@ def steps_of_task(
     settings: Settings,
     own: Split | LoaderBatches,
     examples: Examples | None,
-    recorded: bool,
 ) -> Steps:
-    """On what `begin_task` returned; `recorded`: as a CUDA graph where that can be."""
+    """On what `begin_task` returned."""
     precision, iterations = settings.precision, settings.iterations
     if isinstance(own, LoaderBatches):
         return LoaderSteps(method, optimizer, own, precision, iterations)
     assert examples is not None
-    kind = graphed_or_not(method, optimizer, examples) if recorded else TaskSteps
+    kind = graphed_or_not(method, optimizer, examples) if settings.can_be_recorded else TaskSteps
     return kind(method, optimizer, examples, settings.batch_size, precision, iterations)

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, overload
 
 from torch import nn
 
-from clext.core.checks import count_or_all
-from clext.core.modes import module_mode
-from clext.core.seeding import Seeds, isolated_rng
-from clext.data.datasets import DIGITS_LR, load_dataset
-from clext.data.loaders import LoaderTask
-from clext.data.scenario import Scenario, make_scenario
+from clext.core.checks import as_path, count_or_all, integer, listed
+from clext.core.seeding import Seeds
 from clext.methods import Method
-from clext.training.advice import warn_of_slow_precision
-from clext.training.augmentation import augmentation
 from clext.training.callbacks import Callback, check_callbacks
 from clext.training.loader_steps import check_tasks
 from clext.training.loop import Training
-from clext.training.machine import describe_machine, resolve_device
+from clext.training.machine import resolve_device
 from clext.training.result import Result
 from clext.training.run_folder import RunFolder
+from clext.training.runs import load_scenario, prepared
 from clext.training.settings import Settings, shows_settings
-from clext.training.spec import MethodSpec, describe, input_dtype
-from clext.training.storage import check_free, claimed_folder, clear, keep
-from clext.training.trial import check_forward
+from clext.training.spec import MethodSpec
+from clext.training.storage import check_free, claimed_folder
+from clext.training.together import learn_together
 
-Save = Callable[[Result], Path | None]
+MOST_SEEDS = 1000
 
 
-@shows_settings
+@overload
 def train(
     method: str | Sequence[str] | Method,
     *,
+    seeds: None = None,
     strength: float | None = None,
     model: nn.Module | str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -45,7 +42,36 @@ def train(
     overwrite: bool = False,
     callbacks: Sequence[Callback] = (),
     **options: object,
-) -> Result:
+) -> Result: ...
+
+
+@overload
+def train(
+    method: str | Sequence[str],
+    *,
+    seeds: Iterable[int],
+    strength: float | None = None,
+    model: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    **options: Any,  # noqa: ANN401
+) -> list[Result]: ...
+
+
+@shows_settings
+def train(
+    method: str | Sequence[str] | Method,
+    *,
+    seeds: Iterable[int] | None = None,
+    strength: float | None = None,
+    model: nn.Module | str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Result | list[Result]:
     """Learn a sequence of tasks with one method; by default five permutations of MNIST.
 
     Every task gets a new optimizer, unless it is kept. After every epoch the accuracy on all tasks
@@ -105,6 +131,11 @@ def train(
             784-1024-512-256-10 perceptron with the outputs that the scenario needs; "mlp-400-400"
             with other hidden widths), "cnn", "resnet18" (for images of 32x32) or "vit_tiny".
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
+        seeds: in the place of `seed`, such as `range(5)`: a run for each, which makes its own model
+            and method, to be given by name; `out` gets a folder for each, such as `seed-3`. On CUDA
+            steps that can be recorded (see `graphs`) are those of all runs in one graph, beside
+            each other, and their times those of all; else it is one run after the other. The first
+            run that fails ends all; `NonFiniteLossError.result` says which.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
         out: folder for `result.json`, written after each task; at the end for the weights
@@ -122,7 +153,8 @@ def train(
             `**{"replay.strength": 3.0}` is for that part alone, see `make_method`.
 
     Returns:
-        The accuracies, timings and settings, and the trained model, see `Result`.
+        The accuracies, timings and settings, and the trained model, see `Result`; with `seeds` a
+        list of them.
 
     Raises:
         ValueError: an argument is wrong, and nothing was done; or the method cannot work on the
@@ -131,8 +163,10 @@ def train(
         OSError: `out` cannot be written, or holds another run; nothing was done.
         NonFiniteLossError: the loss became NaN or infinite; carries the result so far.
     """
+    if seeds is not None and "seed" in options:
+        raise ValueError("train: expected seed or seeds, got both; leave one of them out")
     settings = Settings.taken_from(options)
-    spec, seeds = MethodSpec(method, model, strength, options), Seeds.derive(settings.seed)
+    spec = MethodSpec(method, model, strength, options)
     resolve_device(settings.device)
     check_callbacks(callbacks)
     every = count_or_all("train", "checkpoint_every", checkpoint_every)
@@ -140,6 +174,68 @@ def train(
         raise ValueError("train: resume goes on with what overwrite removes; give one of them")
     if out is None and (resume or every is not None):
         raise ValueError("train: resume and checkpoint_every need out, the folder of the run")
+    if seeds is not None:
+        if resume or every is not None or callbacks:
+            raise ValueError(
+                "train: resume, checkpoint_every and callbacks are of one run; with seeds leave "
+                "them out, or use clext.sweep"
+            )
+        return _train_each(spec, settings, seeds, out, overwrite)
+    with _ready(spec, settings, out, overwrite, every, resume, callbacks) as training:
+        training.learn()
+    return training.result
+
+
+def _train_each(
+    spec: MethodSpec,
+    settings: Settings,
+    seeds: Iterable[int],
+    out: str | os.PathLike[str] | None,
+    overwrite: bool,
+) -> list[Result]:
+    """A run for each seed: together where steps can be recorded, else one after the other."""
+    if not spec.makes_model:
+        raise ValueError(
+            "train: with seeds each run makes its own method and model; give both by name"
+        )
+    numbers = listed("train", "seeds", seeds, MOST_SEEDS)
+    chosen = [integer("train", "seeds", seed, minimum=0) for seed in numbers]
+    folder = None if out is None else as_path(out, "train: out")
+    runs = [
+        _ready(
+            spec,
+            # One bar is enough.
+            replace(settings, seed=seed, progress=settings.progress and seed == chosen[0]),
+            None if folder is None else folder / f"seed-{seed}",
+            overwrite,
+        )
+        for seed in chosen
+    ]
+    trainings = []
+    if settings.can_be_recorded and resolve_device(settings.device).type == "cuda":
+        with ExitStack() as stack:
+            trainings += [stack.enter_context(run) for run in runs]
+            learn_together(trainings)
+    else:
+        for run in runs:
+            with run as training:
+                training.learn()
+            trainings.append(training)
+    return [training.result for training in trainings]
+
+
+@contextmanager
+def _ready(
+    spec: MethodSpec,
+    settings: Settings,
+    out: str | os.PathLike[str] | None,
+    overwrite: bool,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Iterator[Training]:
+    """The run, ready to learn; its result has the model at the end."""
+    seeds = Seeds.derive(settings.seed)
     made = spec.build(seeds, settings.own_scenario)
     with claimed_folder(out, "train: out") as path:
         if path is not None:
@@ -152,82 +248,12 @@ def train(
         def save(result: Result) -> Path | None:
             return None if path is None else result.save(path, picture=result.complete)
 
-        result = run(
+        with prepared(
             *(made, scenario, settings, save),
             draws=not spec.makes_model,
-            folder=None if path is None else RunFolder(path, every),
+            folder=None if path is None else RunFolder(path, checkpoint_every),
             resume=resume,
             callbacks=callbacks,
-        )
-    result.model = made.model
-    return result
-
-
-def load_scenario(settings: Settings, *, announce: bool = True) -> Scenario:
-    """The scenario that was given, or is made of the data set, which is loaded."""
-    name = settings.scenario
-    if not isinstance(name, str):
-        return name
-    where, show, few = settings.data_dir, settings.progress, settings.lr < DIGITS_LR
-    data = load_dataset(settings.dataset, where, show=show, announce=announce, advise=show and few)
-    seed = Seeds.derive(settings.seed).scenario
-    return make_scenario(name, data, settings.tasks, seed, settings.incremental)
-
-
-def run(
-    method: Method,
-    scenario: Scenario,
-    settings: Settings,
-    save: Save,
-    *,
-    draws: bool = True,
-    folder: RunFolder | None = None,
-    resume: bool = False,
-    callbacks: Sequence[Callback] = (),
-) -> Result:
-    """`train` with a method that was built and data that was loaded.
-
-    `save` is called with the result after each task, and when the run ends early. `draws`: the
-    model may draw from the global random state, which is then seeded, and restored. In `folder` the
-    run is kept; what another one has left there goes, unless it is gone on with (`resume`).
-    """
-    seeds, device = Seeds.derive(settings.seed), resolve_device(settings.device)
-    transform = augmentation(settings.transform, settings.batch_transform)
-    draws = draws or transform is not None or isinstance(scenario.tasks[0], LoaderTask)
-    with isolated_rng(seeds.model, device) if draws else nullcontext():
-        method.model.to(device)
-        warn_of_slow_precision(settings.precision, device)
-        check_forward(method, scenario, device, transform)
-        own = describe(method)
-        planned = {**settings.describe(), **own, "data": scenario.data}
-        config = {**own, **planned, "seeds": asdict(seeds), **describe_machine(device)}
-        result, state = Result.empty(settings.tasks, config), None
-        if folder is not None and resume:
-            result, state = folder.left(planned) or (result, None)
-            if result.complete:
-                folder.read_weights(method)
-                return result
-        training = Training(
-            *(method, scenario.to(device, input_dtype(method.model)), settings, result, device),
-            folder=folder,
-            draws=draws,
-            transform=transform,
-            callbacks=callbacks,
-        )
-        if state is not None:
-            training.load_state_dict(state)
-        elif folder is not None:
-            clear(folder.path)
-        try:
-            with (
-                module_mode(method.model, training=True),
-                method.heads.trained_on(settings.criterion),
-            ):
-                training.learn(lambda: keep(lambda: save(result)))
-        except BaseException as error:
-            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
-            place = keep(lambda: save(result))
-            if place is not None:
-                error.add_note(f"What was done so far is saved in {place}.")
-            raise
-    return result
+        ) as training:
+            yield training
+    training.result.model = made.model

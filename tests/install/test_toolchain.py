@@ -138,9 +138,9 @@ def test_a_switch_has_three_values():
 @pytest.mark.parametrize(
     ("variable", "gpus", "known", "expected"),
     [
-        ("", [], ("7.5", "8.0", "8.6", "9.0", "12.0"), "7.5;8.0;8.6;9.0+PTX"),
+        ("", [], ("7.5", "8.0", "8.6", "9.0", "12.0"), "7.5;8.0;8.6;9.0;12.0+PTX"),
         ("", [], ("8.0", "9.0"), "8.0;9.0+PTX"),
-        ("", [], ("10.0", "12.0"), "12.0+PTX"),  # a toolkit that knows none of the defaults
+        ("", [], ("13.0", "14.0"), "14.0+PTX"),  # a toolkit that knows none of the defaults
         ("", [(9, 0), (8, 0), (9, 0)], ("8.0", "9.0"), "8.0;9.0+PTX"),
         ("", [(12, 0)], ("8.0", "9.0"), "9.0+PTX"),  # newer than the toolkit: PTX serves it
         ("", [(7, 0), (8, 0)], ("7.0", "7.5", "8.0"), "8.0+PTX"),  # Volta has no kernels here

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from toy_training import assert_same_state
 import clext
 from clext import EWC, ICaRL
 from clext.methods.parts.exemplars import herd
-from clext.training.graphs import GraphedSteps
+from clext.training.graphs import GraphedSteps, Recording
 from clext.training.optimizers import TaskOptimizer
 from clext.training.settings import Settings
 
@@ -260,7 +262,8 @@ def test_recorded_steps_of_a_combination_are_seen():
     parameters = [*model.parameters()]
     optimizer = TaskOptimizer(Settings(lr=1e-3), method, parameters, parameters[0].device)
     examples = begin(method, "domain", 1)
-    steps = GraphedSteps(method, optimizer, examples, 2, "fp32", capture=lambda function: function)
+    recording = partial(Recording, capture=lambda function: function)
+    steps = GraphedSteps(method, optimizer, examples, 2, "fp32", recording=recording)
     method.predict(INPUTS)
     steps.train_on(torch.arange(len(examples[0])), lambda: None)
     assert method.learner._means is None

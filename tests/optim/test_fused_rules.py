@@ -174,6 +174,23 @@ def steps_of(model, stepper, batches, captured):
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def test_a_rate_elsewhere_is_not_captured(monkeypatch):
+    """A graph would go on with what it is now."""
+    model = make_model()
+    optimizer = optim.SGD(model.parameters(), lr=torch.tensor(0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.launch()  # it is where the parameters are
+    before = [p.clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    with pytest.raises(RuntimeError, match="lr is a tensor on meta, whose value .* put it on cpu"):
+        optimizer.launch()
+    assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_what_cannot_be_captured_says_so(device):
     model = make_model().to(device)

@@ -7,7 +7,7 @@ import torch
 
 import clext
 from clext.core.names import MODELS
-from clext.training import train as training
+from clext.training import runs
 from clext.training.models import named_model
 
 QUICK = {"dataset": "digits", "tasks": 2, "epochs": 1, "progress": False}
@@ -66,7 +66,7 @@ class TestRefused:
         ],
     )
     def test_a_wrong_name_before_the_data_is_loaded(self, model, message, monkeypatch):
-        monkeypatch.setattr(training, "load_dataset", lambda *_a, **_k: pytest.fail("work"))
+        monkeypatch.setattr(runs, "load_dataset", lambda *_a, **_k: pytest.fail("work"))
         with pytest.raises(ValueError, match=message):
             clext.train("ewc", model=model, **QUICK)
 

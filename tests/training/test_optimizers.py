@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR, O
 
 import clext
 from clext.core.seeding import Seeds, generator
-from clext.training.graphs import GraphedSteps
+from clext.training.graphs import GraphedSteps, Recording
 from clext.training.optimizers import TaskOptimizer
 from clext.training.settings import Settings
 from clext.training.steps import TaskSteps
@@ -167,7 +168,8 @@ def test_recorded_steps_follow_a_rate_that_is_a_tensor(recorded):
     rate = optimizer.optimizer.param_groups[0]["lr"] = torch.tensor(LR)
     assert optimizer.capturable
     optimizer.begin(10)
-    kind = {"capture": lambda function: function} if recorded else {}
+    recording = partial(Recording, capture=lambda function: function)
+    kind = {"recording": recording} if recorded else {}
     make = GraphedSteps if recorded else TaskSteps
     steps = make(method, optimizer, (x[:100], y[:100]), 20, "fp32", **kind)
     losses = [steps.train_on(torch.arange(100), lambda: None).clone() for _ in range(2)]

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from clext.training import task as tasks
 from clext.training.graphs import (
     WARM_UP_STEPS,
     GraphedSteps,
+    Recording,
     capture_graph,
     graphed_or_not,
     waits_for,
@@ -78,7 +80,9 @@ class TestRecordedSteps:
     @pytest.mark.parametrize("method", CAPTURABLE)
     def test_equal_launched_ones_bit_for_bit(self, method):
         recorder = Recorder()
-        model, ours, losses, done = train_two_tasks(GraphedSteps, method, "cpu", capture=recorder)
+        model, ours, losses, done = train_two_tasks(
+            GraphedSteps, method, "cpu", recording=partial(Recording, capture=recorder)
+        )
         expected, theirs, expected_losses, expected_done = train_two_tasks(TaskSteps, method, "cpu")
         assert same(weights(model), weights(expected))
         assert losses.equal(expected_losses)
@@ -97,7 +101,9 @@ class TestRecordedSteps:
         torch.testing.assert_close(losses, expected_losses, rtol=1e-4, atol=1e-5)
 
     def test_leave_no_gradient_behind(self):
-        model, *_ = train_two_tasks(GraphedSteps, "si", "cpu", capture=Recorder())
+        model, *_ = train_two_tasks(
+            GraphedSteps, "si", "cpu", recording=partial(Recording, capture=Recorder())
+        )
         assert all(p.grad is None for p in model.parameters())
 
     def test_fewer_batches_than_a_warm_up_takes(self):
@@ -105,7 +111,14 @@ class TestRecordedSteps:
         method = clext.SI(model)
         optimizer = optimizer_of(method)
         recorder = Recorder()
-        task_steps = GraphedSteps(method, optimizer, make_split(), 100, "fp32", capture=recorder)
+        task_steps = GraphedSteps(
+            method,
+            optimizer,
+            make_split(),
+            100,
+            "fp32",
+            recording=partial(Recording, capture=recorder),
+        )
         for _ in range(5):  # one whole batch and a smaller one each
             losses = task_steps.train_on(torch.arange(EXAMPLES), lambda: None)
             assert len(losses) == 2
@@ -117,7 +130,9 @@ class TestRecordedSteps:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
         with pytest.warns(UserWarning, match=r"recorded as a CUDA graph \(operation not permitted"):
-            model, *_ = train_two_tasks(GraphedSteps, "si", "cpu", capture=refuse)
+            model, *_ = train_two_tasks(
+                GraphedSteps, "si", "cpu", recording=partial(Recording, capture=refuse)
+            )
         expected, *_ = train_two_tasks(TaskSteps, "si", "cpu")
         assert same(weights(model), weights(expected))
 
@@ -135,7 +150,12 @@ class TestRecordedSteps:
                 waits.append("model.py:7 waits for the device")
 
         def train():
-            return train_two_tasks(GraphedSteps, "si", "cpu", capture=recorder, watch=watch)
+            return train_two_tasks(
+                GraphedSteps,
+                "si",
+                "cpu",
+                recording=partial(Recording, capture=recorder, watch=watch),
+            )
 
         if waiting == WARM_UP_STEPS:
             reason = r"recorded as a CUDA graph \(model.py:7 waits for the device, as item"
@@ -209,6 +229,19 @@ class TestRecordedSteps:
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.equal(torch.cuda.get_rng_state(), before)
         assert torch.rand(3, device=device).isfinite().all()
+
+    @pytest.mark.parametrize("device", ["cuda"], indirect=True)
+    def test_memory_does_not_grow_from_task_to_task(self, device):
+        model = small().to(device)
+        method, split = clext.SI(model), make_split(device)
+        reserved = []
+        for _ in range(4):
+            own = method.begin_task(tuple(split))
+            steps = GraphedSteps(method, optimizer_of(method), own, BATCH, "fp32")
+            steps.train_on(torch.randperm(EXAMPLES, device=device), lambda: None)
+            method.consolidate([split])
+            reserved.append(torch.cuda.memory_reserved())
+        assert reserved[3] == reserved[1]
 
 
 class TestPrecision:

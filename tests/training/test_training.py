@@ -247,7 +247,7 @@ class TestBuilding:
     def test_on_the_courses_model(self, built, monkeypatch):
         split = Split(torch.rand(20, 784), torch.arange(20) % 10)
         data = Dataset("mnist", split, split, 10, "a test")
-        monkeypatch.setattr("clext.training.train.load_dataset", lambda *_args, **_kwargs: data)
+        monkeypatch.setattr("clext.training.runs.load_dataset", lambda *_args, **_kwargs: data)
         result = clext.train("ewc", tasks=1, epochs=1, progress=False)
         assert len(built) == 1
         assert result.config["model"] == "MLP 784-1024-512-256-10"
@@ -298,7 +298,7 @@ def test_real_mnist_is_learned(device, tmp_path, monkeypatch):
     assert (len(data.train.labels), len(data.test.labels)) == (60_000, 10_000)
     assert data.train.inputs.float().div(255).mean().item() == pytest.approx(0.1307, abs=1e-4)
     part = dataclasses.replace(data, train=Split(*(t[:10_000] for t in data.train)))
-    monkeypatch.setattr("clext.training.train.load_dataset", lambda *_args, **_kwargs: part)
+    monkeypatch.setattr("clext.training.runs.load_dataset", lambda *_args, **_kwargs: part)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = clext.train(

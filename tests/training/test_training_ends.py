@@ -14,7 +14,7 @@ from torch import nn
 
 import clext
 from clext.training import evaluate as evaluation
-from clext.training import train as training
+from clext.training import runs
 from clext.training.progress import Progress
 
 BAD_INPUT = [
@@ -59,7 +59,7 @@ BAD_INPUT = [
 class TestBadInput:
     @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
     def test_one_sentence_before_any_work(self, arguments, message, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
+        monkeypatch.setattr(runs, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
         given = {"method": "si", **QUICK, "out": tmp_path / "out", **arguments}
         with pytest.raises(ValueError, match=message) as caught:
             clext.train(**given)
@@ -93,7 +93,7 @@ class TestBadInput:
         assert same(before, weights(model))
 
     def test_an_output_folder_that_cannot_be_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(training, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
+        monkeypatch.setattr(runs, "load_dataset", lambda *_args, **_kwargs: pytest.fail("work"))
         (tmp_path / "file").write_text("mine")
         for out in (tmp_path / "file", tmp_path / "file" / "below"):
             with pytest.raises(OSError, match=r"out: cannot write in .*file.* choose another"):
