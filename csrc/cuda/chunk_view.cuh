@@ -67,6 +67,7 @@ struct ChunkView {
     uintptr_t bits = 0;
 #pragma unroll
     for (int k = 0; k < G::kElementLists; ++k) bits |= reinterpret_cast<uintptr_t>(pointers[k]);
+    if constexpr (G::kHasRows) bits |= static_cast<uintptr_t>(row_stride) * sizeof(accumulate_t<T>);
     return bits % kVectorBytes == 0;
   }
 };

@@ -31,6 +31,7 @@ static constexpr int kMaxVectors = 4;
 static constexpr int kBlocksPerMultiprocessor = 3;
 static constexpr int kFewerBlocks = 2;  // with up to 128 registers a thread
 static constexpr int kMaxValueRegisters = 56;
+static constexpr int kRowRegisters = 32;  // of a thread, for rows that are taken one by one
 static constexpr size_t kMaxCoefficientBytes = 64;
 
 template <class Op, class T>
@@ -77,10 +78,15 @@ struct Geometry {
 
  public:
   static constexpr bool kHasRows = kHasList<Storage::Rows, Op>;
-  // One 16-byte access of the smallest type, several of a wider one. With rows a thread reads many
-  // values per element anyway, each next to its neighbour's: single elements will do.
-  static constexpr int kWidth = kHasRows ? 1 : kVectorBytes / smallest_bytes(Indices{});
+  static constexpr bool kIsRowByRow = RowByRow<Op>::value;
+  // One 16-byte access of the smallest type, several of a wider one. A functor that wants all rows
+  // of an element gets single elements: it reads many values of each, next to its neighbour's.
+  static constexpr int kWidth =
+      kHasRows && !kIsRowByRow ? 1 : kVectorBytes / smallest_bytes(Indices{});
   static constexpr int kVectors = kHasRows ? 1 : choose_vectors(kWidth * loaded_bytes(Indices{}));
+  // Rows whose loads are in flight together, where they are taken one by one.
+  static constexpr int kRowsAtOnce =
+      kRowRegisters * static_cast<int>(sizeof(float)) / (kWidth * static_cast<int>(sizeof(A)));
   static constexpr int64_t kVectorStride = int64_t{kThreads} * kWidth;
   static constexpr int64_t kTile = kVectorStride * kVectors;
   // The values of a thread, and the coefficients that a functor brings along: where they leave too

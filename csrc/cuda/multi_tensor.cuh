@@ -35,12 +35,34 @@ namespace cuda {
 
 static_assert(CUDART_VERSION >= 12010, "clext needs CUDA 12.1 or newer (32 KB kernel parameters)");
 
-// The rows of one element, for functors that take them one by one.
-template <class Op, class A>
-__device__ __forceinline__ void apply_rows(const Op& op, A& value, const Rows<A>& rows) {
-#pragma unroll 4
-  for (int64_t k = 0; k < op.outputs; ++k) {
-    if (!op.skip_row(k)) op(value, rows[k], k);
+// The rows of a vector of elements, for functors that take them one by one: some rows' loads
+// together, those that are skipped left out by predicate.
+template <Path P, class Op, class T>
+__device__ __forceinline__ void apply_rows(const Op& op, const ChunkView<Op, T>& chunk,
+                                           int64_t first, int left,
+                                           accumulate_t<T> (&values)[Geometry<Op, T>::kWidth]) {
+  using G = Geometry<Op, T>;
+  static_assert(G::kElementLists == 2 && G::template kIsStored<0> && G::template kIsRows<1>);
+  const auto* rows = chunk.template at<1>(first);
+#pragma unroll 1
+  for (int64_t start = 0; start < op.outputs; start += G::kRowsAtOnce) {
+    bool taken[G::kRowsAtOnce];
+    accumulate_t<T> entries[G::kRowsAtOnce][G::kWidth];
+#pragma unroll
+    for (int r = 0; r < G::kRowsAtOnce; ++r) {
+      taken[r] = start + r < op.outputs && !op.skip_row(start + r);
+    }
+#pragma unroll
+    for (int r = 0; r < G::kRowsAtOnce; ++r) {
+      if (taken[r]) load<P>(rows + (start + r) * chunk.row_stride, left, entries[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < G::kRowsAtOnce; ++r) {
+#pragma unroll
+      for (int i = 0; i < G::kWidth; ++i) {
+        if (taken[r] && (P != Path::Partial || i < left)) op(values[i], entries[r][i], start + r);
+      }
+    }
   }
 }
 
@@ -58,17 +80,19 @@ __device__ __forceinline__ void process(const Op& op, const ChunkView<Op, T>& ch
   }
 #pragma unroll
   for (int v = 0; v < Vectors; ++v) {
+    if constexpr (G::kIsRowByRow) {
+      apply_rows<P>(op, chunk, first + v * G::kVectorStride, left, values[v][0]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < G::kWidth; ++i) {
-      if (P == Path::Partial && i >= left) continue;
-      const int64_t element = first + v * G::kVectorStride + i;
-      if constexpr (RowByRow<Op>::value) {
-        apply_rows(op, argument<K>(chunk, element, values[v], i)...);
-      } else if constexpr (Op::reduction == Reduction::None) {
-        evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...);
-      } else {
-        result = fold<Op::reduction>(
-            result, evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...));
+      for (int i = 0; i < G::kWidth; ++i) {
+        if (P == Path::Partial && i >= left) continue;
+        const int64_t element = first + v * G::kVectorStride + i;
+        if constexpr (Op::reduction == Reduction::None) {
+          evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...);
+        } else {
+          result = fold<Op::reduction>(
+              result, evaluate<parameter_t<T>>(op, argument<K>(chunk, element, values[v], i)...));
+        }
       }
     }
   }
@@ -111,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, Geometry<Op, T>::kBlocks)
   }
   const int64_t whole_tiles = chunk.size / G::kTile;
   accumulate_t<T> result = 0;
-  if constexpr (G::kHasRows) {
+  if constexpr (G::kWidth == 1) {
     process_tiles<Path::Element>(op, chunk, whole_tiles, thread, result);
   } else if (chunk.is_aligned()) {
     process_tiles<Path::Vector>(op, chunk, whole_tiles, thread, result);

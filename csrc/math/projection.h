@@ -36,9 +36,10 @@ struct ProjectGradient {
   int64_t outputs;
   bool skipped = false;
 
+  // Without a way out before the end: the weights are read side by side, not one after the other.
   CLEXT_HOST_DEVICE void prepare() {
     skipped = true;
-    for (int64_t k = 0; k < outputs && skipped; ++k) skipped = skip_row(k);
+    for (int64_t k = 0; k < outputs; ++k) skipped = skipped & skip_row(k);
   }
 
   CLEXT_HOST_DEVICE bool skip() const { return skipped; }

@@ -20,7 +20,7 @@ using namespace clext::test;
 
 namespace {
 
-constexpr int64_t kRows = 3;
+constexpr int64_t kRows = 11;   // more than a thread loads together
 constexpr size_t kCanary = 64;  // bytes before and after each tensor; keeps the alignment
 
 // Sizes below, at and above a vector, a tile and a chunk.
@@ -295,13 +295,19 @@ int main() {
   compare(ConsolidateImportance{0.9});
   compare(ConsolidateAllAnchors{0.9});
   compare_in_types<Maximum, float, double>(Maximum{});
-  const double gram[] = {1, 0.2, 0.1, 0.2, 1, 0.3, 0.1, 0.3, 1};
-  const float gram_float[] = {1, 0.2f, 0.1f, 0.2f, 1, 0.3f, 0.1f, 0.3f, 1};
+  double gram[kRows * kRows];
+  float gram_float[kRows * kRows];
+  for (int64_t i = 0; i < kRows * kRows; ++i) {
+    gram[i] = 1.0 / static_cast<double>(1 + std::abs(i / kRows - i % kRows));
+    gram_float[i] = static_cast<float>(gram[i]);
+  }
   compare_in_types<SlicedImportance, float>(SlicedImportance{gram_float, kRows, 0.5});
   compare_in_types<SlicedImportance, double>(SlicedImportance{gram, kRows, 0.5});
-  const double weights[] = {0.5, 0, -1.25}, zeros[] = {0, 0, 0};
-  compare(ProjectGradient{weights, kRows});
-  compare(ProjectGradient{zeros, kRows});
+  const double weights[kRows] = {0.5, 0, -1.25, 0, 0, 2, 0, 0.1, 0, 0.3}, zeros[kRows] = {};
+  for (const int64_t rows : {int64_t{1}, int64_t{4}, int64_t{8}, kRows}) {
+    compare(ProjectGradient{weights, rows});
+    compare(ProjectGradient{zeros, rows});
+  }
   compare_grams();
   compare_in_types<AdvanceSgd, float, double>({nullptr, 0.9, 0.5});
   compare_in_types<AdvanceAdam, float, double>({{nullptr, false, 0.1}, nullptr, -0.1, -0.01});
