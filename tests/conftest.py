@@ -97,29 +97,21 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-# With CLEXT_REQUIRE_CUDA=1 the run is evidence that everything works on this machine: what did not
-# run cannot count as passed.
+# With CLEXT_REQUIRE_CUDA=1 the run is evidence that everything works on CUDA: what did not run
+# there cannot count as passed, unless for want of a library.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail"):
-        _fail_skipped(report)
+    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail") and _is_on_cuda(item):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if "could not import" not in str(reason):
+            report.outcome = "failed"
+            report.longrepr = f"CLEXT_REQUIRE_CUDA=1 allows no skip on CUDA, but: {reason}"
     return report
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    if REQUIRE_CUDA and report.skipped:
-        _fail_skipped(report)
-    return report
-
-
-def _fail_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-    report.outcome = "failed"
-    report.longrepr = f"CLEXT_REQUIRE_CUDA=1 allows no skip, but: {reason}"
+def _is_on_cuda(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)  # of parameters
+    return call is not None and call.params.get("device") == "cuda"
