@@ -114,7 +114,7 @@ ncu=$(find_tool ncu) || note "missing: ncu"
 # Each is run by a shell of its own, where the first command that fails ends it.
 run_build() {
   if [ "$dry" ]; then
-    "$python" -c 'import clext; print(clext.build_info())'
+    "$python" -P -c 'import clext; print(clext.build_info())' # -P: not the folder here
   else
     "$python" setup.py build_ext --inplace
     # Older toolkits have no cuobjdump; CI checks the kernels too.
