@@ -91,8 +91,9 @@ note "gpu_check $stages, $device: commit $(commit | xargs), $(date -u +%Y-%m-%dT
 note "$facts, $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1 | head -n 1)"
 
 
-# pytest reads PYTEST_ADDOPTS. The adapters are Python around methods that are tested here.
-export PYTEST_ADDOPTS="-p no:cacheprovider --ignore=tests/integrations --tb=short -rfEs"
+# pytest reads PYTEST_ADDOPTS. -v: the log of a stage that is ended has all that came before. The
+# adapters are Python around methods that are tested here.
+export PYTEST_ADDOPTS="-v -p no:cacheprovider --ignore=tests/integrations --tb=short -rfEs"
 export tests=$device workers
 workers="-n $(nproc)"
 for module in $missing; do
@@ -124,22 +125,22 @@ run_build() {
 
 # Every op once; what is to run it may be given.
 run_small() {
-  "$@" "$python" -m pytest -v -m sanitize -k "$device${dry:+ and accumulate_abs_}" \
+  "$@" "$python" -m pytest -m sanitize -k "$device${dry:+ and accumulate_abs_}" \
     tests/ops/test_sanitize.py
 }
 
 # Optimizers and training steps, launched and in graphs, and captures that fail.
 run_steps() {
-  "$python" -m pytest -v -k "$device${dry:+ and bf16}" tests/training/test_steps.py \
+  "$python" -m pytest -k "$device${dry:+ and bf16}" tests/training/test_steps.py \
     tests/optim/test_fused_rules.py
 }
 
 run_bench() { "$python" bench/gpu.py --device "$device" --only "${dry:+si mlp fp32}"; }
 
-# -v: a log that ends too early has what has failed. $workers is a flag and its value, or nothing.
+# $workers is a flag and its value, or nothing.
 run_tests() {
   # shellcheck disable=SC2086
-  "$python" -m pytest -v $workers -k "$tests" "tests${dry:+/ops/test_errors.py}"
+  "$python" -m pytest $workers -k "$tests" "tests${dry:+/ops/test_errors.py}"
 }
 
 run_memcheck() { under_sanitizer memcheck; }
@@ -182,16 +183,25 @@ summaries='=+ .*(passed|failed|error|no tests).*=+|========= .*SUMMARY.*|sm_[0-9
 summaries+='|no kernel uses .*|kernels .*|\w+ (fp32|bf16), .* tasks of .*'
 summaries+='|\{"case": "copy".*|\{.*"error".*'
 
+summary() {
+  local found
+  found=$(grep -E "^($summaries)\$" "$1" | tail -n 4 | tr -d '=' | paste -sd ';')
+  if [ ! "$found" ] && grep -qE ' (PASSED|FAILED)' "$1"; then
+    found="$(grep -c ' PASSED' "$1") passed and $(grep -c ' FAILED' "$1") failed until then"
+  fi
+  echo "$found"
+}
+
 status=0
 deadline=0
-grace=5 # seconds that a stage which is interrupted has to say how far it came
+grace=5 # seconds that a stage has to end when it is told to
 
 # stage NAME SECONDS
 stage() {
   local name=$1 start=$SECONDS outcome limit log=$folder/$1.log
   deadline=$((deadline + ${CLEXT_GPU_CHECK_SECONDS:-$2})) # the variable is for the script's tests
   limit=$((deadline - start - grace))
-  timeout --signal=INT --kill-after=$grace "$limit" \
+  timeout --kill-after=$grace "$limit" \
     bash -c "set -euo pipefail; run_$name" >"$log" 2>&1 </dev/null
   case $? in
     0) outcome=passed ;;
@@ -199,9 +209,7 @@ stage() {
     124 | 137) outcome="OUT OF TIME" status=1 ;;
     *) outcome=FAILED status=1 ;;
   esac
-  note "$name: $outcome, $((SECONDS - start)) s of at most $limit; $(
-    grep -E "^($summaries)\$" "$log" | tail -n 4 | tr -d '=' | paste -sd ';'
-  )"
+  note "$name: $outcome, $((SECONDS - start)) s of at most $limit; $(summary "$log")"
 }
 
 if [ $stages = first ]; then

@@ -26,7 +26,7 @@ if not _has_built_module(ROOT):
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     try:
         import clext
 
@@ -39,7 +39,22 @@ def pytest_configure() -> None:
         raise pytest.UsageError(str(error)) from None
     if REQUIRE_CUDA and (problem := cuda_problem()):
         raise pytest.UsageError(f"CLEXT_REQUIRE_CUDA=1 cannot be met: {problem}")
+    if REQUIRE_CUDA:
+        config.pluginmanager.register(FailuresAtOnce(config))
     del clext
+
+
+class FailuresAtOnce:
+    """Writes each failure when it happens: a run whose time is over does not get to its report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._plugins.get_plugin("terminalreporter")  # xdist's workers have none
+        if report.failed and reporter is not None:
+            reporter.write_line(f"\n{report.longreprtext}")
 
 
 def pytest_report_header() -> list[str]:

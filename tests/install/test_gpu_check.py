@@ -34,7 +34,7 @@ with open({calls!r}, "a") as calls:
 print("begins", flush=True)
 if {hangs!r} in given:
     if {deaf}:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(60)
 print("===== 7 passed in 0.1s =====")
 sys.exit({fails!r} in given)
