@@ -95,7 +95,7 @@ note "$facts, $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 # adapters are Python around methods that are tested here.
 export PYTEST_ADDOPTS="-v -p no:cacheprovider --ignore=tests/integrations --tb=short -rfEs"
 export tests=$device workers
-workers="-n $(nproc)"
+workers="-n $(env -u OMP_NUM_THREADS nproc)" # which nproc takes for their number
 for module in $missing; do
   files=$(grep -rlE "^(from|import) $module\b" tests | sort | xargs)
   note "missing: $module${files:+; left out without it: $files}"
@@ -137,8 +137,9 @@ run_steps() {
 
 run_bench() { "$python" bench/gpu.py --device "$device" --only "${dry:+si mlp fp32}"; }
 
-# $workers is a flag and its value, or nothing.
+# $workers is a flag and its value, or nothing. A thread for each: there are as many as cores.
 run_tests() {
+  export OMP_NUM_THREADS=1
   # shellcheck disable=SC2086
   "$python" -m pytest $workers -k "$tests" "tests${dry:+/ops/test_errors.py}"
 }
