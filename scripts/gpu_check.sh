@@ -179,7 +179,8 @@ export not_run_status=77
 not_run() { echo "$1"; exit "$not_run_status"; }
 while read -r name; do export -f "${name?}"; done < <(compgen -A function)
 
-# The lines of a log that tell how it went: pytest's last, the sanitizer's, those of our scripts.
+# The lines of a log that tell how it went: pytest's last, the sanitizer's, those of our scripts;
+# else the last.
 summaries='=+ .*(passed|failed|error|no tests).*=+|========= .*SUMMARY.*|sm_[0-9a-z]+: .*'
 summaries+='|no kernel uses .*|kernels .*|\w+ (fp32|bf16), .* tasks of .*'
 summaries+='|\{"case": "copy".*|\{.*"error".*'
@@ -190,7 +191,7 @@ summary() {
   if [ ! "$found" ] && grep -qE ' (PASSED|FAILED)' "$1"; then
     found="$(grep -c ' PASSED' "$1") passed and $(grep -c ' FAILED' "$1") failed until then"
   fi
-  echo "$found"
+  echo "${found:-$(grep . "$1" | tail -n 1 | cut -c 1-200)}"
 }
 
 status=0
