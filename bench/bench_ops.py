@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from speed.cases import CASES, Case, Lists
-from speed.sizes import MODELS
+from speed.sizes import MODELS, on_devices
 from speed.timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
 CALLS_PER_ROUND = 3
@@ -36,8 +36,7 @@ def check_equal(case: Case, shapes: Any, device: str) -> None:
             torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "device"), on_devices(MODELS, DEVICES))
 @pytest.mark.parametrize("op", CASES)
 def test_op(op: str, model: str, device: str, benchmark: Any, capsys: Any) -> None:
     case, shapes = CASES[op], MODELS[model]()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from speed.sizes import MODELS
+from speed.sizes import MODELS, on_devices
 from speed.steppers import CLEXT_OPTIMIZERS, METHOD_LISTS, Course, Fused, Separate, least_traffic
 from speed.timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
@@ -54,8 +54,7 @@ def check_state_equal(separate: Stepper, fused: Stepper) -> None:
             torch.testing.assert_close(got[key][name], entry, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "device"), on_devices(MODELS, DEVICES))
 @pytest.mark.parametrize("method", METHOD_LISTS)
 @pytest.mark.parametrize("optimizer", CLEXT_OPTIMIZERS)
 def test_step(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clext import ops
-from speed.sizes import MODELS, Shapes
+from speed.sizes import MODELS, Shapes, on_devices
 from speed.timing import DEVICES, Stopwatch, machine, record
 
 TASKS = (1, 4, 16)
@@ -111,9 +111,8 @@ class Problem:
         }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tasks", TASKS)
-@pytest.mark.parametrize("model", ROUNDS)
+@pytest.mark.parametrize(("model", "device"), on_devices(ROUNDS, DEVICES))
 def test_projection(model: str, tasks: int, device: str, benchmark: Any, capsys: Any) -> None:
     problem = Problem(MODELS[model](), tasks, device)
     problem.check()

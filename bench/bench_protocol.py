@@ -11,7 +11,9 @@ reading files into memory. MNIST is looked for in $CLEXT_DATA and the cache fold
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -143,6 +145,7 @@ def test_protocol(method: str, capsys: Any) -> None:
 )
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--course/--no-course", default=True, help="Run the notebook's loop too.")
+@click.option("--seeds", default=0, help="Time a sweep over as many seeds, too.")
 def protocol(
     methods: tuple[str, ...],
     tasks: int,
@@ -150,6 +153,7 @@ def protocol(
     precisions: tuple[str, ...],
     device: str,
     course: bool,
+    seeds: int,
 ) -> None:
     chosen = methods or METHODS
     reason = problem(course=course)
@@ -161,6 +165,26 @@ def protocol(
         for entry in compare(method, precisions, tasks, epochs, device, course=course):
             record("protocol", entry)
             print(described(entry), flush=True)
+        for precision in precisions if seeds else ():
+            with TemporaryDirectory() as out:
+                start = time.perf_counter()
+                clext.sweep(
+                    method,
+                    out=out,
+                    seeds=range(seeds),
+                    dataset="mnist",
+                    tasks=tasks,
+                    epochs=epochs,
+                    device=device,
+                    precision=precision,
+                    progress=False,
+                )
+                seconds = time.perf_counter() - start
+            print(
+                f"{method} {precision}, {tasks} tasks of {epochs} epochs, {seeds} seeds: "
+                f"clext {seconds:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

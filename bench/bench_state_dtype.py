@@ -16,7 +16,7 @@ import torch
 
 from speed.cases import CASES as OPS
 from speed.cases import STRENGTH
-from speed.sizes import MODELS, Shapes
+from speed.sizes import MODELS, Shapes, on_devices
 from speed.steppers import CLEXT_OPTIMIZERS, Fused, least_traffic
 from speed.timing import DEVICES, Stopwatch, copy_contestant, machine, record, rounds_for
 
@@ -60,8 +60,7 @@ def check_equal(full: Contestant, half: Contestant) -> None:
     assert all(map(torch.equal, full.numbers(), half.numbers()))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "device"), on_devices(MODELS, DEVICES))
 @pytest.mark.parametrize("case", CASES)
 def test_state_dtype(case: str, model: str, device: str, benchmark: Any, capsys: Any) -> None:
     gc.collect()

@@ -22,6 +22,7 @@ from clext.training.graphs import graphed_or_not
 from clext.training.models import mlp
 from clext.training.optimizers import TaskOptimizer
 from clext.training.settings import Settings
+from clext.training.steps import TaskSteps
 from speed.timing import DEVICES, ROUNDS, Stopwatch, machine, record
 
 BATCH = 128
@@ -31,14 +32,16 @@ LR = 1e-4
 
 
 class Run:
-    """A model with its method and optimizer, trained as `clext.train` does."""
+    """A model with its method and optimizer, trained as `clext.train` does, or with other steps."""
 
-    def __init__(self, method: str, split: Split, precision: str) -> None:
+    def __init__(
+        self, method: str, split: Split, precision: str, kind: type[TaskSteps] | None = None
+    ) -> None:
         torch.manual_seed(0)
         model = mlp().to(split.labels.device)
         self.method = make_method(method, model)
         self._examples = len(split.labels)
-        self._split, self._precision = split, precision
+        self._split, self._precision, self._kind = split, precision, kind
         self._start_task()
         self.epoch()
         self.method.consolidate([tuple(split)])
@@ -46,7 +49,7 @@ class Run:
 
     def _start_task(self) -> None:
         optimizer = task_optimizer(self.method)
-        kind = graphed_or_not(self.method, optimizer, self._split)
+        kind = self._kind or graphed_or_not(self.method, optimizer, self._split)
         self._steps = kind(self.method, optimizer, self._split, BATCH, self._precision)
 
     def epoch(self) -> None:

@@ -26,7 +26,7 @@ if not _has_built_module(ROOT):
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     try:
         import clext
 
@@ -39,7 +39,22 @@ def pytest_configure() -> None:
         raise pytest.UsageError(str(error)) from None
     if REQUIRE_CUDA and (problem := cuda_problem()):
         raise pytest.UsageError(f"CLEXT_REQUIRE_CUDA=1 cannot be met: {problem}")
+    if REQUIRE_CUDA:
+        config.pluginmanager.register(FailuresAtOnce(config))
     del clext
+
+
+class FailuresAtOnce:
+    """Writes each failure when it happens: a run whose time is over does not get to its report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self._plugins.get_plugin("terminalreporter")  # xdist's workers have none
+        if report.failed and reporter is not None:
+            reporter.write_line(f"\n{report.longreprtext}")
 
 
 def pytest_report_header() -> list[str]:
@@ -97,29 +112,21 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-# With CLEXT_REQUIRE_CUDA=1 the run is evidence that everything works on this machine: what did not
-# run cannot count as passed.
+# With CLEXT_REQUIRE_CUDA=1 the run is evidence that everything works on CUDA: what did not run
+# there cannot count as passed, unless for want of a library.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail"):
-        _fail_skipped(report)
+    if REQUIRE_CUDA and report.skipped and not hasattr(report, "wasxfail") and _is_on_cuda(item):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        if "could not import" not in str(reason):
+            report.outcome = "failed"
+            report.longrepr = f"CLEXT_REQUIRE_CUDA=1 allows no skip on CUDA, but: {reason}"
     return report
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(
-    collector: pytest.Collector,
-) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    report = yield
-    if REQUIRE_CUDA and report.skipped:
-        _fail_skipped(report)
-    return report
-
-
-def _fail_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-    report.outcome = "failed"
-    report.longrepr = f"CLEXT_REQUIRE_CUDA=1 allows no skip, but: {reason}"
+def _is_on_cuda(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)  # of parameters
+    return call is not None and call.params.get("device") == "cuda"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 Shapes = list[tuple[int, ...]]
@@ -41,3 +42,17 @@ def vit_b() -> Shapes:
 
 
 MODELS = {"mlp": course_mlp, "resnet18": resnet18, "vit_b": vit_b}
+
+
+def on_devices(models: Iterable[str], devices: Iterable[str]) -> list[tuple[str, str]]:
+    """Each model on each device; the MLP not on CUDA, where it fits into the L2 of a large GPU.
+
+    `bench/gpu.py` has it there, in several sets of buffers.
+    """
+    models = list(models)
+    return [
+        (model, device)
+        for device in devices
+        for model in models
+        if (model, device) != ("mlp", "cuda")
+    ]

@@ -54,6 +54,7 @@ ROUNDING = {torch.float32: 2.5e-7, torch.float64: 4.3e-15}
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_the_options_that_torch_tests_its_own_with(name, dtype, device, monkeypatch):
+    pytest.importorskip("expecttest")  # which torch's list of them imports
     # It would freeze torch.backends.cudnn and others, which are ours to set.
     monkeypatch.setattr(torch.backends, "disable_global_flags", lambda: None)
     from torch.testing._internal.common_optimizers import optim_db

@@ -43,14 +43,14 @@ def done(tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """The method, strength and seed of each run that is made from here on, in this process."""
-    made, run = [], clext.training.runs.train_method
+    made, run = [], clext.training.sweep.train_method
 
     def recording(method, scenario, settings, *arguments, **options):
         strength = method.strength if method.has_strength else None
         made.append((method.name, strength, settings.seed))
         return run(method, scenario, settings, *arguments, **options)
 
-    monkeypatch.setattr("clext.training.runs.train_method", recording)
+    monkeypatch.setattr("clext.training.sweep.train_method", recording)
     return made
 
 
@@ -191,7 +191,7 @@ class TestFailures:
         def broken(*_args, **_kwargs):
             raise RuntimeError("no\nidea")
 
-        monkeypatch.setattr("clext.training.runs.train_method", broken)
+        monkeypatch.setattr("clext.training.sweep.train_method", broken)
         with pytest.warns(UserWarning, match="failed: no$"):
             there = sweep(tmp_path)
         assert set(there.failed.values()) == {"no"}
@@ -228,7 +228,7 @@ class TestFailures:
     )
     def test_bad_input_before_any_work(self, tmp_path, changes, message, monkeypatch):
         monkeypatch.setattr(
-            "clext.training.runs.load_scenario", lambda *_args, **_kwargs: pytest.fail("work")
+            "clext.training.sweep.load_scenario", lambda *_args, **_kwargs: pytest.fail("work")
         )
         with pytest.raises(ValueError, match=message):
             sweep(**{"folder": tmp_path / "out", **changes})
