@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -145,7 +144,7 @@ def test_protocol(method: str, capsys: Any) -> None:
 )
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--course/--no-course", default=True, help="Run the notebook's loop too.")
-@click.option("--seeds", default=0, help="Time a sweep over as many seeds, too.")
+@click.option("--seeds", default=0, help="Also time as many runs, on CUDA beside each other.")
 def protocol(
     methods: tuple[str, ...],
     tasks: int,
@@ -166,20 +165,18 @@ def protocol(
             record("protocol", entry)
             print(described(entry), flush=True)
         for precision in precisions if seeds else ():
-            with TemporaryDirectory() as out:
-                start = time.perf_counter()
-                clext.sweep(
-                    method,
-                    out=out,
-                    seeds=range(seeds),
-                    dataset="mnist",
-                    tasks=tasks,
-                    epochs=epochs,
-                    device=device,
-                    precision=precision,
-                    progress=False,
-                )
-                seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            clext.train(
+                method,
+                seeds=range(seeds),
+                dataset="mnist",
+                tasks=tasks,
+                epochs=epochs,
+                device=device,
+                precision=precision,
+                progress=False,
+            )
+            seconds = time.perf_counter() - start
             print(
                 f"{method} {precision}, {tasks} tasks of {epochs} epochs, {seeds} seeds: "
                 f"clext {seconds:.1f} s",

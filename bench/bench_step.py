@@ -50,11 +50,11 @@ class Run:
     def _start_task(self) -> None:
         optimizer = task_optimizer(self.method)
         kind = self._kind or graphed_or_not(self.method, optimizer, self._split)
-        self._steps = kind(self.method, optimizer, self._split, BATCH, self._precision)
+        self.steps = kind(self.method, optimizer, self._split, BATCH, self._precision)
 
     def epoch(self) -> None:
         order = torch.randperm(self._examples).to(self._split.labels.device)
-        self._steps.train_on(order, lambda: None)
+        self.steps.train_on(order, lambda: None)
 
 
 def task_optimizer(method: Method) -> TaskOptimizer:

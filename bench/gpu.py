@@ -7,8 +7,8 @@
 Of fused steps, products and projection of gradients, and SCP's slices: microseconds of a call that
 Python launches ("called"), of one in a CUDA graph ("graph") and of a copy that moves as many bytes
 ("copy"); "of_copy" is copy over graph. Of a training step of the course's MLP: launched by Python
-and as a replay. Buffers used in turns are together several times the L2. Exit code 1 if a case
-failed; the others are run all the same.
+and as a replay; and of several runs whose steps are in one graph. Buffers used in turns are
+together several times the L2. Exit code 1 if a case failed; the others are run all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench_projection import Problem
 from bench_state_dtype import SAVED
 from bench_step import STEPS, Run, random_images
 
-from clext.training.graphs import capture_graph
+from clext.training.graphs import GraphedSteps, StepsTogether, capture_graph
 from clext.training.steps import TaskSteps
 from speed.cases import CASES, Lists
 from speed.sizes import MODELS, Shapes
@@ -36,6 +36,7 @@ from speed.timing import ROUNDS, Stopwatch, copies, in_turns, machine, sets_beyo
 SAMPLES = ROUNDS or 9
 LARGE_COPY = 2**30
 PAST_TASKS = 4
+RUNS_TOGETHER = (1, 8, 32)
 # Calls in a graph, at least: beside so many its own launch is short.
 RECORDED = 20
 
@@ -64,6 +65,8 @@ def cases(device: str) -> Iterator[tuple[str, Callable[[], Entry]]]:
     for precision in ("fp32", "bf16"):
         for method in ("baseline", "ewc", "si", "rwalk"):
             yield f"train {method} mlp {precision}", partial(step, method, precision, device)
+    for runs in RUNS_TOGETHER if device == "cuda" else ():
+        yield f"train si mlp fp32 runs {runs}", partial(steps_together, runs, device)
 
 
 def fused_step(method: str, shapes: Shapes, device: str, dtype: torch.dtype | None) -> Call:
@@ -129,6 +132,22 @@ def step(method: str, precision: str, device: str) -> Entry:
         watch.time(name, run.epoch, SAMPLES)
     medians = watch.medians().items()
     return {"us": {name: round(1e6 * seconds / STEPS[device], 2) for name, seconds in medians}}
+
+
+def steps_together(count: int, device: str) -> Entry:
+    """Times of a step of so many runs, as `clext.train(seeds=...)` takes them on CUDA."""
+    split, watch = random_images(device), Stopwatch(device)
+    runs = [Run("si", split, "fp32", GraphedSteps) for _ in range(count)]
+    together = StepsTogether([run.steps for run in runs])
+    orders = [torch.randperm(len(split.labels)).to(device) for _ in range(count)]
+
+    def epoch() -> None:
+        together.train_on(orders, [lambda: None] * count)
+
+    epoch()
+    watch.time("graph", epoch, SAMPLES)
+    us = 1e6 * watch.medians()["graph"] / STEPS[device]
+    return {"us": {"graph": round(us, 2), "of_a_run": round(us / count, 2)}}
 
 
 def main() -> int:
