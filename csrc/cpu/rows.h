@@ -108,9 +108,9 @@ CLEXT_HOST_DEVICE bool apply_packs(const Op& op, const Pointers& at, int64_t row
 static constexpr int64_t kRowBlock = 16 * 1024;
 
 template <class Op, class A>
-CLEXT_HOST_DEVICE void add_row(const Op& op, A* values, const A* row, int64_t size, int64_t k) {
+CLEXT_HOST_DEVICE void add_row(const Op& op, A* values, const A* row, int64_t size, double weight) {
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) op(values[i], row[i], k);
+  for (int64_t i = 0; i < size; ++i) op(values[i], row[i], weight);
 }
 
 // Functors that take the rows one by one (row_by_row), lists: what it updates, and the rows. Each
@@ -132,8 +132,7 @@ CLEXT_HOST_DEVICE void apply_row_by_row(const Op& op, const ChunkPointers& at, i
     }
     const A* row = reinterpret_cast<const A*>(at[1]) + start;
     for (int64_t k = 0; k < op.outputs; ++k, row += row_stride) {
-      if (op.skip_row(k)) continue;
-      add_row(op, values, row, size, k);
+      if (op.weights[k] != 0) add_row(op, values, row, size, op.weights[k]);
     }
     if constexpr (!in_place) {
 #pragma omp simd

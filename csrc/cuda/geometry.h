@@ -31,7 +31,6 @@ static constexpr int kMaxVectors = 4;
 static constexpr int kBlocksPerMultiprocessor = 3;
 static constexpr int kFewerBlocks = 2;  // with up to 128 registers a thread
 static constexpr int kMaxValueRegisters = 56;
-static constexpr int kRowRegisters = 32;  // of a thread, for rows that are taken one by one
 static constexpr size_t kMaxCoefficientBytes = 64;
 
 template <class Op, class T>
@@ -68,12 +67,15 @@ struct Geometry {
   static constexpr int loaded_lists(std::integer_sequence<int, K...>) {
     return ((kIsLoaded<K> ? 1 : 0) + ...);
   }
+  // Double formulas need two registers per value, and long divisions more: half as much for them.
+  static constexpr int kBudget = std::is_same_v<A, double> ? kBytesInFlight / 2 : kBytesInFlight;
   static constexpr int choose_vectors(int bytes_per_vector) {
-    // Double formulas need two registers per value, and long divisions more: half as much for them.
-    const int budget = std::is_same_v<A, double> ? kBytesInFlight / 2 : kBytesInFlight;
     int vectors = 1;
-    while (vectors < kMaxVectors && 2 * vectors * bytes_per_vector <= budget) vectors *= 2;
+    while (vectors < kMaxVectors && 2 * vectors * bytes_per_vector <= kBudget) vectors *= 2;
     return vectors;
+  }
+  static constexpr int choose_rows(int bytes_per_row) {
+    return std::max(1, kBudget / 2 / bytes_per_row);
   }
 
  public:
@@ -84,9 +86,9 @@ struct Geometry {
   static constexpr int kWidth =
       kHasRows && !kIsRowByRow ? 1 : kVectorBytes / smallest_bytes(Indices{});
   static constexpr int kVectors = kHasRows ? 1 : choose_vectors(kWidth * loaded_bytes(Indices{}));
-  // Rows whose loads are in flight together, where they are taken one by one.
-  static constexpr int kRowsAtOnce =
-      kRowRegisters * static_cast<int>(sizeof(float)) / (kWidth * static_cast<int>(sizeof(A)));
+  // Rows whose loads are in flight together, where they are taken one by one. With their weights,
+  // which are double, they need more registers than other lists.
+  static constexpr int kRowsAtOnce = choose_rows(kWidth * static_cast<int>(sizeof(A)));
   static constexpr int64_t kVectorStride = int64_t{kThreads} * kWidth;
   static constexpr int64_t kTile = kVectorStride * kVectors;
   // The values of a thread, and the coefficients that a functor brings along: where they leave too

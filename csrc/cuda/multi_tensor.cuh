@@ -35,8 +35,8 @@ namespace cuda {
 
 static_assert(CUDART_VERSION >= 12010, "clext needs CUDA 12.1 or newer (32 KB kernel parameters)");
 
-// The rows of a vector of elements, for functors that take them one by one: some rows' loads
-// together, those that are skipped left out by predicate.
+// The rows of a vector of elements, for functors that take them one by one: the loads of some rows
+// together, those of weight 0 left out by predicate.
 template <Path P, class Op, class T>
 __device__ __forceinline__ void apply_rows(const Op& op, const ChunkView<Op, T>& chunk,
                                            int64_t first, int left,
@@ -46,21 +46,24 @@ __device__ __forceinline__ void apply_rows(const Op& op, const ChunkView<Op, T>&
   const auto* rows = chunk.template at<1>(first);
 #pragma unroll 1
   for (int64_t start = 0; start < op.outputs; start += G::kRowsAtOnce) {
-    bool taken[G::kRowsAtOnce];
+    double weights[G::kRowsAtOnce];
     accumulate_t<T> entries[G::kRowsAtOnce][G::kWidth];
 #pragma unroll
     for (int r = 0; r < G::kRowsAtOnce; ++r) {
-      taken[r] = start + r < op.outputs && !op.skip_row(start + r);
+      const int64_t last = op.outputs - 1;
+      const double weight = op.weights[start + r < last ? start + r : last];
+      weights[r] = start + r <= last ? weight : 0;
     }
 #pragma unroll
     for (int r = 0; r < G::kRowsAtOnce; ++r) {
-      if (taken[r]) load<P>(rows + (start + r) * chunk.row_stride, left, entries[r]);
+      if (weights[r] != 0) load<P>(rows + (start + r) * chunk.row_stride, left, entries[r]);
     }
 #pragma unroll
     for (int r = 0; r < G::kRowsAtOnce; ++r) {
 #pragma unroll
       for (int i = 0; i < G::kWidth; ++i) {
-        if (taken[r] && (P != Path::Partial || i < left)) op(values[i], entries[r][i], start + r);
+        const bool taken = weights[r] != 0 && (P != Path::Partial || i < left);
+        if (taken) op(values[i], entries[r][i], weights[r]);
       }
     }
   }

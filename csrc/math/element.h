@@ -16,8 +16,8 @@
 //   static constexpr bool Op::* mode          optional: a member worth a loop for each value
 //   static constexpr bool rounds              optional: operator() takes a StorageTag first
 //   static constexpr bool row_by_row          with a Rows list: operator() takes one row's value
-//                                             and its number, and is called for each row in turn
-//   bool skip_row(k)                          with row_by_row: do without row k, which is not read
+//                                             and its weight, and is called for each row in turn
+//   const double* weights                     with row_by_row: those of weight 0 are not read
 // and never loops, loads or stores by itself. Nothing here includes torch or CUDA headers.
 #pragma once
 

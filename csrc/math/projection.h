@@ -39,16 +39,14 @@ struct ProjectGradient {
   // Without a way out before the end: the weights are read side by side, not one after the other.
   CLEXT_HOST_DEVICE void prepare() {
     skipped = true;
-    for (int64_t k = 0; k < outputs; ++k) skipped = skipped & skip_row(k);
+    for (int64_t k = 0; k < outputs; ++k) skipped = skipped & (weights[k] == 0);
   }
 
   CLEXT_HOST_DEVICE bool skip() const { return skipped; }
 
-  CLEXT_HOST_DEVICE bool skip_row(int64_t k) const { return weights[k] == 0; }
-
   template <class A>
-  CLEXT_HOST_DEVICE void operator()(A& grad, A row, int64_t k) const {
-    grad += A(weights[k]) * row;
+  CLEXT_HOST_DEVICE void operator()(A& grad, A row, double weight) const {
+    grad += A(weight) * row;
   }
 };
 
