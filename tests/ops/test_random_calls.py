@@ -26,7 +26,7 @@ RELAID = {
     "as it is": lambda tensor: tensor,
     "from the end": lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
     "with gaps": lambda tensor: tensor.repeat_interleave(2, dim=-1)[..., ::2],
-    "one entry": lambda tensor: tensor[..., :1].expand_as(tensor),
+    "one row": lambda tensor: tensor[:1].expand_as(tensor) if tensor.dim() > 1 else tensor,
 }
 
 
@@ -61,6 +61,8 @@ def random_arguments(op: Op, chance: random.Random):
         if not arg.written and arg.name != op.layout and not op.fused:
             tensors = arguments[arg.name]
             arguments[arg.name] = [relay(t) if t.dim() and t.numel() else t for t in tensors]
+    for square in arguments.get("exp_avg_sqs", []):
+        square += 0.25  # where a gradient cancels, Adam would divide rounding by next to nothing
     for scalar in op.scalars:
         # Near the usual one: at the edges float16 overflows, and float64 beside it does not.
         arguments[scalar.name] *= chance.uniform(0.5, 1.1)
