@@ -1,7 +1,8 @@
 """Builds clext._C from csrc/. Everything that does not depend on the machine is in pyproject.toml.
 
 Switches (environment): CLEXT_CUDA, CLEXT_OPENMP = 0 | 1 | auto; CLEXT_WERROR = 1 makes warnings
-errors; CUDA_HOME, TORCH_CUDA_ARCH_LIST, CXX, CC and MAX_JOBS mean what they mean to torch.
+errors; CLEXT_SANITIZE = address,undefined | thread builds with sanitizers; CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, CXX, CC and MAX_JOBS mean what they mean to torch.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
         cpp_extension.get_cxx_compiler(),
     )
     print(f"clext: building {'with' if openmp else 'without'} OpenMP")
+    sanitizers = toolchain.sanitizer_flags(os.environ)
     # Warnings are about clext: torch's headers count as system headers.
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     errors = ["-Werror"] if os.environ.get("CLEXT_WERROR") == "1" else []
@@ -158,10 +160,10 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
         ],
         depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),  # which ninja finds out by itself
         extra_compile_args={
-            "cxx": [*CXX_FLAGS, *CXX_WARNINGS, *errors, *openmp, *system],
+            "cxx": [*CXX_FLAGS, *CXX_WARNINGS, *errors, *openmp, *sanitizers, *system],
             "nvcc": NVCC_FLAGS,
         },
-        extra_link_args=openmp,
+        extra_link_args=[*openmp, *sanitizers],
     )
 
     class BuildExt(cpp_extension.BuildExtension):
@@ -174,6 +176,7 @@ def build_options(torch: types.ModuleType) -> dict[str, Any]:
                     "CUDA_VERSION": cuda,
                     "CUDA_ARCHS": archs,
                     "OPENMP": bool(openmp),
+                    "SANITIZERS": os.environ.get("CLEXT_SANITIZE", ""),
                 }
             )
             path = Path(self.get_ext_fullpath("clext._C")).parent / "_build.py"

@@ -219,6 +219,28 @@ def openmp_flags(switch: str, torch_has_openmp: bool, compiler: str) -> list[str
     return []
 
 
+def sanitizer_flags(environ: Mapping[str, str]) -> list[str]:
+    """Returns the flags for the sanitizers of CLEXT_SANITIZE, to compile and to link."""
+    value = environ.get("CLEXT_SANITIZE", "").strip()
+    if not value:
+        return []
+    if not set(value.split(",")) <= {"address", "undefined", "thread"}:
+        raise BuildError(
+            f"CLEXT_SANITIZE must be address,undefined or thread, but is {value!r}; unset it for "
+            "a build without sanitizers."
+        )
+    return [
+        f"-fsanitize={value}",
+        "-fno-sanitize-recover=all",  # a finding ends the process: no test passes over it
+        "-fno-sanitize=vptr",  # asks for type information that torch does not export
+        "-O1",
+        "-g1",  # reports name lines
+        # The kernels of wider vectors are the same templates, and half of the compile time; the
+        # host tests run them with sanitizers.
+        "-DCLEXT_BASELINE",
+    ]
+
+
 def _compiles_openmp(compiler: str) -> bool:
     program = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
     with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,14 @@
 Formulas and arguments of each op are those of its namesake in `clext.reference`. Kernels for CPU
 and CUDA are compiled in csrc/; torch_library.py adds shapes, autograd and all other devices.
 State is float64 for float64 parameters, else float32; `anchors` and `importances` may both be
-bfloat16 instead of float32. Bad arguments raise ValueError (TypeError for dtypes and sparse
-tensors) and change nothing.
+bfloat16 instead of float32. Bad arguments raise ValueError (TypeError for dtypes, sparse tensors
+and what is no tensor) and change nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,9 +21,42 @@ import clext.ops._extension  # noqa: F401  (loading it defines the ops)
 from clext.ops import reference
 
 if TYPE_CHECKING:
+    from types import UnionType
+
     from clext.core.lists import TensorList
 
 _ops: Any = torch.ops.clext
+
+
+def _call(name: str, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+    op = getattr(_ops, name).default
+    try:
+        return op(*arguments, **options)
+    except (AttributeError, RuntimeError):
+        # Torch refuses what is no tensor before the op sees it, in many lines.
+        _check_types(op._schema, arguments)
+        raise
+
+
+def _check_types(schema: torch.FunctionSchema, arguments: tuple[Any, ...]) -> None:
+    """TypeError for None, a number or the like where `schema` has a tensor or a list of them."""
+    for argument, value in zip(schema.arguments, arguments, strict=False):
+        where = f"{schema.name.removeprefix('clext::')}: {argument.name}"
+        kind = str(argument.type)
+        if kind == "Tensor":
+            _check_type(where, value, Tensor, "a tensor")
+        elif kind == "List[Tensor]":
+            _check_type(where, value, Sequence, "a list of tensors")
+            for index, entry in enumerate(value):
+                _check_type(f"{where}[{index}]", entry, Tensor, "a tensor")
+        elif kind == "float":
+            _check_type(where, value, Real | Tensor, "a number")
+
+
+def _check_type(where: str, value: object, valid: type | UnionType, expected: str) -> None:
+    if not isinstance(value, valid):
+        got = type(value).__name__
+        raise TypeError(f"{where} is of type {got}, expected {expected}") from None
 
 
 def quadratic_penalty(params: TensorList, anchors: TensorList, importances: TensorList) -> Tensor:
@@ -32,15 +67,16 @@ def quadratic_penalty(params: TensorList, anchors: TensorList, importances: Tens
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return reference.quadratic_penalty(params, anchors, importances)
-    return cast("Tensor", _ops.quadratic_penalty.default(params, anchors, importances))
+    return cast("Tensor", _call("quadratic_penalty", params, anchors, importances))
 
 
 def quadratic_penalty_backward(
     grad: Tensor, params: TensorList, anchors: TensorList, importances: TensorList
 ) -> list[Tensor]:
     """2 * grad * importance * (parameter - anchor), in the dtype of `params`; `grad` is 0-dim."""
-    op = _ops.quadratic_penalty_backward.default
-    return cast("list[Tensor]", op(grad, params, anchors, importances))
+    return cast(
+        "list[Tensor]", _call("quadratic_penalty_backward", grad, params, anchors, importances)
+    )
 
 
 def add_quadratic_penalty_grad_(
@@ -51,15 +87,17 @@ def add_quadratic_penalty_grad_(
     strength: float,
 ) -> Tensor:
     """Add the gradient of strength * `quadratic_penalty` to `grads`; returns its value."""
-    op = _ops.add_quadratic_penalty_grad_.default
-    return cast("Tensor", op(grads, params, anchors, importances, strength))
+    return cast(
+        "Tensor",
+        _call("add_quadratic_penalty_grad_", grads, params, anchors, importances, strength),
+    )
 
 
 def accumulate_path_integral_(
     path: TensorList, params: TensorList, starts: TensorList, task_grads: TensorList
 ) -> None:
     """Subtract task gradient * (parameter - start) from `path` (SI)."""
-    _ops.accumulate_path_integral_.default(path, params, starts, task_grads)
+    _call("accumulate_path_integral_", path, params, starts, task_grads)
 
 
 def riemannian_walk_step_(
@@ -71,7 +109,7 @@ def riemannian_walk_step_(
     decay: float,
 ) -> None:
     """`accumulate_path_integral_`, and fisher = decay * fisher + (1 - decay) * task gradient^2."""
-    _ops.riemannian_walk_step_.default(path, fisher, params, starts, task_grads, decay)
+    _call("riemannian_walk_step_", path, fisher, params, starts, task_grads, decay)
 
 
 def accumulate_riemannian_walk_score_(
@@ -83,19 +121,19 @@ def accumulate_riemannian_walk_score_(
     eps: float,
 ) -> None:
     """Close an interval: task_score += max(0, path) / (fisher * step^2 / 2 + eps) (RWalk)."""
-    _ops.accumulate_riemannian_walk_score_.default(
-        task_score, path, interval_start, fisher, params, eps
+    _call(
+        "accumulate_riemannian_walk_score_", task_score, path, interval_start, fisher, params, eps
     )
 
 
 def accumulate_square_(acc: TensorList, grads: TensorList, scale: float) -> None:
     """Add scale * grads^2 to `acc`, which is in the state dtype of `grads`."""
-    _ops.accumulate_square_.default(acc, grads, scale)
+    _call("accumulate_square_", acc, grads, scale)
 
 
 def accumulate_abs_(acc: TensorList, grads: TensorList, scale: float) -> None:
     """Add scale * |grads| to `acc`, which is in the state dtype of `grads`."""
-    _ops.accumulate_abs_.default(acc, grads, scale)
+    _call("accumulate_abs_", acc, grads, scale)
 
 
 def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, scale: float) -> None:
@@ -103,7 +141,7 @@ def sliced_importance_(acc: TensorList, jacobian: TensorList, slices: Tensor, sc
 
     `jacobian[i]`: [K, *acc[i].shape] in the dtype of acc[i]; `slices`: [L, K].
     """
-    _ops.sliced_importance_.default(acc, jacobian, slices, scale)
+    _call("sliced_importance_", acc, jacobian, slices, scale)
 
 
 def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square") -> Tensor:
@@ -111,8 +149,7 @@ def per_sample_sum(features: Tensor, grads: Tensor, *, function: str = "square")
 
     `function`: "square", "absolute" (its absolute value) or "identity" (the entry itself).
     """
-    op = _ops.per_sample_sum.default
-    return cast("Tensor", op(features, grads, function=function))
+    return cast("Tensor", _call("per_sample_sum", features, grads, function=function))
 
 
 def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
@@ -125,7 +162,7 @@ def gradient_gram(rows: TensorList, grads: TensorList) -> Tensor:
     GEM (Lopez-Paz and Ranzato 2017, arXiv:1706.08840), A-GEM (Chaudhry et al. 2019,
     arXiv:1812.00420).
     """
-    return cast("Tensor", _ops.gradient_gram.default(rows, grads))
+    return cast("Tensor", _call("gradient_gram", rows, grads))
 
 
 def project_gradient_(grads: TensorList, rows: TensorList, weights: Tensor) -> None:
@@ -135,7 +172,7 @@ def project_gradient_(grads: TensorList, rows: TensorList, weights: Tensor) -> N
     device, where it is read: the host does not wait. A row whose weight is zero is not read, and
     where all are zero nothing is; NaN is not zero. The sum is formed in the state dtype.
     """
-    _ops.project_gradient_.default(grads, rows, weights)
+    _call("project_gradient_", grads, rows, weights)
 
 
 def consolidate_importance_(
@@ -146,7 +183,7 @@ def consolidate_importance_(
     gamma: float,
 ) -> None:
     """Set importance to gamma * importance + estimate, anchor to the parameter."""
-    _ops.consolidate_importance_.default(importances, anchors, estimate, params, gamma)
+    _call("consolidate_importance_", importances, anchors, estimate, params, gamma)
 
 
 def consolidate_all_anchors_(
@@ -157,8 +194,9 @@ def consolidate_all_anchors_(
     gamma: float,
 ) -> Tensor:
     """Merge gamma * (A, anchor) with (F, parameter) into one quadratic; returns the constant."""
-    op = _ops.consolidate_all_anchors_.default
-    return cast("Tensor", op(importances, anchors, estimate, params, gamma))
+    return cast(
+        "Tensor", _call("consolidate_all_anchors_", importances, anchors, estimate, params, gamma)
+    )
 
 
 def consolidate_path_integral_(
@@ -174,8 +212,14 @@ def consolidate_path_integral_(
 
     With `clamp_total`: importance = max(0, importance + path / (step^2 + xi)).
     """
-    _ops.consolidate_path_integral_.default(
-        importances, anchors, path, params, xi, clamp_total=clamp_total
+    _call(
+        "consolidate_path_integral_",
+        importances,
+        anchors,
+        path,
+        params,
+        xi,
+        clamp_total=clamp_total,
     )
 
 
@@ -189,6 +233,6 @@ def consolidate_riemannian_walk_(
     mix: float,
 ) -> None:
     """Merge the scores; importance = fisher / max(fisher) + score / max(score) (RWalk)."""
-    _ops.consolidate_riemannian_walk_.default(
-        importances, anchors, score, task_score, fisher, params, mix
+    _call(
+        "consolidate_riemannian_walk_", importances, anchors, score, task_score, fisher, params, mix
     )

@@ -19,6 +19,7 @@
 #include "cpu/pairs.h"
 #include "cpu/rows.h"
 #include "cpu/stream.h"
+#include "cpu/threads.h"
 #include "launch.h"
 #include "math/element.h"
 #include "math/storage.h"
@@ -227,16 +228,11 @@ void apply(const TensorLists& lists, Op op, double* partials, int threads) {
   }
   const auto apply_range = select_apply_chunks<Op, T>();
   const auto count = static_cast<int64_t>(lists.chunks.size());
-#if defined(_OPENMP)
   if (threads > 1 && lists.element_count() > kSerialElements) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t c = 0; c < count; ++c) apply_range(lists, op, partials, c, c + 1);
-    return;
+    in_parallel(count, threads, [&](int64_t c) { apply_range(lists, op, partials, c, c + 1); });
+  } else {
+    apply_range(lists, op, partials, 0, count);
   }
-#else
-  static_cast<void>(threads);
-#endif
-  apply_range(lists, op, partials, 0, count);
 }
 
 }  // namespace cpu

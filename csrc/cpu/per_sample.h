@@ -13,6 +13,7 @@
 #include "cpu/instruction_set.h"
 #include "cpu/pack.h"
 #include "cpu/sample_products.h"
+#include "cpu/threads.h"
 #include "math/element.h"
 
 namespace clext {
@@ -197,19 +198,6 @@ auto select_add_product_tiles() {
 #endif
 }
 
-// run(part) for each part, by as many threads.
-template <class Run>
-void in_parts(int parts, const Run& run) {
-#if defined(_OPENMP)
-  if (parts > 1) {
-#pragma omp parallel for schedule(static, 1) num_threads(parts)
-    for (int part = 0; part < parts; ++part) run(part);
-    return;
-  }
-#endif
-  for (int part = 0; part < parts; ++part) run(part);
-}
-
 // Copies of gradients, a few samples at a time, with the entries of a row in whole vectors.
 template <class A>
 class CopiedRows {
@@ -231,7 +219,7 @@ class CopiedRows {
 
   VectorRows<A> copy(int64_t begin, int64_t end, int parts) {
     const int64_t matrices = (end - begin) * groups_;
-    in_parts(parts, [&](int64_t part) {
+    in_parallel(parts, parts, [&](int64_t part) {
       for (int64_t k = matrices * part / parts; k < matrices * (part + 1) / parts; ++k) {
         copy_matrix(grads_.group(begin + k / groups_, k % groups_),
                     copy_.data() + k * row_count_ * width_);
@@ -288,7 +276,7 @@ void per_sample_sum_cpu(const PerSampleProducts<A>& products, const Op& op, A* s
   const auto add_product_tiles = cpu::select_add_product_tiles<Op, A>();
   const auto add = [&](const cpu::VectorRows<A>& rows, int64_t begin, int64_t end) {
     const cpu::ProductSums<Op, A> part_of = {products, op, sums, rows, begin, end};
-    cpu::in_parts(parts, [&](int part) { add_product_tiles(part_of, part, parts); });
+    cpu::in_parallel(parts, parts, [&](int64_t part) { add_product_tiles(part_of, part, parts); });
   };
   if (grads.has_whole_vectors()) {
     add({grads.first, grads.sample_stride, grads.group_stride, grads.rows.data()}, 0,

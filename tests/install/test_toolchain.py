@@ -191,3 +191,10 @@ def test_openmp_is_used_where_the_compiler_and_torch_have_it(tmp_path: Path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_openmp_probe_compiles_with_a_real_compiler():
     assert toolchain.openmp_flags("1", True, "g++ -O0") == ["-fopenmp"]
+
+
+def test_sanitizers_are_named_or_refused():
+    assert toolchain.sanitizer_flags({}) == []
+    assert "-fsanitize=thread" in toolchain.sanitizer_flags({"CLEXT_SANITIZE": "thread"})
+    with pytest.raises(BuildError, match=r"^CLEXT_SANITIZE must be address,undefined or thread"):
+        toolchain.sanitizer_flags({"CLEXT_SANITIZE": "memory"})

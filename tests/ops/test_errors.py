@@ -33,6 +33,7 @@ def snapshot(arguments):
     return {
         name: bits(tensor) if tensor.device.type != "meta" and not tensor.is_sparse else tensor
         for name, tensor in tensors_of(arguments).items()
+        if isinstance(tensor, torch.Tensor)
     }
 
 
@@ -255,7 +256,33 @@ def test_slices(device):
         ops.sliced_importance_(both, rows, torch.ones(2, 3, device=device), 1.0)
 
 
-def test_something_else_than_tensors():
+# ----------------------------------------------------------------------------- other types
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.fused], ids=str)
+def test_something_else_than_tensors(op):
+    for arg in op.lists:
+        for wrong in (None, 1.0, "x", [1.0]):
+            arguments = sample(op, THREE)
+            arguments[arg.name][1] = wrong
+            got = type(wrong).__name__
+            message = rf"{arg.name}\[1\] is of type {got}, expected a tensor$"
+            assert_refused(op, arguments, message, TypeError)
+        for wrong in (None, 1.0, torch.ones(3, 2, 3)):
+            arguments = {**sample(op, THREE), arg.name: wrong}
+            message = rf"{arg.name} is of type {type(wrong).__name__}, expected a list of tensors$"
+            assert_refused(op, arguments, message, TypeError)
+    for scalar in op.scalars:
+        arguments = {**sample(op, THREE), scalar.name: None}
+        message = f"{scalar.name} is of type NoneType, expected a number$"
+        assert_refused(op, arguments, message, TypeError)
+
+
+def test_something_else_than_a_tensor():
     theta = torch.ones(3)
-    with pytest.raises((TypeError, RuntimeError), match="quadratic_penalty"):
-        ops.quadratic_penalty([theta], [None], [theta])
+    with pytest.raises(
+        TypeError, match="^project_gradient_: weights is of type NoneType, expected"
+    ):
+        ops.project_gradient_([theta], [theta[None]], None)
+    with pytest.raises(TypeError, match="^per_sample_sum: features is of type NoneType, expected"):
+        ops.per_sample_sum(None, None)

@@ -55,6 +55,32 @@ def test_lists_of_other_length():
         problem.make("compiled")
 
 
+@pytest.mark.parametrize("wrong", [None, 1.0, "x"], ids=str)
+def test_something_else_than_tensors(wrong):
+    got = type(wrong).__name__
+    theta = torch.ones(3)
+    lists = {"params": [theta], "path": [theta.clone()], "steps": [torch.zeros(())]}
+
+    def plan_of(**changes):
+        now = {**lists, **changes}
+        return C.ParameterPlan(["w"], now["params"], {"path": now["path"]}, now["steps"])
+
+    for name in lists:
+        with pytest.raises(
+            TypeError, match=rf"^ParameterPlan: {name}\[1\] is of type {got}, expected a tensor$"
+        ):
+            plan_of(**{name: [theta, wrong]})
+    for name in lists if wrong != "x" else ():
+        message = f"^ParameterPlan: {name} is of type {got}, expected a list of tensors$"
+        with pytest.raises(TypeError, match=message):
+            plan_of(**{name: wrong})
+    problem = problem_of()
+    for name in ("consolidate_importance_", "consolidate_all_anchors_"):
+        message = rf"^{name}: estimate\[0\] is of type {got}, expected a tensor$"
+        with pytest.raises(TypeError, match=message):
+            getattr(problem.plan, name)([wrong, theta], 0.5)
+
+
 def test_state_that_is_the_parameter_or_another_state():
     """The saved weights of a method would follow the live ones, and it would do nothing."""
     for key in KEYS:

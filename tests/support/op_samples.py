@@ -160,7 +160,9 @@ def outputs_of(op: Op, arguments: Arguments, returned: Any) -> dict[str, Tensor]
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor's elements, in the order of its indices."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    # A copy: one element counts as contiguous whatever its stride, and view() minds that.
+    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return copied.flatten().view(torch.uint8)
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
