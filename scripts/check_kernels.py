@@ -24,9 +24,8 @@ from pathlib import Path
 
 import toolchain
 
-
-# Of stack: what fused steps with all lists lay aside where the compiler finds no place for it in 128
-# registers (10.0 and 12.0). With more of them half as many blocks would fit on a multiprocessor.
+# Of stack: what fused steps with all lists lay aside where the compiler finds no place for it in
+# 128 registers (10.0 and 12.0). With more of them a multiprocessor would hold half as many blocks.
 MOST_SPILLED = 32
 
 
@@ -95,7 +94,8 @@ def summary(kernels: Iterable[Kernel]) -> list[str]:
         )
     lines += [
         f"{kernel.arch or 'cubin'}: {readable(kernel.name)} uses {kernel.stack} bytes of stack "
-        f"and {kernel.local} bytes of local memory per thread, expected at most {MOST_SPILLED} and 0"
+        f"and {kernel.local} bytes of local memory per thread, expected at most {MOST_SPILLED} "
+        "and 0"
         for found in by_arch.values()
         for kernel in found
         if not kernel.stays_in_registers
