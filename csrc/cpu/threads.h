@@ -35,6 +35,12 @@ void in_parallel(int64_t count, int threads, const Run& run) {
   for (std::thread& other : others) other.join();
 #else
 #if defined(_OPENMP)
+  if (count == threads) {
+    // To each its own, the same in each call: what it works on may still be in its cache.
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count; ++i) run(i);
+    return;
+  }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
 #else
   static_cast<void>(threads);
