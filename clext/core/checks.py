@@ -31,7 +31,8 @@ def suggestion(name: object, valid: Iterable[str]) -> str:
     """What is nearest to `name`, as the end of a sentence; or nothing."""
     by_lower = {candidate.lower(): candidate for candidate in valid}
     word = str(name).lower()
-    if re.search("(^|_)lam(bda)?(_|$)", word):  # as most papers and libraries call it
+    # As most papers and libraries call it, those of DER the latter.
+    if re.search("(^|_)lam(bda)?(_|$)|^alpha$", word):
         word = "strength"
     nearest = difflib.get_close_matches(word, by_lower, n=1, cutoff=0.5)
     return f"; did you mean {by_lower[nearest[0]]!r}?" if nearest else ""

@@ -84,8 +84,8 @@ def part_names(method: str | Sequence[str]) -> list[str]:
     names = [name.strip().lower() if isinstance(name, str) else name for name in names]
     if "" in names:
         raise ValueError(
-            f"method: a name is missing in {method!r}; expected one, such as 'ewc', or two to "
-            "combine, such as 'ewc+replay'"
+            f"method: a name is missing in {method!r}; expected one, such as 'ewc' (or 'derpp', "
+            "for DER++), or two to combine, such as 'ewc+replay'"
         )
     for name in names:
         if not isinstance(name, str) or name not in METHOD_OPTIONS:

@@ -211,7 +211,7 @@ def check_finite(owner: str, outputs: Tensor) -> Tensor:
     if not bool(outputs.isfinite().all()):
         raise ValueError(
             f"{owner}: the model's outputs are not finite (NaN or infinity), so they have no "
-            "gradient to measure"
+            "gradient to measure; the model has diverged: try a smaller lr, or a smaller strength"
         )
     return outputs
 

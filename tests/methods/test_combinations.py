@@ -85,6 +85,7 @@ def test_every_pair_of_both_kinds(pair):
         ("baseline+lwf", "got baseline and lwf"),
         ("ewc+replai", "unknown method 'replai'.*'replay'"),
         ("ewc+", "method: a name is missing in 'ewc.'; expected one,"),
+        ("der++", r"a name is missing in 'der\+\+'; .* \(or 'derpp', for DER\+\+\)"),
         ("ewc, replay", "unknown method 'ewc, replay'; to combine the two write 'ewc.replay', "),
         (["ewc", "replay", "lwf"], "expected one name or two to combine, got 3"),
         ([], "expected one name or two to combine, got 0"),

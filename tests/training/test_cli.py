@@ -61,6 +61,7 @@ class TestTrain:
             (["--method", "ewc,si"], "use clext compare --methods ewc,si"),
             (["--batch-size", str(2**63)], "train: batch_size must be an integer >= 1 and < 1,0"),
             (["--option", "lambda_=3"], "'lambda_'; did you mean 'strength'?"),
+            (["--option", "alpha=3"], "'alpha'; did you mean 'strength'?"),
             (["--option", f"xi={'-' * 100_000}1"], "xi=-----------------...: expected at most"),
             (["--out", "~nosuchuser/x"], "train: out: the home folder in '~nosuchuser/x'"),
             (["--dataset", "minst"], "Error: unknown dataset 'minst'"),
