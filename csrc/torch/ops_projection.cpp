@@ -28,8 +28,9 @@ at::Tensor gram_by_products(at::TensorList rows, at::TensorList grads, int64_t c
   const at::AutoDispatchBelowADInplaceOrView guard;
   at::Tensor gram = at::zeros({count + 1, count + 1}, rows[0].options().dtype(at::kDouble));
   for (size_t i = 0; i < rows.size(); ++i) {
-    const at::Tensor all = at::cat(
-        {rows[i].flatten(1).to(at::kDouble), grads[i].flatten().unsqueeze(0).to(at::kDouble)});
+    const int64_t size = grads[i].numel();
+    const at::Tensor all = at::cat({rows[i].reshape({count, size}).to(at::kDouble),
+                                    grads[i].reshape({1, size}).to(at::kDouble)});
     gram.addmm_(all, all.t());
   }
   return gram.triu() + gram.triu(1).t();
