@@ -132,7 +132,7 @@ run_small() {
 # Optimizers and training steps, launched and in graphs, and captures that fail.
 run_steps() {
   "$python" -m pytest -k "$device${dry:+ and bf16}" tests/training/test_steps.py \
-    tests/optim/test_fused_rules.py
+    tests/training/test_seeds.py tests/optim/test_fused_rules.py
 }
 
 run_bench() { "$python" bench/gpu.py --device "$device" --only "${dry:+si mlp fp32}"; }

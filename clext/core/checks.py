@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
 # No torch before it is needed: the command line says what is wrong without waiting for it.
@@ -115,11 +113,16 @@ def count_or_all(owner: str, option: str, value: object) -> int | None:
 
 
 def listed(owner: str, argument: str, values: Any, most: int) -> list[Any]:  # noqa: ANN401
-    """What is given, each once, at most so many; ValueError if it is no list, or empty."""
-    some = islice(values, most) if isinstance(values, Iterable) else ()
-    found = [*dict.fromkeys(some)]
+    """What is given, each once; ValueError if it is no list, or empty, or has more than `most`."""
+    some = islice(values, most + 1) if isinstance(values, Iterable) else ()
+    try:
+        found = [*dict.fromkeys(some)]
+    except TypeError:  # lists in the list
+        found = []
     if not found or isinstance(values, str):
         raise ValueError(f"{owner}: expected {argument} as a list of numbers, got {values!r}")
+    if len(found) > most:
+        raise ValueError(f"{owner}: expected at most {most:,} {argument}, got more; choose fewer")
     return found
 
 

@@ -6,6 +6,7 @@ the gathering of the batch to the optimizer, is recorded and replayed.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,11 +20,15 @@ from clext.methods import Method
 from clext.methods.base import Examples
 from clext.ops.plan import has_kernels
 from clext.training.optimizers import TaskOptimizer
-from clext.training.steps import Function, TaskSteps
+from clext.training.steps import Function, TaskSteps, explained
 
 # Before a capture everything must have run once: lazily made handles, workspaces and optimizer
 # state cannot be made inside. Three is what torch's own documentation recommends.
 WARM_UP_STEPS = 3
+
+
+# Runs in several threads share the streams below, torch's warnings, and its one capture at a time.
+_one_at_a_time = threading.Lock()
 
 
 class Recording:
@@ -59,13 +64,21 @@ class Recording:
 
     def __call__(self) -> None:
         """Launched, recorded or replayed."""
-        if self._replay is None and self._warm == WARM_UP_STEPS:
+        if self._replay is None:
+            with _one_at_a_time:
+                self._prepare()
+        else:
+            self._replay()
+
+    def _prepare(self) -> None:
+        """A call before there is what replays it, or the recording and its first replay."""
+        if self._warm == WARM_UP_STEPS:
             try:
                 self._replay = self._capture(self._function)
             except RuntimeError as error:
                 self._launch_all(next(iter(str(error).splitlines()), type(error).__name__))
                 self._undo()
-        if self._replay is not None:
+            assert self._replay is not None
             self._replay()
             return
         self._warm += 1
@@ -170,7 +183,8 @@ class StepsTogether:
             for run, step_done in zip(self.runs, steps_done, strict=True):
                 run.replayed(step_done)
         for run, order, step_done in zip(self.runs, orders, steps_done, strict=True):
-            run.launch(range(whole, len(run.losses)), order, step_done)
+            with explained(len(order), run.batch_size):
+                run.launch(range(whole, len(run.losses)), order, step_done)
         return [run.losses for run in self.runs]
 
     def _step_of_each(self) -> None:
@@ -201,13 +215,17 @@ def beside_each_other(functions: Sequence[Function], device: torch.device) -> No
             function()
         return
     outer = torch.cuda.current_stream(device)
-    streams = [own_stream(device, number) for number in range(1, len(functions) + 1)]
-    for stream, function in zip(streams, functions, strict=True):
-        stream.wait_stream(outer)
-        with torch.cuda.stream(stream):
-            function()
+    # torch has 32 streams a device, and the first of ours is for what is around this.
+    streams = [own_stream(device, 1 + number % 31) for number in range(len(functions))]
     for stream in streams:
-        outer.wait_stream(stream)
+        stream.wait_stream(outer)
+    try:
+        for stream, function in zip(streams, functions, strict=True):
+            with torch.cuda.stream(stream):
+                function()
+    finally:  # else a capture could not end, and would say that instead of what happened
+        for stream in streams:
+            outer.wait_stream(stream)
 
 
 @contextmanager
@@ -218,9 +236,11 @@ def side_stream(device: torch.device) -> Iterator[None]:
         return
     outer, own = torch.cuda.current_stream(device), own_stream(device)
     own.wait_stream(outer)
-    with torch.cuda.stream(own):
-        yield
-    outer.wait_stream(own)
+    try:
+        with torch.cuda.stream(own):
+            yield
+    finally:
+        outer.wait_stream(own)
 
 
 @contextmanager
@@ -234,17 +254,17 @@ def waits_for(device: torch.device) -> Iterator[list[str]]:
         yield waits
         return
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # which warns, once, that it is a prototype
             yield waits
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     for entry in caught:
         if "synchronizing CUDA operation" in str(entry.message):
             waits.append(f"{Path(entry.filename).name}:{entry.lineno} waits for the device")
-        else:
+        elif "Synchronization debug mode is a prototype" not in str(entry.message):
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
 
 

@@ -109,6 +109,7 @@ class Training:
         self.method, self.scenario, self.settings, self.result = method, scenario, settings, result
         self.device, self.callbacks, self._folder = device, callbacks, folder
         self._save = save
+        self._has_checkpoints = folder is not None and folder.has_checkpoints
         self.place, self.total_steps = Place(), 0
         self.optimizer: TaskOptimizer | None = None
         self._steps: Steps | None = None
@@ -134,6 +135,17 @@ class Training:
         return self.steps.losses[self.place.step - 1].clone()  # after an epoch, its last
 
     @property
+    def may_be_recorded(self) -> bool:
+        """Whether steps are recorded as CUDA graphs, as far as settings and method tell."""
+        method = self.method
+        return (
+            self.device.type == "cuda"
+            and self.settings.can_be_recorded
+            and method.fused is not None
+            and method.capturable
+        )
+
+    @property
     def steps(self) -> Steps:
         """Of the task that is being learned."""
         assert self._steps is not None
@@ -147,7 +159,9 @@ class Training:
     # ------------------------------------------------------------------ the loop
 
     def learn(self) -> None:
-        """Learn all tasks that are left."""
+        """Learn all tasks that are left, if any."""
+        if self.result.complete:
+            return
         with self.running():
             for _ in self.epochs():
                 self.train_epoch()
@@ -157,7 +171,7 @@ class Training:
         """What is around the loop: bar, callbacks, signals, and at its end what is to be kept."""
         with (
             self.bar,
-            nullcontext() if self._folder is None else self._interruptions,
+            self._interruptions if self._has_checkpoints else nullcontext(),
             ExitStack() as ends,
         ):
             try:
@@ -168,9 +182,11 @@ class Training:
             except StopTraining as stop:
                 self.result.stopped = str(stop) or "stopped by a callback"
             except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt)
-                reason = str(error) or type(error).__name__
-                self.result.stopped = "interrupted" if interrupted else reason
+                # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
+                self.result.stopped = self._reason(error)
+                place = self._save()
+                if place is not None:
+                    error.add_note(f"What was done so far is saved in {place}.")
                 raise
             is_saved = self._save() is not None
             if self._folder is not None:
@@ -179,6 +195,14 @@ class Training:
                     self._folder.complete()
         if self.optimizer is not None:
             self.optimizer.close()
+
+    def _reason(self, error: BaseException) -> str:
+        """Why the run ends."""
+        if isinstance(error, NonFiniteLossError) and error.result is not self.result:
+            return f"ended with the run of seed {error.result.config['seed']}"
+        if isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        return str(error) or type(error).__name__
 
     def epochs(self) -> Iterator[None]:
         """All that is left, but for the steps of an epoch: here the caller calls `train_epoch`."""
@@ -297,7 +321,7 @@ class Training:
 
     def keep_state(self) -> None:
         """Write the checkpoint; then a signal that came meanwhile does what it does."""
-        if self._folder is None:
+        if self._folder is None or not self._has_checkpoints:
             return
         with self.timer.measure("saving"):
             self._folder.keep_state(self.state_dict())

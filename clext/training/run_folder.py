@@ -36,10 +36,12 @@ class RunFolder:
     Args:
         path: the folder.
         every: so many steps of a task the checkpoint is due, beside the ends of epochs.
+        has_checkpoints: False for a run that is not gone on with.
     """
 
-    def __init__(self, path: Path, every: int | None = None) -> None:
+    def __init__(self, path: Path, every: int | None = None, has_checkpoints: bool = True) -> None:
         self.path, self.checkpoint, self.every = path, path / CHECKPOINT_NAME, every
+        self.has_checkpoints = has_checkpoints
 
     def is_due(self, step: int) -> bool:
         """Whether the checkpoint is, after this step of a task, counted from 1."""

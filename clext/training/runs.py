@@ -100,15 +100,8 @@ def prepared(
             training.load_state_dict(state)
         elif folder is not None:
             clear(folder.path)
-        try:
-            with (
-                module_mode(method.model, training=True),
-                method.heads.trained_on(settings.criterion),
-            ):
-                yield training
-        except BaseException as error:
-            # A diverged loss, Ctrl-C, no memory left: whatever it is, what was done is kept.
-            place = keep(lambda: save(result))
-            if place is not None:
-                error.add_note(f"What was done so far is saved in {place}.")
-            raise
+        with (
+            module_mode(method.model, training=True),
+            method.heads.trained_on(settings.criterion),
+        ):
+            yield training

@@ -227,8 +227,9 @@ def check_same_run(
     """ValueError if the run in the folder was of other settings, a method or data than planned."""
 
     def compared(config: Mapping[str, Any]) -> dict[str, Any]:
-        # Wherever the data was found.
-        return {**config, "data_dir": None, "data": {**config.get("data", {}), "source": None}}
+        # Wherever the data was found, and however steps are launched.
+        data = {**config.get("data", {}), "source": None}
+        return {**config, "data_dir": None, "data": data, "graphs": None}
 
     there = compared(there)
     for name, value in as_read(compared(planned)).items():

@@ -93,7 +93,7 @@ def sweep(
         raise unknown_name("option of sweep", next(iter(settings)), own)
     resolve_device(taken.device)
     specs = _cells(method_specs("sweep", methods, model, options or {}), strengths)
-    numbers = listed("sweep", "seeds", seeds, MOST_RUNS + 1)
+    numbers = listed("sweep", "seeds", seeds, MOST_RUNS)
     chosen = [integer("sweep", "seeds", seed, minimum=0) for seed in numbers]
     if len(specs) * len(chosen) > MOST_RUNS:
         raise ValueError(
@@ -138,7 +138,7 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
     if given is None:
         given = {}
     elif not isinstance(given, Mapping):
-        everywhere = listed("sweep", "strengths", given, MOST_RUNS + 1)
+        everywhere = listed("sweep", "strengths", given, MOST_RUNS)
         has_strength = {
             label: any("strength" in METHOD_OPTIONS[name] for name in part_names(label))
             for label in specs
@@ -158,7 +158,7 @@ def _cells(specs: Mapping[str, MethodSpec], strengths: Strengths | None) -> dict
         if label not in given:
             cells[Cell(label, None)] = spec
             continue
-        for value in listed("sweep", f"strengths of {label!r}", given[label], MOST_RUNS + 1):
+        for value in listed("sweep", f"strengths of {label!r}", given[label], MOST_RUNS):
             strength = number("sweep", "strengths", value)
             cells[Cell(label, strength)] = replace(spec, strength=strength)
     return cells

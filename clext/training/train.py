@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -131,11 +132,12 @@ def train(
             784-1024-512-256-10 perceptron with the outputs that the scenario needs; "mlp-400-400"
             with other hidden widths), "cnn", "resnet18" (for images of 32x32) or "vit_tiny".
         seed: of the model's initial weights, the tasks, the shuffling and the method's sampling.
-        seeds: in the place of `seed`, such as `range(5)`: a run for each, which makes its own model
-            and method, to be given by name; `out` gets a folder for each, such as `seed-3`. On CUDA
-            steps that can be recorded (see `graphs`) are those of all runs in one graph, beside
-            each other, and their times those of all; else it is one run after the other. The first
-            run that fails ends all; `NonFiniteLossError.result` says which.
+        seeds: in the place of `seed`, such as `range(5)`, each once: a run for each, which makes
+            its own model and method, to be given by name; `out` gets a folder for each, such as
+            `seed-3`, without checkpoints. On CUDA, where steps can be recorded (see `graphs`),
+            those of all runs are in one graph, beside each other, with data and models of all in
+            memory, and times are those of all; else it is one run after the other. The first run
+            that fails ends all; `NonFiniteLossError.result` says which.
         device: by default CUDA if there is one, else the CPU.
         data_dir: folder with the data set's files; by default $CLEXT_DATA, then the cache folder.
         out: folder for `result.json`, written after each task; at the end for the weights
@@ -201,27 +203,30 @@ def _train_each(
     numbers = listed("train", "seeds", seeds, MOST_SEEDS)
     chosen = [integer("train", "seeds", seed, minimum=0) for seed in numbers]
     folder = None if out is None else as_path(out, "train: out")
-    runs = [
-        _ready(
-            spec,
-            # One bar is enough.
-            replace(settings, seed=seed, progress=settings.progress and seed == chosen[0]),
-            None if folder is None else folder / f"seed-{seed}",
-            overwrite,
-        )
-        for seed in chosen
-    ]
-    trainings = []
-    if settings.can_be_recorded and resolve_device(settings.device).type == "cuda":
-        with ExitStack() as stack:
-            trainings += [stack.enter_context(run) for run in runs]
-            learn_together(trainings)
-    else:
-        for run in runs:
-            with run as training:
-                training.learn()
-            trainings.append(training)
-    return [training.result for training in trainings]
+    folders = {seed: None if folder is None else folder / f"seed-{seed}" for seed in chosen}
+    for place in folders.values():
+        if place is not None and place.exists():
+            check_free(place, "train: out", overwrite=overwrite, resume=False)
+
+    def run(seed: int, *, progress: bool) -> AbstractContextManager[Training]:
+        own = replace(spec, options=copy.deepcopy(spec.options))  # a generator is trained too
+        of_seed = replace(settings, seed=seed, progress=settings.progress and progress)
+        return _ready(own, of_seed, folders[seed], overwrite, checkpoints=False)
+
+    first, *others = chosen
+    with ExitStack() as stack:
+        trainings = [stack.enter_context(run(first, progress=True))]
+        if trainings[0].may_be_recorded:
+            trainings += [stack.enter_context(run(seed, progress=False)) for seed in others]
+            others = []
+        learn_together(trainings)
+    results = [training.result for training in trainings]
+    del trainings
+    for seed in others:
+        with run(seed, progress=True) as training:
+            training.learn()
+        results.append(training.result)
+    return results
 
 
 @contextmanager
@@ -233,6 +238,8 @@ def _ready(
     checkpoint_every: int | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    *,
+    checkpoints: bool = True,
 ) -> Iterator[Training]:
     """The run, ready to learn; its result has the model at the end."""
     seeds = Seeds.derive(settings.seed)
@@ -251,7 +258,7 @@ def _ready(
         with prepared(
             *(made, scenario, settings, save),
             draws=not spec.makes_model,
-            folder=None if path is None else RunFolder(path, checkpoint_every),
+            folder=None if path is None else RunFolder(path, checkpoint_every, checkpoints),
             resume=resume,
             callbacks=callbacks,
         ) as training:

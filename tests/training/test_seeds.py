@@ -1,5 +1,6 @@
 """`train(seeds=...)`: a run for each seed, on CUDA all of them in one graph."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -8,9 +9,8 @@ from quick_runs import QUICK, same, small, weights
 
 import clext
 from clext.training import task as tasks
-from clext.training import train as training
 from clext.training.graphs import WARM_UP_STEPS, GraphedSteps, Recording, StepsTogether
-from clext.training.loop import NonFiniteLossError
+from clext.training.loop import NonFiniteLossError, Training
 from clext.training.machine import resolve_device
 from clext.training.optimizers import TaskOptimizer
 from clext.training.settings import Settings
@@ -43,10 +43,7 @@ def recorded(monkeypatch):
     def together(_method, _optimizer, _examples):
         return partial(GraphedSteps, recording=partial(Recording, capture=capture))
 
-    class Cuda:
-        type = "cuda"
-
-    monkeypatch.setattr(training, "resolve_device", lambda _device: Cuda)
+    monkeypatch.setattr(Training, "may_be_recorded", True)
     monkeypatch.setattr(tasks, "graphed_or_not", together)
     return functions
 
@@ -55,7 +52,7 @@ def test_one_run_after_the_other_where_nothing_is_recorded():
     assert_equal(clext.train("si", seeds=SEEDS, **FAST), alone("si"))
 
 
-@pytest.mark.parametrize("method", ["si", "ewc", "rwalk", "replay+mas"])
+@pytest.mark.parametrize("method", ["si", "ewc", "rwalk", "mas"])
 def test_runs_in_one_recording_have_the_bits_that_they_have_alone(recorded, method):
     found = clext.train(method, seeds=SEEDS, **FAST)
     assert_equal(found, alone(method))
@@ -110,16 +107,57 @@ def test_each_run_has_its_folder(tmp_path, recorded):
         kept = clext.Result.load(tmp_path / f"seed-{seed}")
         assert kept.average_accuracy == result.average_accuracy
         assert (tmp_path / f"seed-{seed}" / "model.safetensors").is_file()
+        assert not (tmp_path / f"seed-{seed}" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "recorded"])
+def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path, kind, request):
+    if kind == "recorded":
+        request.getfixturevalue("recorded")
+    clext.train("si", seeds=[0], out=tmp_path, **FAST)
     with pytest.raises(OSError, match="seed-0"):
-        clext.train("si", seeds=[0], out=tmp_path, **FAST)
+        clext.train("si", seeds=[1, 0], out=tmp_path, **FAST)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["seed-0"]
 
 
-def test_a_run_that_diverges_ends_all_and_says_which(tmp_path, recorded):
-    with pytest.raises(NonFiniteLossError, match="the loss became") as caught:
-        clext.train("si", seeds=SEEDS, out=tmp_path, **FAST | {"lr": 1e30})
-    assert caught.value.result.config["seed"] in SEEDS
-    for seed in SEEDS:
-        assert clext.Result.load(tmp_path / f"seed-{seed}").stopped
+def test_a_run_that_diverges_ends_all_and_says_which(tmp_path, recorded, monkeypatch):
+    """The weights of one of the three become NaN in its second epoch."""
+    done = Training.epoch_done
+
+    def spoilt(training, losses):
+        if training.settings.seed == SEEDS[1] and training.place.epoch == 1:
+            losses = losses * float("nan")
+        done(training, losses)
+
+    monkeypatch.setattr(Training, "epoch_done", spoilt)
+    with pytest.raises(NonFiniteLossError, match="the loss became nan at task 1") as caught:
+        clext.train("si", seeds=SEEDS, out=tmp_path, **FAST)
+    assert caught.value.result.config["seed"] == SEEDS[1]
+    stopped = [clext.Result.load(tmp_path / f"seed-{seed}").stopped for seed in SEEDS]
+    assert stopped[0] == stopped[2] == f"ended with the run of seed {SEEDS[1]}"
+    assert "the loss became nan" in stopped[1]
+
+
+class Blur(torch.nn.Module):
+    """A generator of a user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.middle = torch.nn.Parameter(torch.full((64,), 0.1))
+
+    def loss(self, inputs):
+        return (inputs - self.middle).square().sum(1).mean()
+
+    def sample(self, count, generator):
+        return self.middle + torch.randn(count, 64, generator=generator)
+
+
+def test_modules_among_the_options_are_of_each_run():
+    generator = Blur()
+    found = clext.train("dgr", seeds=SEEDS[:2], generator=generator, **FAST)
+    for one, seed in zip(found, SEEDS, strict=False):
+        other = clext.train("dgr", seed=seed, generator=copy.deepcopy(generator), **FAST)
+        assert same(weights(one.model), weights(other.model))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +166,8 @@ def test_a_run_that_diverges_ends_all_and_says_which(tmp_path, recorded):
         ({"seeds": []}, "train: expected seeds as a list of numbers"),
         ({"seeds": 3}, "train: expected seeds as a list of numbers"),
         ({"seeds": [-1]}, "seeds must be"),
+        ({"seeds": [[0, 1]]}, "train: expected seeds as a list of numbers"),
+        ({"seeds": range(2000)}, "train: expected at most 1,000 seeds, got more"),
         ({"seeds": [0], "seed": 1}, "expected seed or seeds"),
         ({"seeds": [0], "model": torch.nn.Linear(64, 10)}, "give both by name"),
         ({"seeds": [0], "callbacks": [clext.Callback()]}, "are of one run"),
