@@ -33,7 +33,7 @@ at::Tensor gram_by_products(at::TensorList rows, at::TensorList grads, int64_t c
                                     grads[i].reshape({1, size}).to(at::kDouble)});
     gram.addmm_(all, all.t());
   }
-  return gram.triu() + gram.triu(1).t();
+  return gram.triu().add_(gram.triu(1).t());
 }
 
 }  // namespace
