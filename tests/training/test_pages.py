@@ -23,7 +23,7 @@ def programs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", programs())
+@pytest.mark.parametrize("code", list(programs()))
 def test_a_program_runs_as_it_is_written(code, tmp_path):
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
