@@ -1,13 +1,10 @@
 """Scenarios: the tasks that are made of a data set, and those of a user's own data sets."""
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import TensorDataset
 
@@ -321,23 +318,3 @@ class TestByName:
             Scenario.rotated("digits", tasks=0)
         with pytest.raises(ValueError, match="'incremental' of Scenario.split: 'tasks'"):
             Scenario.split("digits", incremental="tasks")
-
-
-def test_the_loop_that_the_readme_shows(capsys):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (code,) = (block for block in blocks if "train_loader" in block)
-    torch.manual_seed(0)
-    model = torch.nn.Linear(64, 10)
-    reg = clext.SI(model)
-
-    def accuracy(model, loader) -> float:
-        hits = [(model(x).argmax(1) == y).float() for x, y in loader]
-        return torch.cat(hits).mean().item()
-
-    optimizer = clext.optim.Adam(model.parameters(), lr=1e-2, method=reg)
-    names = {"clext": clext, "F": F, "model": model, "reg": reg, "optimizer": optimizer}
-    exec(compile(code.replace('"mnist"', '"digits"'), "README", "exec"), names | locals())
-    printed = capsys.readouterr().out
-    assert "si on permuted: average accuracy 0." in printed
-    assert "after task 3" in printed

@@ -1,4 +1,4 @@
-"""What README and docs say is started by torchrun, as they say it."""
+"""What docs/processes.md says is started by torchrun, as it says it."""
 
 import os
 import re
@@ -25,8 +25,10 @@ def torchrun(script, *options, folder):
     return found.stdout
 
 
-def test_the_script_of_the_readme(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_script_with_ddp(tmp_path):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "processes.md").read_text(), re.DOTALL
+    )
     (block,) = [block for block in blocks if block.startswith("# torchrun")]
     assert block.startswith("# torchrun --nproc_per_node 2 ddp.py\n")
     (tmp_path / "ddp.py").write_text(block)
