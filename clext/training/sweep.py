@@ -98,7 +98,7 @@ def sweep(
     if len(specs) * len(chosen) > MOST_RUNS:
         raise ValueError(
             f"sweep: expected at most {MOST_RUNS:,} runs, got more, of {len(specs):,} methods and "
-            f"strengths and {len(chosen):,} seeds or more; choose fewer"
+            f"strengths and {len(chosen):,} seeds; choose fewer"
         )
     if n_jobs == 0:
         raise ValueError("sweep: n_jobs must be how many runs at once, or -1 for all cores, got 0")

@@ -243,7 +243,7 @@ class TestSweep:
             (["--seeds", "0..3"], "--seeds 0..3: expected seeds such as 0-4 or 0,1,7"),
             (["--seeds", "3-1"], "expected seeds such as 0-4 or 0,1,7, got none"),
             (["--option", "ewc.gama=1"], "'gama'; did you mean 'gamma'"),
-            (["--seeds", f"0-{10**30}"], "sweep: expected at most 10,000 runs, got more"),
+            (["--seeds", f"0-{10**30}"], "sweep: expected at most 10,000 seeds, got more"),
             (["--seed", "1"], "No such option"),
             (["--epochs", "0"], "epochs must be an integer >= 1"),
         ],

@@ -216,7 +216,7 @@ class TestFailures:
             ({"options": {"ewc": {"gama": 1}}}, "'gama'; did you mean 'gamma'"),
             ({"seeds": 5}, "sweep: expected seeds as a list of numbers, got 5"),
             ({"seeds": [0.5]}, "sweep: seeds must be an integer >= 0, got 0.5"),
-            ({"seeds": itertools.count()}, "at most 10,000 runs, got more, of 3 methods and str"),
+            ({"seeds": itertools.count()}, "expected at most 10,000 seeds, got more"),
             ({"seeds": range(4000)}, "of 3 methods and strengths and 4,000 seeds or more; choose"),
             ({"seed": 5}, "sweep: expected seeds, got seed"),
             ({"n_job": 2}, "unknown option of sweep 'n_job'; did you mean 'n_jobs'"),
