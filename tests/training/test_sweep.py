@@ -217,7 +217,7 @@ class TestFailures:
             ({"seeds": 5}, "sweep: expected seeds as a list of numbers, got 5"),
             ({"seeds": [0.5]}, "sweep: seeds must be an integer >= 0, got 0.5"),
             ({"seeds": itertools.count()}, "expected at most 10,000 seeds, got more"),
-            ({"seeds": range(4000)}, "of 3 methods and strengths and 4,000 seeds or more; choose"),
+            ({"seeds": range(4000)}, "of 3 methods and strengths and 4,000 seeds; choose"),
             ({"seed": 5}, "sweep: expected seeds, got seed"),
             ({"n_job": 2}, "unknown option of sweep 'n_job'; did you mean 'n_jobs'"),
             ({"n_jobs": 0}, "sweep: n_jobs must be how many runs at once, or -1 for all cores"),
