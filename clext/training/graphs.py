@@ -296,7 +296,11 @@ def capture_graph(function: Function, device: torch.device) -> Function:
 
 def graphed_or_not(method: Method, optimizer: TaskOptimizer, examples: Examples) -> type[TaskSteps]:
     """Graphed steps where CUDA, clext's kernels for it, and the method allow it."""
-    device = examples[0].device
-    capturable = method.fused is not None and method.capturable and optimizer.capturable
+    records = can_record(method, examples[0].device) and optimizer.capturable
+    return GraphedSteps if records else TaskSteps
+
+
+def can_record(method: Method, device: torch.device) -> bool:
+    """Whether a step of the method can be recorded there, if its optimizer's can."""
     on_cuda = device.type == "cuda" and has_kernels(device)
-    return GraphedSteps if on_cuda and capturable else TaskSteps
+    return on_cuda and method.fused is not None and method.capturable

@@ -135,17 +135,6 @@ class Training:
         return self.steps.losses[self.place.step - 1].clone()  # after an epoch, its last
 
     @property
-    def may_be_recorded(self) -> bool:
-        """Whether steps are recorded as CUDA graphs, as far as settings and method tell."""
-        method = self.method
-        return (
-            self.device.type == "cuda"
-            and self.settings.can_be_recorded
-            and method.fused is not None
-            and method.capturable
-        )
-
-    @property
     def steps(self) -> Steps:
         """Of the task that is being learned."""
         assert self._steps is not None

@@ -16,6 +16,7 @@ from clext.core.checks import as_path, count_or_all, integer, listed
 from clext.core.seeding import Seeds
 from clext.methods import Method
 from clext.training.callbacks import Callback, check_callbacks
+from clext.training.graphs import can_record
 from clext.training.loader_steps import check_tasks
 from clext.training.loop import Training
 from clext.training.machine import resolve_device
@@ -216,7 +217,7 @@ def _train_each(
     first, *others = chosen
     with ExitStack() as stack:
         trainings = [stack.enter_context(run(first, progress=True))]
-        if trainings[0].may_be_recorded:
+        if settings.can_be_recorded and can_record(trainings[0].method, trainings[0].device):
             trainings += [stack.enter_context(run(seed, progress=False)) for seed in others]
             others = []
         learn_together(trainings)

@@ -9,6 +9,7 @@ from quick_runs import QUICK, same, small, weights
 
 import clext
 from clext.training import task as tasks
+from clext.training import train as training
 from clext.training.graphs import WARM_UP_STEPS, GraphedSteps, Recording, StepsTogether
 from clext.training.loop import NonFiniteLossError, Training
 from clext.training.machine import resolve_device
@@ -43,7 +44,7 @@ def recorded(monkeypatch):
     def together(_method, _optimizer, _examples):
         return partial(GraphedSteps, recording=partial(Recording, capture=capture))
 
-    monkeypatch.setattr(Training, "may_be_recorded", True)
+    monkeypatch.setattr(training, "can_record", lambda _method, _device: True)
     monkeypatch.setattr(tasks, "graphed_or_not", together)
     return functions
 
@@ -124,10 +125,10 @@ def test_a_run_that_diverges_ends_all_and_says_which(tmp_path, recorded, monkeyp
     """The weights of one of the three become NaN in its second epoch."""
     done = Training.epoch_done
 
-    def spoilt(training, losses):
-        if training.settings.seed == SEEDS[1] and training.place.epoch == 1:
+    def spoilt(run, losses):
+        if run.settings.seed == SEEDS[1] and run.place.epoch == 1:
             losses = losses * float("nan")
-        done(training, losses)
+        done(run, losses)
 
     monkeypatch.setattr(Training, "epoch_done", spoilt)
     with pytest.raises(NonFiniteLossError, match="the loss became nan at task 1") as caught:
