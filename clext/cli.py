@@ -47,6 +47,7 @@ from clext.training.storage import (
     TASKS_NAME,
     new_folder,
 )
+from clext.training.tables import hanging
 
 _FILES_OF_RUN = (RESULT_NAME, PICTURE_NAME, TASKS_NAME, MATRIX_NAME, MODEL_NAME, METHOD_NAME)
 
@@ -258,7 +259,7 @@ def train(
         if not (there / RESULT_NAME).is_file():
             raise OSError(f"--out: the result could not be saved in {there}; see the warning above")
         saved = [name for name in _FILES_OF_RUN if (there / name).exists()]
-        click.echo(f"\nSaved in {folder}: {', '.join(saved)}")
+        click.echo("\n" + hanging(f"Saved in {folder}: ", ", ".join(saved)))
 
 
 # What compare and sweep take alike.

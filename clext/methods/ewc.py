@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class EWC(QuadraticPenalty):
     """Importance F: the diagonal of the Fisher information at the end of a task.
 
+        F_i = mean over samples of (d log p(label | inputs) / d parameter_i)^2
+
     After task k with parameters theta_k, importance = gamma * importance + F_k, and the anchor is
 
     - anchors="latest": theta_k (online EWC for gamma < 1);

@@ -32,14 +32,19 @@ _KIND = "comparison"
 # What the titles of the table mean.
 _LEGEND = {
     "accuracy": "mean over the tasks learned, after the last of them",
-    "forgetting": "drop from the best accuracy, mean of the earlier tasks; lower is better",
-    "BWT": "backward transfer: change since it was learned, mean of the earlier tasks",
-    "FWT": "forward transfer: accuracy before a task was learned, minus the untrained model's",
+    "forget": "forgetting: drop from the best accuracy, mean of the earlier tasks",
+    "BWT": "backward transfer: change since learned, mean of the earlier tasks",
+    "FWT": "forward transfer: accuracy before learning, minus the untrained model's",
     "LA": "learning accuracy: on each task just after learning it",
     "min-ACC": "minimum accuracy: lowest since learned, mean of the earlier tasks",
-    "intr.": "intransigence: what joint does better just after learning; lower is better",
+    "intr.": "intransigence: what joint does better just after learning",
 }
 _LEFT = ("method", "accuracy")
+# What methods are that are not meant to be used, but compared with.
+_BOUNDS = {
+    "joint": "the upper bound: learns from the data of all tasks so far",
+    "baseline": "the lower bound: nothing is done against forgetting",
+}
 
 
 @dataclass(eq=False, repr=False)
@@ -94,7 +99,7 @@ class Comparison(Outcome):
         rows = self._rows()
         return Section(
             f"{next(iter(self.results.values())).title}: {len(rows)} methods",
-            notes=self._legend(rows),
+            notes=self._notes(rows),
             tables=[rows],
             pictures=[self.plot],
             settings=settings_of([result.config for result in self.results.values()]),
@@ -137,9 +142,7 @@ class Comparison(Outcome):
         rows = self._rows()
         lines = tables.FORMATS[format](rows, _LEFT)
         if format == "text":
-            for number, (_, result) in enumerate(self._ranked(), 1):
-                lines[number] += f"  stopped early: {result.stopped}" if result.stopped else ""
-            lines += ["", *self._legend(rows)]
+            lines += ["", *self._notes(rows)]
         return "\n".join(lines)
 
     def to_dataframe(self) -> DataFrame:
@@ -178,8 +181,8 @@ class Comparison(Outcome):
             records.append({**head, **values, "stopped": result.stopped})
         return records
 
-    def _legend(self, rows: list[dict[str, str]]) -> list[str]:
-        """A line for each title that needs one."""
+    def _notes(self, rows: list[dict[str, str]]) -> list[str]:
+        """What was stopped, and a line for each title and bound."""
         meanings = {title: _LEGEND[title] for row in rows[:1] for title in row if title in _LEGEND}
         for result in self.results.values():
             learned, tasks = len(result.average_accuracy), len(result.accuracy)
@@ -189,7 +192,13 @@ class Comparison(Outcome):
                 )
             if result.config.get("incremental") == "class":
                 meanings["FWT"] = f"{_LEGEND['FWT']}; none with class-incremental tasks"
-        return [f"{title:<11} {meaning}" for title, meaning in meanings.items()]
+        kinds = {label: result.config["method"] for label, result in self._ranked()}
+        meanings |= {label: _BOUNDS[kind] for label, kind in kinds.items() if kind in _BOUNDS}
+        width = max(map(len, meanings))
+        heads = {f"{title:<{width}}  ": meaning for title, meaning in meanings.items()}
+        stops = {f"{label} stopped early: ": result.stopped for label, result in self._ranked()}
+        notes = {head: reason for head, reason in stops.items() if reason} | heads
+        return [tables.hanging(head, words) for head, words in notes.items()]
 
     def __str__(self) -> str:
         return self.table()
@@ -203,7 +212,7 @@ def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
         "method": label,
         "strength": ", ".join(f"{strength:g}" for strength in result.strengths) or "-",
         "accuracy": (f"{average[-1]:.4f}" if average else "-") + part,
-        "forgetting": tables.number(result.forgetting, ".4f"),
+        "forget": tables.number(result.forgetting, ".4f"),
         "BWT": tables.number(result.backward_transfer, "+.4f"),
         "FWT": tables.number(result.forward_transfer, "+.4f"),
         "LA": tables.number(result.learning_accuracy, ".4f"),
@@ -211,7 +220,7 @@ def _cells(label: str, result: Result, joint: Result | None) -> dict[str, str]:
     }
     if joint is not None:
         cells["intr."] = tables.number(_mean_intransigence(result, joint), "+.4f")
-    return {**cells, "time": f"{result.seconds:.1f} s"}
+    return {**cells, "time": tables.seconds(result.seconds)}
 
 
 def _mean_intransigence(result: Result, joint: Result) -> float:

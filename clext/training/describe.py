@@ -18,10 +18,15 @@ from clext.data.datasets import whereabouts
 from clext.methods import METHODS, Method, make_method
 from clext.methods.parts.options import option_names
 from clext.methods.parts.state import CONSOLIDATED
+from clext.methods.quadratic import QuadraticPenalty
 from clext.ops._extension import build_info
 from clext.training.models import mlp
+from clext.training.tables import hanging
 
 _EXAMPLES = 1000
+_PENALTY = """
+Penalty, beside the task's loss:
+  strength * sum over parameters of importance * (parameter - anchor)^2"""
 
 
 def describe_method(method: str) -> str:
@@ -49,7 +54,7 @@ def describe_everything(data_dir: str | None) -> str:
     }
     lines = []
     for title, rows in sections.items():
-        lines += [f"{title}:", *(f"  {name:<14} {value}" for name, value in rows.items())]
+        lines += [f"{title}:", *(hanging(f"  {name:<14} ", rows[name] or "-") for name in rows)]
     return "\n".join(lines)
 
 
@@ -79,6 +84,7 @@ def _describe(kind: type[Method]) -> str:
             f"{kind.name}: {title}",
             "",
             inspect.getdoc(kind) or "",
+            *([_PENALTY] if issubclass(kind, QuadraticPenalty) else []),
             "",
             "Options (--option NAME=VALUE; the default, or all values, the default first):",
             *(options or ["  none"]),

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from clext.core.console import say, shows_bars
 
 _LONGEST_SILENCE = 60.0  # seconds of a log
-_TASK_AND_EPOCH = "task {task}/{tasks} epoch {epoch}/{epochs}"
+_WIDEST_WORDS = len(" loss 0.000 acc 0.000")
 
 
 class Progress:
@@ -33,11 +33,11 @@ class Progress:
         self._steps = [0] * tasks  # of an epoch of each
         self._lines = show and not shows_bars()
         self._start = self._said = time.perf_counter()
-        self._last = ""
+        self._figures = ""  # of the task at hand
         self._bar = tqdm(
             total=0,
             desc=label,
-            # Fits 80 columns with the task, epoch, loss and accuracy that follow as postfix.
+            # What follows the bar is of one width, so the bar is; all fits 80 columns.
             bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             file=sys.stderr,
             disable=not show or self._lines,
@@ -70,24 +70,27 @@ class Progress:
 
     def epoch_start(self, task: int, epoch: int) -> None:
         """Show which task and epoch (both counted from 0) the coming steps belong to."""
-        self._bar.set_postfix_str(f"{self._place(task, epoch)}{self._last}", refresh=False)
+        self._figures = self._figures if epoch else ""
+        self._show(task, epoch, self._figures)
 
     def epoch_end(self, task: int, epoch: int, loss: float, accuracy: float) -> None:
         """Show the mean loss of the epoch and the average accuracy over the tasks seen."""
-        self._last = f", loss {loss:.4f}, accuracy {accuracy:.4f}"
-        self._bar.set_postfix_str(f"{self._place(task, epoch)}{self._last}", refresh=True)
+        self._figures = f" loss {loss:.3f} acc {accuracy:.3f}"
+        self._show(task, epoch, self._figures)
         now = time.perf_counter()
         due = epoch == self._epochs - 1 or now - self._said > _LONGEST_SILENCE
         if self._lines and due:
             self._said, after = now, f"after {now - self._start:.1f} s"
-            say(f"{self._label}: {self._place(task, epoch)}{self._last}, {after}")
+            figures = f"loss {loss:.4f}, accuracy {accuracy:.4f}"
+            say(f"{self._label}: {self._place(task, epoch)}, {figures}, {after}")
 
     def task_end(self, task: int) -> None:
         """Show that the task is being consolidated, which can take as long as an epoch."""
-        place = f"{self._place(task, self._epochs - 1)} trained, consolidating"
-        self._bar.set_postfix_str(place, refresh=True)
+        self._show(task, self._epochs - 1, " consolidating")
+
+    def _show(self, task: int, epoch: int, words: str) -> None:
+        self._bar.set_postfix_str(f"{self._place(task, epoch)}{words:<{_WIDEST_WORDS}}")
 
     def _place(self, task: int, epoch: int) -> str:
-        return _TASK_AND_EPOCH.format(
-            task=task + 1, tasks=self._tasks, epoch=epoch + 1, epochs=self._epochs
-        )
+        digits = len(str(self._epochs))
+        return f"task {task + 1}/{self._tasks} epoch {epoch + 1:{digits}}/{self._epochs}"

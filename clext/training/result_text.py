@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from clext.training import tables
+
 if TYPE_CHECKING:
     from clext.training.result import Result
-    from clext.training.tables import Row
 
 _WIDEST_TABLE = 10
 
@@ -16,10 +17,8 @@ def result_text(result: Result) -> str:
     """A headline, the table and the metrics; it fits a terminal, also with many tasks."""
     lines = [headline(result)]
     if result.average_accuracy:
-        rows = accuracy_rows(result)
-        cells = [[*rows[0]], *([*row.values()] for row in rows)]
-        table = [f"{name:<14}" + "".join(f"{cell:>9}" for cell in rest) for name, *rest in cells]
-        lines += ["", *table, "", *footer(result)]
+        lines += ["", *tables.text(accuracy_rows(result), ("accuracy on",))]
+        lines += ["", *(tables.hanging("", line) for line in footer(result))]
     if result.stopped:
         lines += [f"stopped early: {result.stopped}"]
     return "\n".join(lines)
@@ -35,13 +34,14 @@ def headline(result: Result) -> str:
     epochs = f"{config['epochs']} epoch{'s' if config['epochs'] != 1 else ''} each"
     if config.get("iterations"):
         epochs = f"{config['iterations']} steps each"
-    done = f"after {len(average)} of {config['tasks']} tasks"
+    part = "" if result.complete else f"{len(average)} of "
+    done = f"after {part}{config['tasks']} task{'s' if config['tasks'] != 1 else ''}"
     done += f", {epochs}" if result.timings else ""
     value = f"average accuracy {average[-1]:.4f} {done}" if average else "no task finished"
     return f"{what}: {value}"
 
 
-def accuracy_rows(result: Result) -> list[Row]:
+def accuracy_rows(result: Result) -> list[tables.Row]:
     """A row for each task learned: the accuracies on all up to it, unless they are too many."""
     tasks = len(result.average_accuracy)
     columns = range(tasks if tasks <= _WIDEST_TABLE else 0)
@@ -68,10 +68,7 @@ def footer(result: Result) -> list[str]:
     ]
     levels = [f"learning accuracy {result.learning_accuracy:.4f}"]
     if not math.isnan(result.worst_accuracy):
-        levels.append(
-            f"minimum accuracy {result.worst_accuracy:.4f} "
-            "(lowest since learned, mean of earlier tasks)"
-        )
+        levels.append(f"minimum accuracy {result.worst_accuracy:.4f} (lowest since learned)")
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.timings.items())
     time = [f"{result.seconds:.1f} s ({spent})"] if result.timings else []
     return [", ".join(parts) for parts in (changes, levels) if parts] + time

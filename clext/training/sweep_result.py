@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 _KIND = "sweep"
 _LEFT = ("method", "accuracy", "forgetting")
-_LEGEND = (
-    "accuracy       mean over the tasks, after the last of them",
-    "forgetting     drop from the best accuracy, mean of the earlier tasks; lower is better",
-    "± [low, high]  standard deviation over the seeds, and 95 % confidence interval of the mean",
-)
+_LEGEND = {
+    "accuracy       ": "mean over the tasks, after the last of them",
+    "forgetting     ": "drop from the best accuracy, mean of the earlier tasks",
+    "± [low, high]  ": "standard deviation over the seeds, 95 % interval of the mean",
+}
 
 
 class Cell(NamedTuple):
@@ -149,7 +149,8 @@ class Sweep(Outcome):
         return "\n".join(lines)
 
     def _notes(self) -> list[str]:
-        return [*_LEGEND, *(f"{run}: {problem}" for run, problem in self.failed.items())]
+        legend = [tables.hanging(title, meaning) for title, meaning in _LEGEND.items()]
+        return [*legend, *(f"{run}: {problem}" for run, problem in self.failed.items())]
 
     def _row(self, cell: Cell) -> dict[str, str]:
         results = self.of(*cell)
@@ -164,7 +165,7 @@ class Sweep(Outcome):
             "seeds": f"{len(results)}{part}",
             "accuracy": _words(self.summary("accuracy", *cell)),
             "forgetting": _words(self.summary("forgetting", *cell)),
-            "time": f"{fmean(r.seconds for r in results):.1f} s" if results else "-",
+            "time": tables.seconds(fmean(r.seconds for r in results)) if results else "-",
         }
 
     def _record(self, cell: Cell) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from clext.training.result import Result
 
 Row = Mapping[str, str]
+WIDTH = 80  # of a terminal
+_NAMES = ("method", "strength", "accuracy on")  # columns that say what a row is about
 
 METRICS: dict[str, Callable[[Result], float]] = {
     "accuracy": lambda result: [math.nan, *result.average_accuracy][-1],
@@ -32,14 +35,40 @@ def number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
+def seconds(value: float) -> str:
+    """A time, with a digit after the point where that says something."""
+    return f"{value:.{value < 100:d}f} s"
+
+
 def text(rows: Sequence[Row], left: Collection[str]) -> list[str]:
-    """The titles and a line for each row, all of one width; columns `left` are aligned there."""
-    columns = []
+    """The titles and a line for each row, all of one width; columns `left` are aligned there.
+
+    Columns beyond the 80th character stand below, beside those once more that name the rows.
+    """
+    columns, names = [], []
     for title in rows[0] if rows else ():
         cells = [title, *(row[title] for row in rows)]
         width, align = max(map(len, cells)), "<" if title in left else ">"
-        columns.append([f"{cell:{align}{width}}" for cell in cells])
-    return ["  ".join(cells) for cells in zip(*columns, strict=True)]
+        (names if title in _NAMES else columns).append([f"{cell:{align}{width}}" for cell in cells])
+    blocks = [[*names]]
+    for column in columns:
+        if sum(len(cells[0]) + 2 for cells in [*blocks[-1], column]) - 2 > WIDTH:
+            blocks.append([*names])
+        blocks[-1].append(column)
+    tables = [["  ".join(cells) for cells in zip(*block, strict=True)] for block in blocks]
+    return [*tables[0], *(line for table in tables[1:] for line in ["", *table])]
+
+
+def hanging(head: str, words: str) -> str:
+    """`head` and lines of words beside it."""
+    return textwrap.fill(
+        words,
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def markdown(rows: Sequence[Row], left: Collection[str]) -> list[str]:

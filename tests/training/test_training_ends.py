@@ -227,14 +227,14 @@ class TestProgress:
         stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
         monkeypatch.setattr("sys.stderr", stream)
         clext.train("si", model=small(), **{**QUICK, "progress": True})
-        assert "100%" in stream.getvalue()
+        assert "task 2/2 epoch 2/2 loss " in stream.getvalue()
         assert ", after " not in stream.getvalue()
 
     def test_a_terminal_gets_a_bar(self, capsys, monkeypatch):
         monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
         clext.train("si", model=small(), **{**QUICK, "progress": True})
         bar = capsys.readouterr().err
-        assert "task 2/2 epoch 2/2, loss" in bar
+        assert "task 2/2 epoch 2/2 loss" in bar
         assert "100%" in bar
 
     @pytest.mark.parametrize("method", ["baseline", "joint"])  # and one whose tasks grow
