@@ -45,7 +45,8 @@ def text(rows: Sequence[Row], left: Collection[str]) -> list[str]:
 
     Columns beyond the 80th character stand below, beside those once more that name the rows.
     """
-    columns, names = [], []
+    columns: list[list[str]] = []
+    names: list[list[str]] = []
     for title in rows[0] if rows else ():
         cells = [title, *(row[title] for row in rows)]
         width, align = max(map(len, cells)), "<" if title in left else ">"
