@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,3 +55,44 @@ def test_the_script_with_fsdp2_and_si(tmp_path):
     found = torchrun(ROOT / "docs" / "fsdp.py", "--method", "si", folder=tmp_path)
     assert found.startswith("si: step 40, losses ")
     assert float(found.rpartition("penalty ")[2]) > 0
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import clext
+
+dist.init_process_group("gloo")
+folder, found = "checkpoint", []
+for again in (False, True):
+    torch.manual_seed(again)
+    model = nn.Sequential()
+    model.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    model.forward = lambda x: model.blocks[1](model.blocks[0](x))
+{made}
+    if not again:
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        method.consolidate()
+{saved}
+    else:
+{loaded}
+    found.append([sum(v.full_tensor().sum().item() for v in method.importance.values())])
+    found[-1] += [p.full_tensor().sum().item() for p in model.parameters()]
+print(found[0] == found[1], found[0][0] > 0)
+dist.destroy_process_group()
+"""
+
+
+def test_sharding_and_checkpoints_as_the_page_shows_them(tmp_path):
+    page = (ROOT / "docs" / "processes.md").read_text()
+    made, saved, loaded = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1:]
+    (tmp_path / "sharded.py").write_text(
+        SHARDED.format(
+            made=indent(made, " " * 4), saved=indent(saved, " " * 8), loaded=indent(loaded, " " * 8)
+        )
+    )
+    assert torchrun("sharded.py", folder=tmp_path).count("True True") == 2
