@@ -14,12 +14,13 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/
 
-from report import accuracy_tables, speed_tables
+from report import accuracy_tables, method_table, speed_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "bench" / "README.md", *(ROOT / "docs").glob("*.md")]
 
 TABLES: dict[str, Callable[[], str]] = {
+    "methods": method_table.method_table,
     "accuracy": accuracy_tables.accuracy_table,
     "penalty": speed_tables.penalty_table,
     "traffic": speed_tables.traffic_table,

@@ -28,8 +28,8 @@ def newest(entries: Iterable[Entry], *keys: str) -> list[Entry]:
     return list(found.values())
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    align = ["---"] + ["---:"] * (len(head) - 1)
+def markdown(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    align = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, align, *rows])
 
 
