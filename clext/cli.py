@@ -179,7 +179,9 @@ def _take_config(context: click.Context, _option: click.Parameter, file: str | N
 _OVERWRITE = click.option(
     "--overwrite", is_flag=True, help="Remove what another run has left in --out."
 )
-_MODEL = click.option("--model", help=f"{' | '.join(MODELS)}.  [default: mlp, the course's]")
+_MODEL = click.option(
+    "--model", help=f"{' | '.join(MODELS)}; mlp-400-400: its widths.  [default: mlp]"
+)
 
 
 @click.group(
@@ -240,7 +242,7 @@ def train(
                 raise ValueError(f"--option {name}: use {_option(name)} instead")
         names = part_names(method)
         of_method = [option for name in names for option in METHOD_OPTIONS[name]]
-        check_option_names("+".join(names), given, of_method)
+        check_option_names("+".join(names), given, of_method, of_train=())
         _check(settings)
         if settings["resume"] and out is None:
             raise ValueError("--resume: needs --out, the folder of the run to go on with")

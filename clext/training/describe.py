@@ -89,7 +89,7 @@ def _describe(kind: type[Method]) -> str:
             "Options (--option NAME=VALUE; the default, or all values, the default first):",
             *(options or ["  none"]),
             "",
-            f"State of the course's model after a task of {_EXAMPLES:,} images like MNIST's:",
+            f"State of the model mlp after a task of {_EXAMPLES:,} images like MNIST's:",
             *(memory or ["  nothing"]),
             *_per_parameter(kind),
         ]

@@ -75,6 +75,9 @@ class Place:
         """Whether the task has not begun yet."""
         return self.epoch == self.step == 0
 
+    def __str__(self) -> str:
+        return f"task {self.task + 1}, epoch {self.epoch + 1}"
+
 
 class Training:
     """The loop itself: one task after the other; `result` is filled in as it goes.

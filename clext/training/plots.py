@@ -235,7 +235,7 @@ def _draw_levels(axes: Axes, lines: Sequence[_Line], chance: Sequence[float], ep
 
 
 def _draw_frame(axes: Axes, tasks: int, epochs: int) -> None:
-    axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "Epoch (one per task)")
+    axes.set_xlabel(f"Epoch ({epochs} per task)" if epochs > 1 else "After task")
     axes.set_xlim(0, tasks * epochs)
     every = -(-tasks // _MOST_TASK_NAMES)
     borders = range(every * epochs, tasks * epochs + 1, every * epochs)

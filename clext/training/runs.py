@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+from clext.core.console import say
 from clext.core.modes import module_mode
 from clext.core.seeding import Seeds, isolated_rng
 from clext.data.datasets import DIGITS_LR, load_dataset
@@ -98,6 +99,8 @@ def prepared(
             return
         if state is not None:
             training.load_state_dict(state)
+            if settings.progress:
+                say(f"clext: {method.name} goes on with {training.place}")
         elif folder is not None:
             clear(folder.path)
         with (

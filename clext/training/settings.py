@@ -240,13 +240,19 @@ def check_same_run(
             )
 
 
-def check_option_names(label: str, options: Iterable[str], of_method: Iterable[str]) -> None:
-    """ValueError for an option that neither `train` nor the method has."""
-    valid = [*dict.fromkeys([*OF_TRAIN, *of_method])]
+def check_option_names(
+    label: str,
+    options: Iterable[str],
+    of_method: Iterable[str],
+    of_train: Iterable[str] = OF_TRAIN,
+) -> None:
+    """ValueError for an option that neither the method nor `train` has."""
+    valid = [*dict.fromkeys([*of_method, *of_train])]
     for option in options:
         # That of a part is the method's to check.
         if "." not in option and option not in valid:
-            raise unknown_name(f"option, neither of train nor of {label}:", option, valid)
+            either = f"neither of {label} nor of train" if of_train else f"not of {label}"
+            raise unknown_name(f"option, {either}:", option, valid)
 
 
 def shows_settings(function: Function) -> Function:

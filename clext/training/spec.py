@@ -184,7 +184,7 @@ def _check_model(model: nn.Module | str | None) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"train: model must be a torch.nn.Module or a name ({', '.join(MODELS)}), got "
-            f"{type(model).__name__}; leave it out to train the course's perceptron"
+            f"{type(model).__name__}; leave it out to train a perceptron, 'mlp'"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(

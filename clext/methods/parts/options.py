@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def option_names(kind: type[Method]) -> list[str]:
-    """The keyword options of a method, strength included where it has one."""
-    parameters = inspect.signature(kind).parameters.values()
-    names = [entry.name for entry in parameters if entry.kind is entry.KEYWORD_ONLY]
+    """The options of a method: what it takes beside the model; strength where it has one."""
+    _, *parameters = inspect.signature(kind).parameters.values()
+    names = [entry.name for entry in parameters if entry.kind is not entry.VAR_KEYWORD]
     return [name for name in names if name != "strength" or kind.has_strength]
 
 
