@@ -35,6 +35,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kfac": speed_tables.kfac_table,
     "plan": speed_tables.plan_table,
     "frameworks": speed_tables.frameworks_table,
+    "others": speed_tables.others_table,
     "communication": speed_tables.communication_table,
     "importance": speed_tables.importance_table,
     "course": accuracy_tables.course_table,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 from report.result_tables import (
     NOT_MEASURED,
@@ -286,6 +286,42 @@ def frameworks_table() -> str:
         ]
 
     return by_device(newest(read_lines("frameworks"), "framework"), head, row)
+
+
+OTHERS = {
+    "by_hand": "by hand, plain PyTorch",
+    "with_clext_loop": "clext, a loop of one's own",
+    "with_clext_train": "`clext.train`",
+    "with_avalanche": "Avalanche",
+    "course_notebook": "the course's notebook",
+    "mammoth": "Mammoth",
+}
+
+
+def others_table() -> str:
+    """A line for each contestant: means over the seeds of accuracies, medians of seconds."""
+    entries = newest(read_lines("others"), "contestant", "method", "seed")
+    head = ["", "lines"]
+    for method in ("EWC", "SI"):
+        head += [f"{method}: accuracy", "training, s", "whole process, s"]
+
+    def cells(name: str, method: str) -> list[str]:
+        runs = [e for e in entries if (e["contestant"], e["method"]) == (name, method)]
+        if not runs:
+            return ["", "", ""]
+        training = [e["training"] for e in runs if e["training"] is not None]
+        return [
+            f"{fmean(e['accuracy'] for e in runs):.3f}",
+            f"{median(training):.1f}" if training else "",
+            f"{median(e['process'] for e in runs):.1f}",
+        ]
+
+    def row(name: str, title: str) -> list[str]:
+        lines = next((e["lines"] for e in entries if e["contestant"] == name), None)
+        return [title, "" if lines is None else str(lines), *cells(name, "ewc"), *cells(name, "si")]
+
+    rows = [row(name, title) for name, title in OTHERS.items()]
+    return markdown(head, rows) + "\n\n" + where(entries) if entries else NOT_MEASURED
 
 
 def communication_table() -> str:
