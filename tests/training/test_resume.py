@@ -115,6 +115,32 @@ def test_in_a_course_model_the_global_random_state_has_no_part(tmp_path):
     assert torch.get_rng_state().equal(before)
 
 
+def test_it_says_where_it_goes_on(tmp_path, capsys):
+    settings = {**QUICK, "model": small(), "out": tmp_path, "progress": True}
+    with pytest.raises(KeyboardInterrupt):
+        clext.train("ewc", callbacks=[StopAt(20)], **settings)
+    capsys.readouterr()
+    clext.train("ewc", resume=True, **settings)
+    assert "clext: ewc goes on with task 1, epoch 2\n" in capsys.readouterr().err
+
+
+class Power(clext.EWC):
+    """An option that may be given by its position."""
+
+    name = "power"
+
+    def __init__(self, model, power=1.0, **options):
+        super().__init__(model, **options)
+        self.power = power
+
+
+def test_every_option_of_a_method_of_ones_own_counts(tmp_path):
+    result = clext.train(Power(small(), 2.0), out=tmp_path, **QUICK)
+    assert result.config["method_options"]["power"] == 2.0
+    with pytest.raises(ValueError, match=r"power"):
+        clext.train(Power(small(), 1.0), out=tmp_path, resume=True, **QUICK)
+
+
 class TestFolder:
     def test_weights_and_method_are_those_of_the_result(self, tmp_path):
         result = clext.train("ewc", model=small(), out=tmp_path, **QUICK)
