@@ -194,7 +194,7 @@ class Comparison(Outcome):
                 meanings["FWT"] = f"{_LEGEND['FWT']}; none with class-incremental tasks"
         kinds = {label: result.config["method"] for label, result in self._ranked()}
         meanings |= {label: _BOUNDS[kind] for label, kind in kinds.items() if kind in _BOUNDS}
-        width = max(map(len, meanings))
+        width = max(map(len, meanings), default=0)
         heads = {f"{title:<{width}}  ": meaning for title, meaning in meanings.items()}
         stops = {f"{label} stopped early: ": result.stopped for label, result in self._ranked()}
         notes = {head: reason for head, reason in stops.items() if reason} | heads

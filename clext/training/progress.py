@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from clext.core.console import say, shows_bars
 
 _LONGEST_SILENCE = 60.0  # seconds of a log
-_WIDEST_WORDS = len(" loss 0.000 acc 0.000")
+_WIDEST_WORDS = len(" loss 00.000 acc 0.000")
 
 
 class Progress:
@@ -89,8 +89,8 @@ class Progress:
         self._show(task, self._epochs - 1, " consolidating")
 
     def _show(self, task: int, epoch: int, words: str) -> None:
-        self._bar.set_postfix_str(f"{self._place(task, epoch)}{words:<{_WIDEST_WORDS}}")
+        last = len(self._place(self._tasks - 1, self._epochs - 1))
+        self._bar.set_postfix_str(f"{self._place(task, epoch):<{last}}{words:<{_WIDEST_WORDS}}")
 
     def _place(self, task: int, epoch: int) -> str:
-        digits = len(str(self._epochs))
-        return f"task {task + 1}/{self._tasks} epoch {epoch + 1:{digits}}/{self._epochs}"
+        return f"task {task + 1}/{self._tasks} epoch {epoch + 1}/{self._epochs}"

@@ -20,7 +20,7 @@ def result_text(result: Result) -> str:
         lines += ["", *tables.text(accuracy_rows(result), ("accuracy on",))]
         lines += ["", *(tables.hanging("", line) for line in footer(result))]
     if result.stopped:
-        lines += [f"stopped early: {result.stopped}"]
+        lines += [tables.hanging("stopped early: ", result.stopped)]
     return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ class Sweep(Outcome):
 
     def _notes(self) -> list[str]:
         legend = [tables.hanging(title, meaning) for title, meaning in _LEGEND.items()]
-        return [*legend, *(f"{run}: {problem}" for run, problem in self.failed.items())]
+        return [*legend, *(tables.hanging(f"{run}: ", why) for run, why in self.failed.items())]
 
     def _row(self, cell: Cell) -> dict[str, str]:
         results = self.of(*cell)

@@ -53,7 +53,8 @@ def text(rows: Sequence[Row], left: Collection[str]) -> list[str]:
         (names if title in _NAMES else columns).append([f"{cell:{align}{width}}" for cell in cells])
     blocks = [[*names]]
     for column in columns:
-        if sum(len(cells[0]) + 2 for cells in [*blocks[-1], column]) - 2 > WIDTH:
+        width = sum(len(cells[0]) + 2 for cells in [*blocks[-1], column]) - 2
+        if width > WIDTH and len(blocks[-1]) > len(names):
             blocks.append([*names])
         blocks[-1].append(column)
     tables = [["  ".join(cells) for cells in zip(*block, strict=True)] for block in blocks]

@@ -135,10 +135,13 @@ class Power(clext.EWC):
 
 
 def test_every_option_of_a_method_of_ones_own_counts(tmp_path):
-    result = clext.train(Power(small(), 2.0), out=tmp_path, **QUICK)
+    method = Power(small(), 2.0, gamma=0.5)
+    assert "power=2.0" in repr(method)
+    result = clext.train(method, out=tmp_path, **QUICK)
     assert result.config["method_options"]["power"] == 2.0
-    with pytest.raises(ValueError, match=r"power"):
-        clext.train(Power(small(), 1.0), out=tmp_path, resume=True, **QUICK)
+    for name, other in (("power", Power(small(), gamma=0.5)), ("gamma", Power(small(), 2.0))):
+        with pytest.raises(ValueError, match=name):
+            clext.train(other, out=tmp_path, resume=True, **QUICK)
 
 
 class TestFolder:

@@ -18,10 +18,22 @@ if TYPE_CHECKING:
     from clext.methods.base import Method
 
 
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
 def option_names(kind: type[Method]) -> list[str]:
-    """The options of a method: what it takes beside the model; strength where it has one."""
-    _, *parameters = inspect.signature(kind).parameters.values()
-    names = [entry.name for entry in parameters if entry.kind is not entry.VAR_KEYWORD]
+    """The options of a method: what it takes beside the model; strength where it has one.
+
+    What a class takes as keywords that it does not describe belongs to the class above it.
+    """
+    names: dict[str, None] = {}
+    for base in kind.__mro__:
+        if make := vars(base).get("__init__"):
+            parameters = inspect.signature(make).parameters.values()
+            names |= dict.fromkeys(e.name for e in parameters if e.kind in _NAMED)
+            if not any(e.kind is e.VAR_KEYWORD and e.annotation is e.empty for e in parameters):
+                break
+    names = {name: None for name in names if name not in ("self", "model")}
     return [name for name in names if name != "strength" or kind.has_strength]
 
 
