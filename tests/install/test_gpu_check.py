@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 FIRST = ["build", "small", "steps", "bench", "tests", "memcheck"]
 MORE = ["build", "racecheck", "ncu", "protocol", "initcheck"]
+OURS = {"PYTEST_ADDOPTS", "TORCH_CUDA_ARCH_LIST"}  # what the script sets, and CI may have set
 
 if not SCRIPT.is_file():
     pytest.skip("scripts/gpu_check.sh is absent", allow_module_level=True)
@@ -74,7 +75,7 @@ def check(tmp_path: Path):
         python.chmod(0o755)
         tools = ROOT / "tests" / "support" / "pretended_gpu"
         environ = {
-            **{name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
+            **{name: value for name, value in os.environ.items() if name not in OURS},
             "PATH": f"{tools}:{os.environ['PATH']}" if path else os.environ["PATH"],
             "PYTHON": str(python),
             "CLEXT_DATA": str(tmp_path),
