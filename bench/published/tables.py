@@ -461,7 +461,7 @@ FISHERS = Protocol(
             ("exact", 99.12, 0.3, partial(EWC, fisher="exact", strength=1e6)),
             ("sample", 99.12, 0.3, partial(EWC, fisher="sample", strength=1e7)),
             ("empirical", 99.12, 0.3, partial(EWC, fisher="empirical", strength=1e8)),
-            ("batch", 99.11, 0.3, partial(EWC, fisher="batch", strength=1e10)),
+            ("batch", 99.11, 0.3, partial(EWC, fisher="batch", strength=1e12)),
         )
     ),
 )
